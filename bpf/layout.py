@@ -1,0 +1,49 @@
+"""The shape of the BPF maps, mirrored from c/acct.h; a test compares the two.
+
+Invariant: a slot's value is one wide record, so that one batch call reads every pod.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import NewType
+
+Slot = NewType("Slot", int)
+"""Index of an attachment's record in the accounting map."""
+
+DIRECTIONS = 2
+CLASSES = 8
+KINDS = 4
+CELL_BYTES = 16
+"""struct cell { u64 bytes; u64 packets; }"""
+VALUE_BYTES = DIRECTIONS * CLASSES * KINDS * CELL_BYTES
+"""Per slot and per possible CPU: 1 KiB."""
+
+
+class TrafficKind(enum.IntEnum):
+    """Third index of a cell."""
+
+    OTHER = 0
+    IP = 1
+    TCP = 2
+    ROCE = 3
+    """UDP to port 4791 (RoCEv2)."""
+
+
+class Hook(enum.StrEnum):
+    """Where the programs sit."""
+
+    TCX = "tcx"
+    CLSACT = "clsact"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One counter of a slot. direction 0 egress, 1 ingress, as the pod sees it."""
+
+    direction: int
+    traffic_class: int
+    kind: TrafficKind
+    bytes: int
+    packets: int

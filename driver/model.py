@@ -1,0 +1,312 @@
+"""The driver's words as types: claims, preparations, sandboxes, attachments, devices.
+
+Invariant: everything here is a frozen value without I/O and without protobuf or API types; ids that
+look alike have types of their own. Objects are validated where they are made.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NewType
+
+from bpf.layout import Slot
+from hw.model import (
+    DeviceKind,
+    Identity,
+    IfIndex,
+    IfName,
+    InterfaceAddress,
+    LinkSettings,
+    MacAddress,
+    NetnsCookie,
+)
+
+ClaimUid = NewType("ClaimUid", str)
+PodUid = NewType("PodUid", str)
+SandboxId = NewType("SandboxId", str)
+NodeName = NewType("NodeName", str)
+PoolName = NewType("PoolName", str)
+DeviceName = NewType("DeviceName", str)
+"""A DNS label, stable over reboots where the hardware allows: `pci-0000-3b-00-2`, `veth-57`."""
+ShareId = NewType("ShareId", str)
+BootId = NewType("BootId", str)
+"""/proc/sys/kernel/random/boot_id."""
+AttachmentId = NewType("AttachmentId", str)
+"""Random and never reused: the key of usage in the ledger."""
+
+AttributeValue = bool | int | str
+
+
+class ConfigSource(enum.StrEnum):
+    CLASS = "FromClass"
+    CLAIM = "FromClaim"
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimRef:
+    namespace: str
+    name: str
+    uid: ClaimUid
+
+
+@dataclass(frozen=True, slots=True)
+class PodRef:
+    namespace: str
+    name: str
+    uid: PodUid
+
+
+# --- what the API server says of a claim ------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AllocatedDevice:
+    """One entry of status.allocation.devices.results that is this driver's."""
+
+    request: str
+    """As allocated: `request` or `request/subrequest`."""
+    pool: PoolName
+    device: DeviceName
+    share_id: ShareId | None = None
+    admin_access: bool = False
+    consumed_capacity: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def base_request(self) -> str:
+        return self.request.partition("/")[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpaqueConfig:
+    """One entry of status.allocation.devices.config for this driver, in the scheduler's order.
+
+    An empty requests applies to every device. parameters is the decoded JSON as text, so that strict
+    decoding (duplicate keys) is possible.
+    """
+
+    source: ConfigSource
+    requests: tuple[str, ...]
+    parameters: str
+
+    def applies_to(self, device: AllocatedDevice) -> bool:
+        return not self.requests or device.request in self.requests or device.base_request in self.requests
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """A ResourceClaim, as far as this driver and this node are concerned."""
+
+    ref: ClaimRef
+    allocated: bool
+    devices: tuple[AllocatedDevice, ...]
+    configs: tuple[OpaqueConfig, ...] = ()
+    reserved_for: frozenset[PodUid] = frozenset()
+
+
+# --- claim configuration ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InterfaceConfig:
+    """Section `interface`. None: keep what the device has; name None: the device's own host name."""
+
+    name: IfName | None = None
+    mtu: int | None = None
+    hardware_address: MacAddress | None = None
+    addresses: tuple[InterfaceAddress, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NicConfig:
+    """A NetworkDeviceConfig after merging class and claim, for one device."""
+
+    interface: InterfaceConfig = InterfaceConfig()
+
+
+# --- devices ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """A device of this node, as offered or withheld.
+
+    attributes keys are without domain for ours and with it for standard ones
+    (`resource.kubernetes.io/pciBusID`). capacities are Kubernetes quantities as text. withheld is why
+    it is not offered, a sentence, or "". dies_with_netns: the kernel destroys it with its netns rather
+    than sending it home (rtnl_link_ops without netns_refund).
+    """
+
+    name: DeviceName
+    kind: DeviceKind
+    identity: Identity
+    ifindex: IfIndex | None
+    """In the host's netns now; None while it is elsewhere."""
+    settings: LinkSettings | None
+    attributes: Mapping[str, AttributeValue]
+    capacities: Mapping[str, str] = field(default_factory=dict)
+    withheld: str = ""
+    dies_with_netns: bool = False
+
+
+class TaintEffect(enum.StrEnum):
+    NONE = "None"
+    NO_SCHEDULE = "NoSchedule"
+    NO_EXECUTE = "NoExecute"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taint:
+    key: str
+    value: str = ""
+    effect: TaintEffect = TaintEffect.NO_SCHEDULE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfferedDevice:
+    """What goes into a ResourceSlice."""
+
+    name: DeviceName
+    attributes: Mapping[str, AttributeValue]
+    capacities: Mapping[str, str] = field(default_factory=dict)
+    taints: tuple[Taint, ...] = ()
+
+
+# --- preparations -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PreparationKey:
+    claim_uid: ClaimUid
+    pool: PoolName
+    device: DeviceName
+    share_id: ShareId | None = None
+
+
+class PreparationState(enum.StrEnum):
+    PREPARING = "preparing"
+    PREPARED = "prepared"
+    UNPREPARING = "unpreparing"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preparation:
+    """A device of a claim made ready on this node. Journalled before the first change.
+
+    baseline and attributes are those at prepare time: what the device is put back to, and what its
+    slice goes on saying while it is away.
+    """
+
+    key: PreparationKey
+    claim: ClaimRef
+    request: str
+    identity: Identity
+    kind: DeviceKind
+    dies_with_netns: bool
+    config: NicConfig
+    baseline: LinkSettings
+    attributes: Mapping[str, AttributeValue]
+    capacities: Mapping[str, str]
+    reserved_for: frozenset[PodUid]
+    slot: Slot
+    state: PreparationState
+    generation: int
+
+    @property
+    def ifname(self) -> IfName:
+        """Its name inside the pod."""
+        return self.config.interface.name or self.baseline.name
+
+    @property
+    def mac(self) -> MacAddress | None:
+        return self.config.interface.hardware_address or self.baseline.mac
+
+    @property
+    def mtu(self) -> int:
+        return self.config.interface.mtu or self.baseline.mtu
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedDevice:
+    """What kubelet is told of one device of a prepared claim."""
+
+    request: str
+    """Base request name."""
+    pool: PoolName
+    device: DeviceName
+    share_id: ShareId | None
+    cdi_ids: tuple[str, ...]
+
+
+# --- sandboxes and attachments ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sandbox:
+    """A pod sandbox as the runtime describes it. netns_path is None where none was given."""
+
+    id: SandboxId
+    pod: PodRef
+    netns_path: Path | None
+    pid: int = 0
+
+
+class AttachmentState(enum.StrEnum):
+    ATTACHING = "attaching"
+    ATTACHED = "attached"
+    DETACHING = "detaching"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attachment:
+    """A preparation inside a sandbox. A closed attachment is no longer in the journal, only in the
+    ledger."""
+
+    id: AttachmentId
+    preparation: PreparationKey
+    pod: PodRef
+    sandbox: SandboxId
+    netns_path: Path
+    netns_cookie: NetnsCookie
+    boot_id: BootId
+    state: AttachmentState
+    generation: int
+
+
+# --- outward: status and usage ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceStatus:
+    """One entry of ResourceClaim.status.devices. ready False carries the reason in message."""
+
+    claim: ClaimRef
+    pool: PoolName
+    device: DeviceName
+    share_id: ShareId | None
+    ready: bool
+    reason: str
+    """CamelCase, as a condition's reason must be."""
+    message: str
+    interface: IfName | None = None
+    mac: MacAddress | None = None
+    addresses: tuple[InterfaceAddress, ...] = ()
+    hook: str = ""
+    """`tcx` or `clsact`: what counts, and so how strong the promise is."""
+
+
+class EventKind(enum.StrEnum):
+    NORMAL = "Normal"
+    WARNING = "Warning"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriverEvent:
+    """A Kubernetes event about a claim or a pod."""
+
+    subject: ClaimRef | PodRef
+    kind: EventKind
+    reason: str
+    message: str

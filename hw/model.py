@@ -1,0 +1,278 @@
+"""What hw knows of a device: plain values, validated where they are made.
+
+Invariant: identity is never a name. Names, aliases and altnames are set by whoever holds the device,
+so they are data to show (escaped) and to restore, never keys to find a device by.
+"""
+
+from __future__ import annotations
+
+import enum
+import ipaddress
+import re
+from dataclasses import dataclass
+from typing import NewType
+
+PciAddress = NewType("PciAddress", str)
+"""Extended BDF in lower case, `0000:3b:00.2`."""
+IfName = NewType("IfName", str)
+"""A netdev's name in one netns: 1..15 bytes. Tenant input once a device has been in a pod."""
+IfIndex = NewType("IfIndex", int)
+MacAddress = NewType("MacAddress", str)
+"""Lower-case colon form; 6 bytes for Ethernet, 20 for IPoIB."""
+RdmaName = NewType("RdmaName", str)
+NetnsCookie = NewType("NetnsCookie", int)
+"""SO_NETNS_COOKIE: unique for the life of one boot, unlike the inode, which is reused at once."""
+
+InterfaceAddress = ipaddress.IPv4Interface | ipaddress.IPv6Interface
+
+_BDF = re.compile(r"[0-9a-f]{4,}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
+
+
+def parse_pci_address(text: str) -> PciAddress:
+    """Return text as a PciAddress; ValueError if it is not an extended BDF."""
+    lowered = text.strip().lower()
+    if not _BDF.fullmatch(lowered):
+        raise ValueError(f"{text!r} is not a PCI address like 0000:3b:00.2")
+    return PciAddress(lowered)
+
+
+def parse_mac(text: str) -> MacAddress:
+    """Return text as a unicast Ethernet MacAddress; ValueError with the reason otherwise."""
+    lowered = text.strip().lower()
+    if not re.fullmatch(r"([0-9a-f]{2}:){5}[0-9a-f]{2}", lowered):
+        raise ValueError(f"{text!r} is not a MAC address like 02:00:00:00:00:01")
+    if int(lowered[:2], 16) & 1:
+        raise ValueError(f"{text!r} is a multicast address; an interface needs a unicast one")
+    if lowered == "00:00:00:00:00:00":
+        raise ValueError("the all-zero MAC address cannot be given to an interface")
+    return MacAddress(lowered)
+
+
+def check_ifname(text: str) -> IfName:
+    """Return text if the kernel takes it as a netdev name (dev_valid_name) and it needs no escaping."""
+    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,15}", text) or text in {".", ".."}:
+        raise ValueError(f"{text!r} is not an interface name: 1 to 15 of letters, digits, '_', '-', '.'")
+    return IfName(text)
+
+
+class Direction(enum.IntEnum):
+    """Of traffic, as the pod sees it. The value is the index in the BPF map."""
+
+    EGRESS = 0
+    INGRESS = 1
+
+
+class LinkFlags(enum.IntFlag, boundary=enum.KEEP):
+    """The bits of IFF_* that are state we read, set or restore (uapi linux/if.h)."""
+
+    UP = 0x1
+    RUNNING = 0x40
+    NOARP = 0x80
+    PROMISC = 0x100
+    ALLMULTI = 0x200
+    MULTICAST = 0x1000
+    LOWER_UP = 0x10000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkInfo:
+    """One RTM_NEWLINK message, in the netns it was read in. Absent attributes are None."""
+
+    ifindex: IfIndex
+    name: IfName
+    flags: LinkFlags
+    link_type: int
+    """ARPHRD_*: 1 Ethernet, 32 InfiniBand, 772 loopback."""
+    mtu: int
+    kind: str | None = None
+    """IFLA_INFO_KIND ("veth", "macvlan"); None for hardware."""
+    mac: MacAddress | None = None
+    permanent_mac: MacAddress | None = None
+    master: IfIndex | None = None
+    peer: IfIndex | None = None
+    """IFLA_LINK: the other end of a veth, the lower device of a macvlan."""
+    peer_nsid: int | None = None
+    """IFLA_LINK_NETNSID; None means: peer is in the netns this was read in."""
+    alias: str = ""
+    altnames: tuple[str, ...] = ()
+    txqlen: int = 0
+    group: int = 0
+    gso_max_size: int | None = None
+    gro_max_size: int | None = None
+    operstate: int = 0
+    carrier: bool = False
+    xdp_prog_ids: tuple[int, ...] = ()
+    parent_bus: str | None = None
+    parent_device: str | None = None
+    """IFLA_PARENT_DEV_NAME: a PCI address on bus "pci"; readable in every netns (kernel 5.14)."""
+    phys_switch_id: str | None = None
+    phys_port_name: str | None = None
+    vf_count: int = 0
+
+    @property
+    def up(self) -> bool:
+        return LinkFlags.UP in self.flags
+
+
+@dataclass(frozen=True, slots=True)
+class PciIdentity:
+    """A PCI function's port. pf and vf_index are set for a VF; port where one function has several."""
+
+    address: PciAddress
+    pf: PciAddress | None = None
+    vf_index: int | None = None
+    port: int | None = None
+
+    def matches(self, link: LinkInfo) -> bool:
+        return link.parent_bus == "pci" and link.parent_device == self.address
+
+
+@dataclass(frozen=True, slots=True)
+class NetdevsimIdentity:
+    """A port of a netdevsim device: bus id and port index (with vf_index: its VF port)."""
+
+    bus_id: int
+    port: int
+    vf_index: int | None = None
+
+    def matches(self, link: LinkInfo) -> bool:
+        name = f"p{self.port}" if self.vf_index is None else f"pf{self.port}vf{self.vf_index}"
+        return (
+            link.parent_bus == "netdevsim"
+            and link.parent_device == f"netdevsim{self.bus_id}"
+            and link.phys_port_name in (None, name)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SoftwareIdentity:
+    """A virtual netdev (veth, macvlan...). The kernel keeps its ifindex over a move unless it is taken
+    there, and no tenant can change it, nor what the device hangs on (peer).
+
+    peer_nsid is the peer's netns as the host numbers it (None: the host itself). The number means
+    nothing in another netns, so it is compared only at home.
+    """
+
+    kind: str
+    ifindex: IfIndex
+    peer: IfIndex | None
+    peer_nsid: int | None
+
+    def matches(self, link: LinkInfo) -> bool:
+        return link.kind == self.kind and link.ifindex == self.ifindex and link.peer == self.peer
+
+    def matches_at_home(self, link: LinkInfo) -> bool:
+        return self.matches(link) and link.peer_nsid == self.peer_nsid
+
+
+Identity = PciIdentity | NetdevsimIdentity | SoftwareIdentity
+
+
+def is_at_home(identity: Identity, link: LinkInfo) -> bool:
+    """Whether link, read in the host's netns, is the device of this identity."""
+    if isinstance(identity, SoftwareIdentity):
+        return identity.matches_at_home(link)
+    return identity.matches(link)
+
+
+class DeviceKind(enum.StrEnum):
+    """What can be given away; published as the attribute `kind`."""
+
+    VF = "vf"
+    PF = "pf"
+    RDMA = "rdma"
+    NETDEV = "netdev"
+    SHARED = "shared"
+
+
+class EswitchMode(enum.StrEnum):
+    LEGACY = "legacy"
+    SWITCHDEV = "switchdev"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PciFacts:
+    """What sysfs says of a PCI function, independent of netns. None: the file is absent or unreadable."""
+
+    address: PciAddress
+    vendor: str
+    product: str
+    """Four hex digits each, as in pci.ids."""
+    driver: str | None = None
+    numa_node: int | None = None
+    pcie_root: str | None = None
+    """`pci0000:3a`, resource.kubernetes.io/pcieRoot."""
+    pcie_switch: str | None = None
+    """Nearest bridge above that has a sibling below it; None directly under the root."""
+    iommu_group: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RdmaFacts:
+    name: RdmaName
+    link_layer: str
+    """`Ethernet` or `InfiniBand`, as sysfs spells it."""
+    node_guid: str | None = None
+    firmware: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HwDevice:
+    """One device as a backend found it. Backends yield these; inventory merges them into Devices.
+
+    link is None while the netdev is in another netns or the driver made none. withheld says in a
+    sentence why this device must not be offered ("" means it may).
+    """
+
+    kind: DeviceKind
+    identity: Identity
+    link: LinkInfo | None
+    pci: PciFacts | None = None
+    rdma: RdmaFacts | None = None
+    pf_name: IfName | None = None
+    pf_eswitch: EswitchMode | None = None
+    speed_mbps: int | None = None
+    withheld: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkSettings:
+    """What "clean" means for a netdev: the baseline that a tenant's device is put back to.
+
+    The closed list of compared fields: a field not here is either flushed by the kernel when a netdev
+    changes its netns (addresses, routes, neighbours, qdiscs, sysctls, multicast and unicast filters)
+    or not settable from a pod.
+    """
+
+    name: IfName
+    mtu: int
+    mac: MacAddress | None
+    txqlen: int
+    group: int
+    alias: str
+    altnames: tuple[str, ...]
+    gso_max_size: int | None
+    gro_max_size: int | None
+    noarp: bool
+    promisc: bool
+    allmulti: bool
+    multicast: bool
+
+    @classmethod
+    def of(cls, link: LinkInfo) -> LinkSettings:
+        """The settings a link has now. The permanent MAC wins over the current one where there is one."""
+        return cls(
+            name=link.name,
+            mtu=link.mtu,
+            mac=link.permanent_mac or link.mac,
+            txqlen=link.txqlen,
+            group=link.group,
+            alias=link.alias,
+            altnames=link.altnames,
+            gso_max_size=link.gso_max_size,
+            gro_max_size=link.gro_max_size,
+            noarp=LinkFlags.NOARP in link.flags,
+            promisc=LinkFlags.PROMISC in link.flags,
+            allmulti=LinkFlags.ALLMULTI in link.flags,
+            multicast=LinkFlags.MULTICAST in link.flags,
+        )
