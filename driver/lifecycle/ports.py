@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from driver.clock import Clock as Clock
 from driver.model import (
     Claim,
     ClaimRef,
@@ -21,15 +22,10 @@ from driver.model import (
     PodUid,
     PreparedDevice,
     Sandbox,
+    SandboxId,
 )
 
 # --- needed -----------------------------------------------------------------------------------------
-
-
-class Clock(Protocol):
-    def monotonic(self) -> float: ...
-    def wall(self) -> float:
-        """Seconds since the epoch."""
 
 
 class ClaimReader(Protocol):
@@ -97,8 +93,11 @@ class SandboxHandler(Protocol):
 
     def runtime_lost(self) -> None: ...
 
-    async def synchronize(self, sandboxes: Sequence[Sandbox]) -> None:
-        """All sandboxes the runtime has, stopped ones included. Copies and returns; work is queued."""
+    async def synchronize(
+        self, sandboxes: Sequence[Sandbox], containers: Mapping[SandboxId, Sequence[str]]
+    ) -> None:
+        """All sandboxes the runtime has, stopped ones included, and the names of the running containers
+        of each. Copies and returns; work is queued."""
 
     async def run_sandbox(self, sandbox: Sandbox, deadline: float) -> None:
         """NotNow: fail the hook, the runtime's retry may mend it. Returns for a lasting refusal: the
