@@ -1,0 +1,30 @@
+"""Claim configuration: strict decoding of NetworkDeviceConfig, and merging it for one device.
+
+Invariant: pure. What goes in is text from the API server, what comes out is driver.model's NicConfig or
+a ConfigError with every problem and its field path.
+"""
+
+from driver.claimconfig.resolve import ClaimLimits, MtuBounds, check_together, resolve
+from driver.claimconfig.sections import (
+    API_VERSION,
+    FIELDS,
+    GUARDED_FIELDS,
+    KIND,
+    FieldPath,
+    decode,
+    json_schema,
+)
+
+__all__ = [
+    "API_VERSION",
+    "FIELDS",
+    "GUARDED_FIELDS",
+    "KIND",
+    "ClaimLimits",
+    "FieldPath",
+    "MtuBounds",
+    "check_together",
+    "decode",
+    "json_schema",
+    "resolve",
+]

@@ -1,0 +1,198 @@
+"""From the configs of a class and a claim to the one config of a device.
+
+Invariant: default < DeviceClass < claim, field by field, later entries win within a source; lists are
+replaced whole. A claim never changes what its DeviceClass lists under `fixed`, sets no field that the
+node policy keeps from claims, and stays within the policy's bounds. The API server's order of entries
+is kept. Everything wrong with any entry is reported at once; nothing is silently left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, TypeVar, cast
+
+from driver.claimconfig.sections import (
+    FIELD_PATH,
+    FIELDS,
+    GUARDED_FIELDS,
+    MTU,
+    MTU_MAX,
+    MTU_MIN,
+    RESERVED_NAMES,
+    SECTIONS,
+    Document,
+    FieldPath,
+    InterfaceSection,
+    decode,
+)
+from driver.errors import ConfigError, FieldProblem
+from driver.model import AllocatedDevice, ConfigSource, InterfaceConfig, NicConfig, OpaqueConfig
+from driver.strict import Key, listing, record
+from hw.model import IfName
+
+S = TypeVar("S")
+
+_WHO = {ConfigSource.CLASS: "the DeviceClass", ConfigSource.CLAIM: "the claim"}
+_MTU = FieldPath("interface.mtu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MtuBounds:
+    minimum: Annotated[int, Key("minimum", MTU, "Least MTU a claim may set.")] = MTU_MIN
+    maximum: Annotated[int, Key("maximum", MTU, "Greatest MTU a claim may set.")] = MTU_MAX
+
+    def __post_init__(self) -> None:
+        if self.minimum > self.maximum:
+            raise ValueError(f"minimum {self.minimum} is above maximum {self.maximum}")
+
+
+_PATHS = listing(FIELD_PATH, maximum=len(FIELDS))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClaimLimits:
+    """What users' claims may set on this node: section `claims` of the node policy.
+
+    DeviceClasses are written by admins and are bound by the kernel's limits alone.
+    """
+
+    allow: Annotated[
+        tuple[FieldPath, ...],
+        Key("allow", _PATHS, "Fields kept from claims by default that they may set here."),
+    ] = ()
+    deny: Annotated[tuple[FieldPath, ...], Key("deny", _PATHS, "Fields that claims may not set here.")] = ()
+    mtu: Annotated[MtuBounds, Key("mtu", record(MtuBounds), "Bounds of interface.mtu in claims.")] = (
+        MtuBounds()
+    )
+
+    def __post_init__(self) -> None:
+        both = sorted(set(self.allow) & set(self.deny))
+        if both:
+            raise ValueError(f"{', '.join(both)} is both allowed and denied")
+
+    def settable(self, field: FieldPath) -> bool:
+        return field not in self.deny and (field not in GUARDED_FIELDS or field in self.allow)
+
+
+def resolve(device: AllocatedDevice, configs: Sequence[OpaqueConfig], limits: ClaimLimits) -> NicConfig:
+    """The config of one allocated device.
+
+    configs: this driver's entries, in the scheduler's order; those that do not apply to the device are
+    not looked at. Raises ConfigError with every problem; each says whether the class or the claim has
+    it.
+    """
+    problems: list[FieldProblem] = []
+    # Entries that name several requests may come once per request: a dict keeps each once.
+    mine = dict.fromkeys((entry.source, entry.parameters) for entry in configs if entry.applies_to(device))
+    from_class = [parameters for source, parameters in mine if source is ConfigSource.CLASS]
+    from_claim = [parameters for source, parameters in mine if source is ConfigSource.CLAIM]
+
+    values: dict[FieldPath, object] = {}
+    fixed: set[FieldPath] = set()
+    for document in _documents(from_class, ConfigSource.CLASS, problems):
+        values |= document.given()
+        fixed.update(document.fixed)
+    by_class = dict(values)
+    for document in _documents(from_claim, ConfigSource.CLAIM, problems):
+        if document.fixed:
+            problems.append(FieldProblem("fixed", "only a DeviceClass can fix fields (in the claim)"))
+        given = document.given()
+        problems.extend(_overreach(given, by_class, fixed, limits))
+        values |= given
+    if problems:
+        raise ConfigError(tuple(dict.fromkeys(problems)))
+    return build(values)
+
+
+def _documents(
+    parameters: Sequence[str], source: ConfigSource, problems: list[FieldProblem]
+) -> Iterator[Document]:
+    for text in parameters:
+        document, found = decode(text)
+        for problem in found:
+            subject = "" if problem.path else "the config "
+            problems.append(FieldProblem(problem.path, f"{subject}{problem.message} (in {_WHO[source]})"))
+        if document is not None:
+            yield document
+
+
+def _overreach(
+    given: Mapping[FieldPath, object],
+    by_class: Mapping[FieldPath, object],
+    fixed: set[FieldPath],
+    limits: ClaimLimits,
+) -> Iterator[FieldProblem]:
+    """What a claim sets that it may not set."""
+    for field, value in given.items():
+        if field in by_class and by_class[field] == value:
+            continue
+        if field in fixed:
+            yield FieldProblem(field, "is fixed by the DeviceClass and cannot be set by a claim")
+        elif not limits.settable(field):
+            yield FieldProblem(field, "cannot be set by a claim on this node (node policy, claims)")
+        elif field == _MTU and not limits.mtu.minimum <= cast(int, value) <= limits.mtu.maximum:
+            yield FieldProblem(
+                field,
+                f"must be {limits.mtu.minimum} to {limits.mtu.maximum} on this node (node policy, "
+                f"claims.mtu), not {value}",
+            )
+
+
+def build(values: Mapping[FieldPath, object]) -> NicConfig:
+    """Merged fields as the driver's own types."""
+    interface = _section(InterfaceSection, "interface", values)
+    return NicConfig(
+        interface=InterfaceConfig(
+            name=interface.name,
+            mtu=interface.mtu,
+            hardware_address=interface.hardware_address,
+            addresses=interface.addresses or (),
+        )
+    )
+
+
+def _section(cls: Callable[..., S], name: str, values: Mapping[FieldPath, object]) -> S:
+    keys = SECTIONS[name].items()
+    return cls(**{attribute: values.get(FieldPath(f"{name}.{key.name}")) for attribute, key in keys})
+
+
+# --- devices side by side in one pod ----------------------------------------------------------------
+
+
+def check_together(configs: Sequence[tuple[str, NicConfig, IfName]]) -> None:
+    """Check what no device's config shows alone. Raises ConfigError with every problem.
+
+    configs: for each device of one pod, what to call it in a message, its config, and the name it will
+    have in the pod.
+    """
+    problems: list[FieldProblem] = []
+    names: dict[Hashable, str] = {}
+    macs: dict[Hashable, str] = {}
+    addresses: dict[Hashable, str] = {}
+    for label, config, ifname in configs:
+        if ifname in RESERVED_NAMES:
+            problems.append(
+                FieldProblem(
+                    "interface.name",
+                    f"{label} would be named {ifname!r}, which {RESERVED_NAMES[ifname]}; "
+                    "set interface.name to another",
+                )
+            )
+        problems.extend(_clash(names, ifname, label, "interface.name", f"be named {ifname}"))
+        mac = config.interface.hardware_address
+        if mac is not None:
+            problems.extend(_clash(macs, mac, label, "interface.hardwareAddress", f"have the MAC {mac}"))
+        for index, address in enumerate(config.interface.addresses):
+            path = f"interface.addresses[{index}]"
+            problems.extend(_clash(addresses, address.ip, label, path, f"have the address {address.ip}"))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _clash(
+    seen: dict[Hashable, str], value: Hashable, label: str, path: str, what: str
+) -> Iterator[FieldProblem]:
+    first = seen.setdefault(value, label)
+    if first is not label:
+        yield FieldProblem(path, f"{first} and {label} would both {what} in one pod")

@@ -1,0 +1,227 @@
+"""What a NetworkDeviceConfig may say, declared once: the decoder and the JSON Schema follow from it.
+
+Invariant: a section is a frozen dataclass whose fields are all None until given, so that "not said"
+and "said" stay apart until class and claim are merged. A new section is a dataclass here, a field of
+Document, and a line in resolve.build.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, NewType
+
+from driver.strict import (
+    Key,
+    Kind,
+    Problem,
+    Problems,
+    integer,
+    keys_of,
+    listing,
+    parse_json,
+    record,
+    shown,
+    text,
+)
+from hw.model import IfName, InterfaceAddress, MacAddress, check_ifname, parse_mac
+
+API_VERSION = "knd.internal/v1alpha1"
+KIND = "NetworkDeviceConfig"
+
+FieldPath = NewType("FieldPath", str)
+"""`section.field`, as users write it: `interface.hardwareAddress`."""
+
+MTU_MIN = 68
+MTU_MAX = 65535
+"""The kernel's least for IPv4 and most for Ethernet; drivers allow less, and say so at attach."""
+MAX_ADDRESSES = 16
+"""As many as ResourceClaim.status can report."""
+
+RESERVED_NAMES: Mapping[str, str] = {
+    "lo": "is the pod's loopback",
+    "eth0": "belongs to the pod's main network (CNI)",
+    "all": "means every interface to sysctl",
+    "default": "means future interfaces to sysctl",
+    "bonding_masters": "is a control file of the bonding driver",
+    # Made by the kernel in every network namespace once their module is loaded.
+    **dict.fromkeys(
+        ("tunl0", "gre0", "gretap0", "erspan0", "sit0", "ip6tnl0", "ip6gre0", "ip_vti0", "ip6_vti0"),
+        "is a tunnel that the kernel may already have made in the pod",
+    ),
+}
+"""Names no attached device may have in a pod, and why."""
+
+
+def _name(value: str) -> IfName:
+    if value in RESERVED_NAMES:
+        raise ValueError(f"{value!r} {RESERVED_NAMES[value]}; choose another name")
+    return check_ifname(value)
+
+
+def _mac(value: str) -> MacAddress:
+    if value != value.strip():
+        raise ValueError(f"{shown(value)} has white space around it")
+    return parse_mac(value)
+
+
+def _address(value: str) -> InterfaceAddress:
+    if not re.fullmatch(r"[0-9A-Fa-f:.]+/(0|[1-9][0-9]{0,2})", value):
+        raise ValueError(f"{shown(value)} is not an address with its prefix length, like 192.0.2.5/24")
+    try:
+        address = ipaddress.ip_interface(value)
+    except ValueError as error:
+        raise ValueError(f"{shown(value)} is not an address with its prefix length: {error}") from None
+    for bad in ("unspecified", "multicast", "loopback"):
+        if getattr(address.ip, f"is_{bad}"):
+            raise ValueError(f"{value!r} is {'an' if bad[0] == 'u' else 'a'} {bad} address")
+    return address
+
+
+_OCTET = r"(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
+_V4 = rf"(?!0\.0\.0\.0/)(?!127\.)(?!22[4-9]\.)(?!23[0-9]\.){_OCTET}(\.{_OCTET}){{3}}/(3[0-2]|[12]?[0-9])"
+_V6 = r"(?=[^/]*:)[0-9A-Fa-f:.]+/(12[0-8]|1[01][0-9]|[1-9]?[0-9])"
+
+IFNAME: Kind[IfName] = text(
+    _name,
+    {
+        "pattern": r"^[A-Za-z0-9_.-]{1,15}$",
+        "not": {"enum": sorted({".", "..", *RESERVED_NAMES})},
+    },
+)
+MAC: Kind[MacAddress] = text(
+    _mac,
+    {"pattern": r"^(?!00:00:00:00:00:00$)[0-9A-Fa-f][02468ACEace](:[0-9A-Fa-f]{2}){5}$"},
+)
+MTU: Kind[int] = integer(MTU_MIN, MTU_MAX)
+ADDRESS: Kind[InterfaceAddress] = text(_address, {"pattern": f"^({_V4}|{_V6})$"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InterfaceSection:
+    name: Annotated[
+        IfName | None, Key("name", IFNAME, "Its name in the pod; absent: its name on the host.")
+    ] = None
+    mtu: Annotated[int | None, Key("mtu", MTU, "In bytes; absent: what the device has.")] = None
+    hardware_address: Annotated[
+        MacAddress | None,
+        Key(
+            "hardwareAddress",
+            MAC,
+            "Its MAC address in the pod. From a claim only where the node policy allows it.",
+            guarded=True,
+        ),
+    ] = None
+    addresses: Annotated[
+        tuple[InterfaceAddress, ...] | None,
+        Key(
+            "addresses",
+            listing(ADDRESS, maximum=MAX_ADDRESSES),
+            "Addresses with prefix length. A list given later replaces the earlier one whole.",
+        ),
+    ] = None
+
+
+_INTERFACE_LATER = frozenset(
+    {
+        "dhcp",
+        "gsoMaxSize",
+        "groMaxSize",
+        "gsoIPv4MaxSize",
+        "groIPv4MaxSize",
+        "arpIgnore",
+        "arpAnnounce",
+        "forwarding",
+        "vrf",
+        "disableEbpfPrograms",
+    }
+)
+_SECTIONS_LATER = frozenset({"routes", "rules", "neighbors", "ethtool", "vf", "rdma", "qos", "subinterface"})
+
+SECTIONS: Mapping[str, Mapping[str, Key[Any]]] = {"interface": keys_of(InterfaceSection)}
+"""Section to attribute to key."""
+
+
+def _declared(guarded_only: bool) -> frozenset[FieldPath]:
+    return frozenset(
+        FieldPath(f"{section}.{key.name}")
+        for section, keys in SECTIONS.items()
+        for key in keys.values()
+        if key.guarded or not guarded_only
+    )
+
+
+FIELDS = _declared(guarded_only=False)
+"""Every field a config can set."""
+GUARDED_FIELDS = _declared(guarded_only=True)
+"""Fields that could hurt others: taken from claims only where the node policy allows it."""
+
+
+def _field_path(value: str) -> FieldPath:
+    if value not in FIELDS:
+        raise ValueError(f"{shown(value)} is not a field; the fields are {', '.join(sorted(FIELDS))}")
+    return FieldPath(value)
+
+
+FIELD_PATH: Kind[FieldPath] = text(_field_path, {"enum": sorted(FIELDS)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """One NetworkDeviceConfig as written, before merging."""
+
+    fixed: Annotated[
+        tuple[FieldPath, ...],
+        Key(
+            "fixed",
+            listing(FIELD_PATH, maximum=len(FIELDS)),
+            "In a DeviceClass: fields that claims cannot change, whether the class sets them or not.",
+        ),
+    ] = ()
+    interface: Annotated[
+        InterfaceSection | None,
+        Key(
+            "interface",
+            record(InterfaceSection, later=_INTERFACE_LATER),
+            "The network interface in the pod.",
+        ),
+    ] = None
+
+    def given(self) -> Mapping[FieldPath, object]:
+        """The fields this document sets."""
+        found: dict[FieldPath, object] = {}
+        for section, keys in SECTIONS.items():
+            values = getattr(self, section)
+            if values is None:
+                continue
+            for attribute, key in keys.items():
+                value = getattr(values, attribute)
+                if value is not None:
+                    found[FieldPath(f"{section}.{key.name}")] = value
+        return found
+
+
+_DOCUMENT: Kind[Document] = record(
+    Document, header={"apiVersion": API_VERSION, "kind": KIND}, later=_SECTIONS_LATER
+)
+
+
+def decode(parameters: str) -> tuple[Document | None, tuple[Problem, ...]]:
+    """The document, or None and everything that is wrong with it."""
+    problems = Problems()
+    node = parse_json(parameters, problems)
+    document = _DOCUMENT.decode(node, problems) if node is not None else None
+    found = tuple(problems)
+    return (None if found else document), found
+
+
+def json_schema() -> dict[str, object]:
+    """JSON Schema (draft 2020-12) of a NetworkDeviceConfig."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": KIND,
+        "description": "How a network device given to a pod by a ResourceClaim is set up.",
+        **_DOCUMENT.schema,
+    }
