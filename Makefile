@@ -1,0 +1,76 @@
+# Everything starts here; `make` alone lists the targets. As root on Debian 12 or 13 each target sets up
+# what it needs, once: Debian packages, then .venv from requirements/lock.txt. Set-up talks on stderr, so
+# `make -s demo DEMO_ARGS='-o json'` prints the demo's JSON alone.
+#   PYTEST_ARGS, DEMO_ARGS   passed on          WHEELHOUSE   install from this folder, without a network
+#   PYTHON                   the interpreter    UPGRADE=1    `make lock` takes newer versions
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+BIN := .venv/bin
+SIM := ci/kind-sriov-sim
+WHEELHOUSE ?=
+export WHEELHOUSE
+
+.PHONY: help setup setup-test test demo bench check generate lock wheelhouse clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name text; do \
+		printf '  make %-12s %s\n' "$$name" "$$text"; done
+
+setup:
+	@deploy/install-packages.sh deploy/debian-packages.txt
+	@deploy/make-venv.sh
+
+setup-test:
+	@deploy/install-packages.sh deploy/debian-packages.txt deploy/debian-packages-test.txt
+	@deploy/make-venv.sh
+
+test: setup-test ## all tests this machine can run (as root: all of them)
+	@$(BIN)/pytest $(PYTEST_ARGS)
+
+demo: setup ## the real agent against a simulated node: a pod gets a NIC and gives it back
+	@PYTHONPATH=$(SIM) $(BIN)/python -m kndsim.demo $(DEMO_ARGS)
+
+bench: setup-test ## the budgets, measured: prints ratios, judges nothing
+	@for script in tests/bench/[!_]*.py; do echo "== $$script"; PYTHONPATH=$(SIM) $(BIN)/python "$$script"; done
+
+CHECKS := check-lint check-format check-types check-layers check-spelling check-shell check-repo
+.PHONY: $(CHECKS)
+
+check: $(CHECKS) ## linters, types, layers, house rules (`make -k check` goes on after a failure)
+
+$(CHECKS): setup-test
+
+check-lint:
+	@$(BIN)/ruff check .
+check-format:
+	@$(BIN)/ruff format --check .
+check-types:
+	@$(BIN)/mypy
+check-layers:
+	@PYTHONPATH=$(SIM) $(BIN)/lint-imports --no-cache
+check-spelling:
+	@$(BIN)/codespell $$(git ls-files)
+check-shell:
+	@$(BIN)/shellcheck .ci/run $$(git ls-files '*.sh')
+check-repo:
+	@$(BIN)/pytest -q tests/unit/test_repo.py
+
+generate: setup ## driver/pb from proto/
+	@$(BIN)/python proto/generate.py
+
+lock: setup ## requirements/lock.txt from pyproject.toml
+	@CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/pip-compile --quiet --no-config --extra dev --allow-unsafe \
+		--generate-hashes --strip-extras --no-emit-index-url --no-emit-options --no-emit-trusted-host \
+		--no-emit-find-links --newline lf $(if $(UPGRADE),--upgrade) -o requirements/lock.txt pyproject.toml
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && deploy/make-wheelhouse.sh "$$folder"
+
+wheelhouse: setup ## wheels for CPython 3.11 and 3.13, to set up elsewhere without a network
+	@deploy/make-wheelhouse.sh wheelhouse
+
+clean: ## remove what make made in this folder
+	@rm -rf .venv .cache build dist wheelhouse *.egg-info .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

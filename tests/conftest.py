@@ -1,0 +1,190 @@
+"""Shared by all tests: what a run needs, what it may not skip, and what it may not leave behind.
+
+Invariant: a directory below tests/ is the environment its tests need. An environment named in
+KND_REQUIRE (`unit,contract,bpf,kernel,node`) must really have run: a skip in it fails the run. As root
+the machine is compared before and after the whole run, and a difference fails the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import pytest
+
+from kndsim import hostguard
+
+T = TypeVar("T")
+
+ROOT = Path(__file__).resolve().parent
+ENVIRONMENTS = ("unit", "contract", "bpf", "kernel", "node")
+
+SETTLE_SECONDS = 5.0
+"""The kernel takes a netns, and the links in it, apart some time after its last user is gone."""
+
+
+def _environment(path: Path) -> str | None:
+    """The directory below tests/ that path is in; None for what lies elsewhere."""
+    try:
+        parts = path.resolve().relative_to(ROOT).parts
+    except ValueError:
+        return None
+    return parts[0] if len(parts) > 1 else None
+
+
+def _required() -> frozenset[str]:
+    wanted = frozenset(filter(None, os.environ.get("KND_REQUIRE", "").split(",")))
+    if unknown := wanted - set(ENVIRONMENTS):
+        raise pytest.UsageError(
+            f"KND_REQUIRE names {', '.join(sorted(unknown))}: choose from {', '.join(ENVIRONMENTS)}"
+        )
+    return wanted
+
+
+class Gates:
+    """Fails a run in which a required environment was skipped, wholly or for one test."""
+
+    def __init__(self, required: frozenset[str]) -> None:
+        self.required = required
+        self.skipped: list[str] = []
+        self.ran: set[str] = set()
+        self.complaints: list[str] = []
+
+    def _note(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        environment = _environment(ROOT.parent / report.nodeid.partition("::")[0])
+        if environment is None:
+            return
+        if report.skipped and not hasattr(report, "wasxfail"):
+            reason = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
+            if environment in self.required:
+                self.skipped.append(f"{report.nodeid}: {reason.removeprefix('Skipped: ')}")
+        elif report.when == "call":
+            self.ran.add(environment)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._note(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.skipped:
+            self._note(report)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        self.complaints = [f"KND_REQUIRE says this must run, but it was skipped: {it}" for it in self.skipped]
+        if _is_whole_run(session):
+            self.complaints += [
+                f"no test ran in tests/{name}, which KND_REQUIRE names"
+                for name in sorted(self.required - self.ran)
+                if any((ROOT / name).rglob("test_*.py"))
+            ]
+        if self.complaints:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        _section(terminalreporter, "required environments", self.complaints)
+
+
+def _is_whole_run(session: pytest.Session) -> bool:
+    config = session.config
+    chosen = config.option.keyword or config.option.markexpr
+    stopped = session.shouldstop or session.shouldfail
+    return config.args_source is pytest.Config.ArgsSource.TESTPATHS and not chosen and not stopped
+
+
+class HostGuard:
+    """Compares the machine before and after. Beside another run it can only tell, not judge."""
+
+    def __init__(self, *, strict: bool) -> None:
+        os.environ[hostguard.RUN_MARK] = f"{os.getpid()}-{time.monotonic_ns()}"
+        self._strict = strict
+        self._presence = hostguard.Presence()
+        self._others = self._presence.others()
+        self._before = hostguard.look()
+        self.complaints: list[str] = []
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        give_up = time.monotonic() + SETTLE_SECONDS
+        while found := hostguard.differences(self._before, hostguard.look()):
+            if time.monotonic() > give_up:
+                break
+            time.sleep(0.1)
+        self._others |= self._presence.others()
+        self._presence.close()
+        self.complaints = found
+        if found and (self._strict or not self._others):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        elif found:
+            runs = ", ".join(map(str, sorted(self._others)))
+            self.complaints.append(f"not counted as a failure: the other runs here may have done it ({runs})")
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        _section(terminalreporter, "host guard: the machine is not as it was", self.complaints)
+
+
+def _section(reporter: pytest.TerminalReporter, title: str, lines: list[str]) -> None:
+    if lines:
+        reporter.section(title, red=True)
+        for line in lines:
+            reporter.line(line, red=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    required = _required()
+    config.pluginmanager.register(Gates(required), "knd-gates")
+    if os.geteuid() == 0 and not config.option.collectonly:
+        config.pluginmanager.register(HostGuard(strict=bool(required)), "knd-host-guard")
+
+
+@pytest.fixture
+def short_tmp() -> Iterator[Path]:
+    """A private directory with a short path, for unix sockets (107 bytes at most). Gone afterwards."""
+    path = Path(tempfile.mkdtemp(prefix="knd-", dir="/tmp"))
+    yield path
+    shutil.rmtree(path)
+
+
+class WaitUntil(Protocol):
+    def __call__(self, condition: Callable[[], T], within: float = 5.0, what: str = "") -> T: ...
+
+
+class WaitUntilAsync(Protocol):
+    async def __call__(self, condition: Callable[[], T], within: float = 5.0, what: str = "") -> T: ...
+
+
+def _late(condition: Callable[[], Any], within: float, what: str) -> str:
+    return f"not within {within:g} s: {what or getattr(condition, '__qualname__', condition)}"
+
+
+@pytest.fixture
+def wait_until() -> WaitUntil:
+    """Call condition until it is true and return what it gave; fails after `within` seconds."""
+
+    def wait(condition: Callable[[], T], within: float = 5.0, what: str = "") -> T:
+        deadline = time.monotonic() + within
+        while not (value := condition()):
+            if time.monotonic() > deadline:
+                pytest.fail(_late(condition, within, what))
+            time.sleep(0.01)
+        return value
+
+    return wait
+
+
+@pytest.fixture
+def wait_until_async() -> WaitUntilAsync:
+    """The same for coroutines: the loop goes on meanwhile."""
+
+    async def wait(condition: Callable[[], T], within: float = 5.0, what: str = "") -> T:
+        deadline = time.monotonic() + within
+        while not (value := condition()):
+            if time.monotonic() > deadline:
+                pytest.fail(_late(condition, within, what))
+            await asyncio.sleep(0.01)
+        return value
+
+    return wait
