@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, NoReturn, TypeVar, cast, get_type_hints
 
 T = TypeVar("T")
+R = TypeVar("R")
 E = TypeVar("E", bound=enum.StrEnum)
 H = TypeVar("H", bound=Hashable)
 
@@ -232,6 +233,16 @@ def listing(item: Kind[H], *, minimum: int = 0, maximum: int) -> Kind[tuple[H, .
     if minimum:
         schema["minItems"] = minimum
     return Kind(decode, schema | {"uniqueItems": True})
+
+
+def converted(kind: Kind[T], convert: Callable[[T], R]) -> Kind[R]:
+    """What kind reads, as another type. convert cannot fail."""
+
+    def decode(node: Node, problems: Problems) -> R | None:
+        value = kind.decode(node, problems)
+        return None if value is None else convert(value)
+
+    return Kind(decode, kind.schema)
 
 
 # --- records ----------------------------------------------------------------------------------------

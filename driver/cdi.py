@@ -1,0 +1,220 @@
+"""CDI specs and live files: what the container runtime reads, so that no container starts without its
+devices.
+
+Invariant: a projection, written from the journal and never read to decide. A claim's spec stands only
+while the claim has a live attachment, and names a hook that compares the container's network namespace
+with the claim's live file. Order does the rest: the live file is in place before the spec appears, and
+the spec is gone before the live file is. Files are replaced whole, so that no reader sees half of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from driver.errors import NotNow, Refusal
+from driver.model import ClaimUid, PreparationKey
+from driver.paths import Paths
+from hw.model import IfName, NetnsCookie, check_ifname
+
+CDI_CLASS = "nic"
+CDI_VERSION = "0.5.0"
+"""The oldest that allows device names to start with a digit, as claim UIDs may."""
+HOOK_NAME = "knd-netns-check"
+_HOOK_SECONDS = 10
+_COOKIE_MAX = 2**64 - 1
+
+_UID = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,98}[A-Za-z0-9])?")
+_DRIVER = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+
+
+def _checked(pattern: re.Pattern[str], value: str, what: str) -> str:
+    """value, which will be part of a file name or CDI id. Refusal where it could be anything else."""
+    if not pattern.fullmatch(value):
+        raise Refusal("BadName", f"{value[:100]!r} is not a {what}; nothing is written under that name")
+    return value
+
+
+def _uid(claim_uid: ClaimUid) -> str:
+    return _checked(_UID, claim_uid, "claim UID")
+
+
+def _device_name(key: PreparationKey) -> str:
+    parts = [_uid(key.claim_uid), _checked(_LABEL, key.device, "device name")]
+    if key.share_id is not None:
+        parts.append(_checked(_UID, key.share_id, "share id"))
+    return "-".join(parts)
+
+
+def cdi_id(driver: str, key: PreparationKey) -> str:
+    """The fully qualified CDI device name that kubelet hands to the runtime. The claim UID in it makes
+    it unlike any other claim's: runtimes cache specs by name."""
+    return f"{_checked(_DRIVER, driver, 'driver name')}/{CDI_CLASS}={_device_name(key)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CdiEntry:
+    """One attached device of a claim: its key, and its name in the pod."""
+
+    key: PreparationKey
+    ifname: IfName
+
+    def __post_init__(self) -> None:
+        check_ifname(self.ifname)
+
+    @property
+    def environment(self) -> str:
+        """`KND_INTERFACE_PCI_0000_3B_00_2=net1`: keyed by device, since one container may have many."""
+        suffix = self.key.device if self.key.share_id is None else f"{self.key.device}_{self.key.share_id}"
+        return f"KND_INTERFACE_{re.sub('[^A-Z0-9]', '_', suffix.upper())}={self.ifname}"
+
+
+class CdiProjection:
+    """The CDI specs of this driver: one file per claim, world-readable as runtimes expect."""
+
+    def __init__(self, paths: Paths) -> None:
+        self._paths = paths
+        self._prefix = f"{_checked(_DRIVER, paths.driver, 'driver name')}-{CDI_CLASS}-"
+
+    def _file(self, claim_uid: ClaimUid) -> Path:
+        return self._paths.cdi / f"{self._prefix}{_uid(claim_uid)}.json"
+
+    def write(self, claim_uid: ClaimUid, entries: Sequence[CdiEntry]) -> None:
+        """Replace the claim's spec. Its live file must be in place. NotNow if it cannot be written."""
+        if not entries:
+            raise ValueError("a CDI spec needs a device; remove the spec of a claim that has none attached")
+        if any(entry.key.claim_uid != claim_uid for entry in entries):
+            raise ValueError(f"a CDI spec of claim {claim_uid} can only hold that claim's devices")
+        spec = {
+            "cdiVersion": CDI_VERSION,
+            "kind": f"{self._paths.driver}/{CDI_CLASS}",
+            # Of the whole spec, so that a container with eight devices runs the hook once.
+            "containerEdits": {"hooks": [self._hook(claim_uid)]},
+            "devices": [
+                {"name": _device_name(entry.key), "containerEdits": {"env": [entry.environment]}}
+                for entry in entries
+            ],
+        }
+        text = json.dumps(spec, indent=1) + "\n"
+        with _writing("CDI spec", claim_uid):
+            self._paths.cdi.mkdir(mode=0o755, parents=True, exist_ok=True)
+            _replace(self._file(claim_uid), text, 0o644)
+
+    def _hook(self, claim_uid: ClaimUid) -> dict[str, object]:
+        return {
+            "hookName": "createRuntime",
+            "path": str(self._paths.netns_check),
+            "args": [HOOK_NAME, str(live_file(self._paths, claim_uid))],
+            "timeout": _HOOK_SECONDS,
+        }
+
+    def remove(self, claim_uid: ClaimUid) -> None:
+        """From here on the runtime starts no container of the claim. Fine where there is no spec."""
+        with _writing("CDI spec", claim_uid):
+            _remove(self._file(claim_uid))
+
+    def claims(self) -> frozenset[ClaimUid]:
+        """Claims that have a spec or the remains of one: for sweeping what is stale."""
+        return _claims_in(self._paths.cdi, self._prefix, ".json")
+
+
+def live_file(paths: Paths, claim_uid: ClaimUid) -> Path:
+    return paths.live / _uid(claim_uid)
+
+
+class LiveFiles:
+    """For each claim, the network namespaces its devices are attached in now. For root alone."""
+
+    def __init__(self, paths: Paths) -> None:
+        self._paths = paths
+
+    def write(self, claim_uid: ClaimUid, cookies: Collection[NetnsCookie]) -> None:
+        """Replace the claim's file: one decimal cookie a line. NotNow if it cannot be written."""
+        if any(not 0 < cookie <= _COOKIE_MAX for cookie in cookies):
+            raise ValueError(f"{sorted(cookies)} are not all network namespace cookies")
+        file = live_file(self._paths, claim_uid)
+        with _writing("live file", claim_uid):
+            self._paths.run.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._paths.live.mkdir(mode=0o700, exist_ok=True)
+            self._paths.live.chmod(0o700)
+            _replace(file, "".join(f"{cookie}\n" for cookie in sorted(set(cookies))), 0o600)
+
+    def remove(self, claim_uid: ClaimUid) -> None:
+        """Only after the claim's CDI spec is gone. Fine where there is no file."""
+        with _writing("live file", claim_uid):
+            _remove(live_file(self._paths, claim_uid))
+
+    def claims(self) -> frozenset[ClaimUid]:
+        return _claims_in(self._paths.live, "", "")
+
+
+def show(
+    paths: Paths, claim_uid: ClaimUid, entries: Sequence[CdiEntry], cookies: Sequence[NetnsCookie]
+) -> None:
+    """Make spec and live file say what is attached, in the order that starts nothing too early.
+
+    entries: the claim's devices that are attached; cookies: where. Both empty: nothing is. NotNow if a
+    file cannot be written; calling again is safe.
+    """
+    if bool(entries) != bool(cookies):
+        raise ValueError(f"claim {claim_uid}: devices and network namespaces must be given together")
+    if entries:
+        LiveFiles(paths).write(claim_uid, cookies)
+        CdiProjection(paths).write(claim_uid, entries)
+    else:
+        CdiProjection(paths).remove(claim_uid)
+        LiveFiles(paths).remove(claim_uid)
+
+
+# --- files ------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _writing(what: str, claim_uid: ClaimUid) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise NotNow(f"the {what} of claim {claim_uid} cannot be changed: {error}") from error
+
+
+def _beside(file: Path) -> Path:
+    """Where the next content is made. No runtime reads it: it does not end in .json."""
+    return file.with_name(f".{file.name}.new")
+
+
+def _replace(file: Path, text: str, mode: int) -> None:
+    new = _beside(file)
+    # Left by a crash, it could have another mode or owner.
+    new.unlink(missing_ok=True)
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with open(descriptor, "w", encoding="ascii") as stream:
+        stream.write(text)
+        os.fchmod(stream.fileno(), mode)
+    new.replace(file)
+
+
+def _remove(file: Path) -> None:
+    file.unlink(missing_ok=True)
+    _beside(file).unlink(missing_ok=True)
+
+
+def _claims_in(folder: Path, prefix: str, suffix: str) -> frozenset[ClaimUid]:
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return frozenset()
+    except OSError as error:
+        raise NotNow(f"{folder} cannot be listed: {error}") from error
+    found = set()
+    for name in names:
+        plain = name.removeprefix(".").removesuffix(".new") if name.startswith(".") else name
+        uid = plain.removeprefix(prefix).removesuffix(suffix)
+        if plain == f"{prefix}{uid}{suffix}" and _UID.fullmatch(uid):
+            found.add(ClaimUid(uid))
+    return frozenset(found)
