@@ -93,6 +93,16 @@ def unprepare(preparation: Preparation) -> Plan:
     )
 
 
+def tidy(preparation: Preparation) -> Plan:
+    """Make a device that is at home clean again and see whether it is."""
+    return Plan(
+        owner=preparation_owner(preparation.key),
+        generation=preparation.generation,
+        homeward=True,
+        steps=(Step(act=Act.RESTORE), Step(act=Act.VERIFY)),
+    )
+
+
 def attach(attachment: Attachment, preparation: Preparation, hook: Hook) -> Plan:
     """From home into the pod: only what needs the pod's netns.
 

@@ -10,6 +10,7 @@ import enum
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from bpf.errors import BpfError
@@ -63,6 +64,14 @@ class Token:
             raise OutOfTime("the time the caller allows is too short for the next step")
 
 
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """An act of a homeward plan that did not work."""
+
+    act: Act
+    error: Exception
+
+
 class UndoFailed(DriverError):
     """A step failed and so did bringing back what was done; the device needs reconciling."""
 
@@ -88,17 +97,33 @@ class Engine(Generic[T]):
 
         UndoFailed, from the first error, if that did not work either.
         """
+        assert not plan.homeward
         begun: list[Step] = []
         try:
             for step in plan.steps:
                 token.check(step.budget)
                 begun.append(step)
-                self._do(plan, step.act, target, StepPhase.DONE, insist=not plan.homeward)
+                self._do(plan, step.act, target, StepPhase.DONE, insist=True)
         except EXPECTED as error:
             problems = self._undo(plan, begun, target)
             if problems:
                 raise UndoFailed(f"{error}; and undoing it: {'; '.join(problems)}") from error
             raise
+
+    def bring_home(self, plan: Plan, target: T) -> tuple[Problem, ...]:
+        """Try every step of a homeward plan, whatever the others did: each brings it nearer to clean.
+
+        Returns what did not work; empty means home and clean.
+        """
+        assert plan.homeward
+        problems = []
+        for step in plan.steps:
+            try:
+                self._do(plan, step.act, target, StepPhase.DONE, insist=False)
+            except EXPECTED as error:
+                log.warning("%s of %s: %s", step.act, plan.owner, error)
+                problems.append(Problem(step.act, error))
+        return tuple(problems)
 
     def undo(self, plan: Plan, target: T) -> None:
         """Undo the whole of a plan, wherever it had got to. UndoFailed with every problem."""

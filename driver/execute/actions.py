@@ -1,0 +1,306 @@
+"""What each act of a plan does to the node.
+
+Invariant: every act is safe to repeat and safe where it does not apply, and finds the device by its
+identity, wherever it is; a name is only ever set, never looked up.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from bpf.accounting import Accounting
+from bpf.attach import TcxPrograms, detach_foreign
+from bpf.layout import Hook
+from driver.errors import DriverError, NotNow
+from driver.model import Attachment, Preparation
+from driver.plan import Act
+from hw.errors import Refused
+from hw.model import Direction, IfIndex, IfName, LinkFlags, LinkInfo, LinkSettings, is_at_home
+from hw.netlink import LinkSocket
+from hw.netns import NetnsHandle, run_in
+
+Fold = Callable[[Attachment, Preparation], None]
+"""Put the final counters of an attachment into the ledger, in one transaction."""
+
+
+class Vanished(DriverError):
+    """The device is neither at home nor in its pod: destroyed with the netns, unplugged, or hidden."""
+
+
+class NotClean(DriverError):
+    """At home, but not as it was. problems names each field with what it is and what it should be."""
+
+    def __init__(self, device: str, problems: tuple[str, ...]) -> None:
+        self.problems = problems
+        super().__init__(f"{device} is not clean: {'; '.join(problems)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """One device during one operation. pod is None where the netns is gone or not concerned.
+
+    hint is the ifindex the device had last: it saves a dump of all links, and is verified by identity.
+    """
+
+    preparation: Preparation
+    attachment: Attachment | None
+    home: LinkSocket
+    home_netns: NetnsHandle
+    pod: LinkSocket | None = None
+    pod_netns: NetnsHandle | None = None
+    hint: IfIndex | None = None
+
+    @property
+    def device(self) -> str:
+        return self.preparation.key.device
+
+    def find_at_home(self) -> LinkInfo | None:
+        identity = self.preparation.identity
+        if self.hint is not None:
+            link = self.home.by_index(self.hint)
+            if link is not None and is_at_home(identity, link):
+                return link
+        return next((link for link in self.home.dump() if is_at_home(identity, link)), None)
+
+    def find_in_pod(self) -> LinkInfo | None:
+        if self.pod is None:
+            return None
+        identity = self.preparation.identity
+        return next((link for link in self.pod.dump() if identity.matches(link)), None)
+
+
+def differences(link: LinkInfo, baseline: LinkSettings) -> tuple[str, ...]:
+    """What keeps a link at home from being clean: every field that is not as in its baseline."""
+    now = LinkSettings.of(link)
+    found = [
+        f"{name} is {getattr(now, name)!r}, should be {getattr(baseline, name)!r}"
+        for name in LinkSettings.__slots__
+        if getattr(now, name) != getattr(baseline, name)
+    ]
+    if link.mac != baseline.mac:
+        found.append(f"address is {link.mac}, should be {baseline.mac}")
+    if link.up:
+        found.append("it is up")
+    if link.xdp_prog_ids:
+        found.append("an XDP program is attached")
+    return tuple(found)
+
+
+class NodeActs:
+    """The acts, bound to this node's maps, programs and ledger."""
+
+    def __init__(
+        self, *, hook: Hook, accounting: Accounting, programs: TcxPrograms | None, fold: Fold
+    ) -> None:
+        self._hook = hook
+        self._accounting = accounting
+        self._programs = programs
+        self._fold = fold
+
+    def table(self) -> dict[Act, Callable[[Target], None]]:
+        return {
+            Act.ARM: self.arm,
+            Act.DISARM: self.disarm,
+            Act.ZERO_SLOT: self.zero_slot,
+            Act.MOVE_IN: move_in,
+            Act.FILTER: self.attach_filters,
+            Act.ADDRESS: add_addresses,
+            Act.UP: link_up,
+            Act.DOWN: link_down,
+            Act.FOLD: self.fold,
+            Act.STRIP: strip,
+            Act.MOVE_HOME: move_home,
+            Act.RESTORE: restore,
+            Act.VERIFY: verify,
+        }
+
+    def arm(self, target: Target) -> None:
+        if self._programs is None:
+            return
+        link = target.find_at_home()
+        if link is None:
+            raise NotNow(f"{target.device} is not in the host's network namespace")
+        self._programs.attach(target.device, link.ifindex, target.preparation.slot)
+
+    def disarm(self, target: Target) -> None:
+        if self._programs is not None:
+            self._programs.detach(target.device)
+
+    def zero_slot(self, target: Target) -> None:
+        self._accounting.zero(target.preparation.slot)
+
+    def attach_filters(self, target: Target) -> None:
+        """clsact, from inside: the program's fd is ours, the socket is the pod's."""
+        link = target.find_in_pod()
+        if link is None or target.pod is None:
+            raise NotNow(f"{target.device} left the pod's network namespace")
+        target.pod.add_clsact(link.ifindex)
+        for direction in Direction:
+            with self._accounting.load(target.preparation.slot, int(direction)) as program:
+                target.pod.add_bpf_filter(link.ifindex, direction, program.fd, "knd")
+
+    def fold(self, target: Target) -> None:
+        assert target.attachment is not None
+        self._fold(target.attachment, target.preparation)
+
+
+def move_in(target: Target) -> None:
+    """One message moves, renames, and sets MTU and address: the kernel's wait is paid once."""
+    preparation = target.preparation
+    assert target.pod_netns is not None
+    link = target.find_at_home()
+    if link is None:
+        if target.find_in_pod() is not None:
+            return
+        raise NotNow(f"{target.device} is not in the host's network namespace")
+    if link.up:
+        target.home.set_down(link.ifindex)
+    target.home.move(
+        link.ifindex,
+        target.pod_netns,
+        name=preparation.ifname,
+        mtu=preparation.mtu if preparation.mtu != link.mtu else None,
+        mac=preparation.mac if preparation.mac != link.mac else None,
+    )
+
+
+def add_addresses(target: Target) -> None:
+    link = target.find_in_pod()
+    if link is None or target.pod is None:
+        raise NotNow(f"{target.device} left the pod's network namespace")
+    present = set(target.pod.addresses(link.ifindex))
+    for address in target.preparation.config.interface.addresses:
+        if address not in present:
+            target.pod.add_address(link.ifindex, address)
+
+
+def link_up(target: Target) -> None:
+    link = target.find_in_pod()
+    if link is None or target.pod is None:
+        raise NotNow(f"{target.device} left the pod's network namespace")
+    target.pod.set_up(link.ifindex)
+
+
+def link_down(target: Target) -> None:
+    link = target.find_in_pod()
+    if link is not None and target.pod is not None and link.up:
+        target.pod.set_down(link.ifindex)
+
+
+def strip(target: Target) -> None:
+    """What would travel with the device: altnames (they may clash at home), XDP and foreign programs."""
+    link = target.find_in_pod()
+    if link is None or target.pod is None or target.pod_netns is None:
+        return
+    if link.altnames:
+        target.pod.remove_altnames(link.ifindex, link.altnames)
+    run_in(target.pod_netns, lambda: detach_foreign(link.ifindex))
+    if link.xdp_prog_ids:
+        target.pod.clear_xdp(link.ifindex)
+
+
+def move_home(target: Target) -> None:
+    """Under its baseline name, or, where someone took that, under one of ours until it is free."""
+    link = target.find_in_pod()
+    if link is None or target.pod is None:
+        return
+    baseline = target.preparation.baseline
+    if link.up:
+        target.pod.set_down(link.ifindex)
+    try:
+        target.pod.move(link.ifindex, target.home_netns, name=baseline.name)
+    except Refused as error:
+        if error.errno != errno.EEXIST:
+            raise
+        target.pod.move(link.ifindex, target.home_netns, name=stand_in_name(link))
+
+
+def stand_in_name(link: LinkInfo) -> IfName:
+    return IfName(f"knd{link.ifindex}")
+
+
+def restore(target: Target) -> None:
+    """Put every compared field back that differs. Vanished if the device is nowhere."""
+    link = target.find_at_home()
+    if link is None:
+        if target.find_in_pod() is None:
+            raise Vanished(f"{target.device} is neither in the host's network namespace nor in its pod's")
+        return
+    detach_foreign(link.ifindex)
+    if link.xdp_prog_ids:
+        target.home.clear_xdp(link.ifindex)
+    if link.up:
+        target.home.set_down(link.ifindex)
+    _restore_settings(target.home, link, target.preparation.baseline)
+
+
+def _restore_settings(home: LinkSocket, link: LinkInfo, baseline: LinkSettings) -> None:
+    strange = tuple(name for name in link.altnames if name not in baseline.altnames)
+    if strange:
+        home.remove_altnames(link.ifindex, strange)
+    wanted = _flags(baseline)
+    mask = LinkFlags.NOARP | LinkFlags.PROMISC | LinkFlags.ALLMULTI | LinkFlags.MULTICAST
+    changes = {
+        name: getattr(baseline, name)
+        for name in ("name", "mtu", "mac", "txqlen", "group", "alias", "gso_max_size", "gro_max_size")
+        if getattr(baseline, name) != getattr(link, name)
+    }
+    if changes or (link.flags & mask) != wanted:
+        home.change(
+            link.ifindex,
+            set_flags=wanted & ~link.flags,
+            clear_flags=mask & link.flags & ~wanted,
+            **changes,
+        )
+    missing = tuple(name for name in baseline.altnames if name not in link.altnames)
+    if missing:
+        home.add_altnames(link.ifindex, missing)
+
+
+def _flags(settings: LinkSettings) -> LinkFlags:
+    flags = LinkFlags(0)
+    for value, flag in (
+        (settings.noarp, LinkFlags.NOARP),
+        (settings.promisc, LinkFlags.PROMISC),
+        (settings.allmulti, LinkFlags.ALLMULTI),
+        (settings.multicast, LinkFlags.MULTICAST),
+    ):
+        if value:
+            flags |= flag
+    return flags
+
+
+def verify(target: Target) -> None:
+    """NotClean or Vanished unless the device is at home exactly as its baseline says."""
+    link = target.find_at_home()
+    if link is None:
+        raise Vanished(f"{target.device} did not come home")
+    problems = list(differences(link, target.preparation.baseline))
+    if target.home.addresses(link.ifindex):
+        problems.append("it has addresses")
+    if problems:
+        raise NotClean(target.device, tuple(problems))
+
+
+@contextmanager
+def open_target(
+    preparation: Preparation,
+    attachment: Attachment | None,
+    home_netns: NetnsHandle,
+    pod: NetnsHandle | None,
+    hint: IfIndex | None = None,
+) -> Iterator[Target]:
+    """Sockets for one operation, closed at its end: none of ours may outlive a sandbox."""
+    with ExitStack() as stack:
+        yield Target(
+            preparation=preparation,
+            attachment=attachment,
+            home=stack.enter_context(LinkSocket(None)),
+            home_netns=home_netns,
+            pod=stack.enter_context(LinkSocket(pod)) if pod is not None else None,
+            pod_netns=pod,
+            hint=hint,
+        )

@@ -1,0 +1,195 @@
+"""What should be and what was, in memory, written through to the journal.
+
+Invariant: a record is in the journal before it is here, and both before the kernel is touched. Only
+the lifecycle writes here; readers get immutable snapshots and may be on any thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from bpf.layout import Slot
+from driver.errors import DriverError, NotNow
+from driver.journal.store import Journal, Quarantine
+from driver.lifecycle.states import check_attachment, check_preparation
+from driver.model import (
+    Attachment,
+    AttachmentId,
+    AttachmentState,
+    ClaimUid,
+    DeviceName,
+    PodUid,
+    Preparation,
+    PreparationKey,
+    PreparationState,
+    SandboxId,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Book:
+    """All live records of this node."""
+
+    def __init__(self, journal: Journal, *, slots: int) -> None:
+        state = journal.state()
+        self._journal = journal
+        self._slots = slots
+        self._lock = threading.RLock()
+        self._preparations = {p.key: p for p in state.preparations}
+        self._attachments = {a.id: a for a in state.attachments}
+        self._quarantines = {q.device: q for q in state.quarantines}
+        generations = [r.generation for r in (*state.preparations, *state.attachments)]
+        self._generation = max(generations, default=0)
+
+    # --- reading ------------------------------------------------------------------------------------
+
+    def preparations(self) -> tuple[Preparation, ...]:
+        with self._lock:
+            return tuple(self._preparations.values())
+
+    def attachments(self) -> tuple[Attachment, ...]:
+        with self._lock:
+            return tuple(self._attachments.values())
+
+    def quarantines(self) -> dict[DeviceName, Quarantine]:
+        with self._lock:
+            return dict(self._quarantines)
+
+    def preparation(self, key: PreparationKey) -> Preparation | None:
+        with self._lock:
+            return self._preparations.get(key)
+
+    def attachment(self, id: AttachmentId) -> Attachment | None:
+        with self._lock:
+            return self._attachments.get(id)
+
+    def of_claim(self, uid: ClaimUid) -> tuple[Preparation, ...]:
+        return tuple(p for p in self.preparations() if p.key.claim_uid == uid)
+
+    def of_device(self, device: DeviceName) -> tuple[Preparation, ...]:
+        return tuple(p for p in self.preparations() if p.key.device == device)
+
+    def in_namespace(self, namespace: str) -> tuple[Preparation, ...]:
+        """Prepared ones only: the claims that a pod of this namespace could name."""
+        return tuple(
+            p
+            for p in self.preparations()
+            if p.claim.namespace == namespace and p.state is PreparationState.PREPARED
+        )
+
+    def of_sandbox(self, id: SandboxId) -> tuple[Attachment, ...]:
+        return tuple(a for a in self.attachments() if a.sandbox == id)
+
+    def of_pod(self, uid: PodUid) -> tuple[Attachment, ...]:
+        return tuple(a for a in self.attachments() if a.pod.uid == uid)
+
+    def attachments_of(self, key: PreparationKey) -> tuple[Attachment, ...]:
+        return tuple(a for a in self.attachments() if a.preparation == key)
+
+    def next_generation(self) -> int:
+        with self._lock:
+            self._generation += 1
+            return self._generation
+
+    def _free_slot(self) -> Slot:
+        """The lowest slot no preparation has; NotNow when all are taken."""
+        with self._lock:
+            taken = {p.slot for p in self._preparations.values()}
+            for number in range(self._slots):
+                if Slot(number) not in taken:
+                    return Slot(number)
+        raise NotNow(f"all {self._slots} accounting slots of this node are in use")
+
+    # --- writing ------------------------------------------------------------------------------------
+
+    def open_preparation(self, preparation: Preparation) -> Preparation:
+        """Journal the intent, durably, and take a slot for it; returns the record as written."""
+        with self._lock:
+            check_preparation(None, preparation.state, preparation.key.device)
+            written = replace(preparation, slot=self._free_slot(), generation=self.next_generation())
+            self._journal.put_preparation(written, durable=True)
+            self._preparations[written.key] = written
+            return written
+
+    def advance_preparation(
+        self, preparation: Preparation, state: PreparationState, *, insist: bool = True
+    ) -> Preparation:
+        with self._lock:
+            check_preparation(preparation.state, state, preparation.key.device)
+            written = replace(preparation, state=state)
+            self._write(lambda: self._journal.put_preparation(written), insist)
+            self._preparations[written.key] = written
+            return written
+
+    def close_preparation(self, preparation: Preparation) -> None:
+        with self._lock:
+            current = self._preparations.get(preparation.key)
+            if current is None:
+                return
+            check_preparation(current.state, None, preparation.key.device)
+            self._write(lambda: self._journal.drop_preparation(preparation.key), insist=False)
+            del self._preparations[preparation.key]
+
+    def open_attachment(self, attachment: Attachment) -> Attachment:
+        with self._lock:
+            check_attachment(None, attachment.state, attachment.id)
+            self._journal.put_attachment(attachment)
+            self._attachments[attachment.id] = attachment
+            return attachment
+
+    def advance_attachments(
+        self, attachments: Iterable[Attachment], state: AttachmentState, *, insist: bool = True
+    ) -> tuple[Attachment, ...]:
+        """All in one transaction, so that a sandbox is attached as a whole or not at all."""
+        with self._lock:
+            written = []
+            for attachment in attachments:
+                check_attachment(attachment.state, state, attachment.id)
+                written.append(replace(attachment, state=state))
+            self._write(lambda: self._put_all(written), insist)
+            self._attachments.update({a.id: a for a in written})
+            return tuple(written)
+
+    def close_attachment(self, attachment: Attachment) -> None:
+        with self._lock:
+            current = self._attachments.get(attachment.id)
+            if current is None:
+                return
+            check_attachment(current.state, None, attachment.id)
+            self._write(lambda: self._journal.drop_attachment(attachment.id), insist=False)
+            del self._attachments[attachment.id]
+
+    def quarantine(self, device: DeviceName, reason: str, wall: float) -> None:
+        """Withhold the device until it is clean. The first reason stays until it is released."""
+        with self._lock:
+            if device in self._quarantines and self._quarantines[device].reason == reason:
+                return
+            record = Quarantine(device=device, reason=reason, since_wall=wall)
+            self._write(lambda: self._journal.put_quarantine(record), insist=False)
+            self._quarantines[device] = record
+
+    def release(self, device: DeviceName) -> None:
+        with self._lock:
+            if device not in self._quarantines:
+                return
+            self._write(lambda: self._journal.drop_quarantine(device), insist=False)
+            del self._quarantines[device]
+
+    def _put_all(self, attachments: list[Attachment]) -> None:
+        with self._journal.transaction():
+            for attachment in attachments:
+                self._journal.put_attachment(attachment)
+
+    def _write(self, write: Callable[[], None], insist: bool) -> None:
+        """Homeward changes go on in memory when the disk is full: reconcile at the next start finds the
+        older record and takes the same way home again."""
+        try:
+            write()
+        except DriverError as error:
+            if insist:
+                raise
+            log.warning("%s", error)

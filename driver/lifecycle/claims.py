@@ -1,0 +1,271 @@
+"""Kubelet's side of a claim's life: prepare and unprepare.
+
+Invariant: a device is prepared for one claim at a time, from home and clean; a refusal never touches
+whoever holds it. Every call may be repeated, overlap another and be cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from bpf.layout import Slot
+from driver import claimconfig, plan
+from driver.cdi import cdi_id
+from driver.errors import DriverError, NotNow, Refusal
+from driver.execute.actions import open_target
+from driver.execute.engine import EXPECTED, Token
+from driver.lifecycle.context import Context
+from driver.lifecycle.gate import Gate
+from driver.lifecycle.homecoming import Homecoming
+from driver.lifecycle.ports import ClaimFailed
+from driver.lifecycle.projections import Projections
+from driver.model import (
+    AllocatedDevice,
+    Claim,
+    ClaimRef,
+    ClaimUid,
+    Device,
+    DriverEvent,
+    EventKind,
+    NicConfig,
+    Preparation,
+    PreparationKey,
+    PreparationState,
+    PreparedDevice,
+)
+from hw.model import LinkSettings
+
+log = logging.getLogger(__name__)
+
+UNPREPARE_PATIENCE = 10.0
+"""Seconds that unprepare waits for a clean device before it quarantines it and lets the pod go."""
+
+
+class Claims:
+    """Implements ports.ClaimHandler."""
+
+    def __init__(
+        self, context: Context, projections: Projections, homecoming: Homecoming, gate: Gate
+    ) -> None:
+        self._context = context
+        self._projections = projections
+        self._homecoming = homecoming
+        self._gate = gate
+        self._locks: dict[ClaimUid, asyncio.Lock] = {}
+
+    async def prepare(
+        self, claims: Sequence[ClaimRef], deadline: float
+    ) -> Mapping[ClaimUid, tuple[PreparedDevice, ...] | ClaimFailed]:
+        answers = await asyncio.gather(*(self._prepare(ref, deadline) for ref in claims))
+        return {ref.uid: answer for ref, answer in zip(claims, answers, strict=True)}
+
+    async def unprepare(
+        self, claims: Sequence[ClaimRef], deadline: float
+    ) -> Mapping[ClaimUid, ClaimFailed | None]:
+        answers = await asyncio.gather(*(self._unprepare(ref, deadline) for ref in claims))
+        return {ref.uid: answer for ref, answer in zip(claims, answers, strict=True)}
+
+    # --- prepare ------------------------------------------------------------------------------------
+
+    async def _prepare(self, ref: ClaimRef, deadline: float) -> tuple[PreparedDevice, ...] | ClaimFailed:
+        try:
+            async with self._locks.setdefault(ref.uid, asyncio.Lock()):
+                return await self._prepare_locked(ref, deadline)
+        except DriverError as error:
+            self._tell(ref, "PrepareFailed", str(error))
+            return ClaimFailed(str(error))
+
+    async def _prepare_locked(self, ref: ClaimRef, deadline: float) -> tuple[PreparedDevice, ...]:
+        self._gate.check_prepare()
+        existing = self._context.book.of_claim(ref.uid)
+        if existing and all(p.state is PreparationState.PREPARED for p in existing):
+            return self._answer(existing)
+        if existing:
+            raise NotNow(f"claim {ref.name} is still being taken back from an earlier attempt")
+        claim = await self._context.claims.read_claim(ref)
+        wanted = self._examine(claim)
+        names = [device.name for _, device, _ in wanted]
+        token = Token(self._context.clock, deadline)
+        done = await self._context.workers.run_until(
+            names, lambda: self._prepare_devices(claim, wanted, token), deadline, token
+        )
+        return self._answer(done)
+
+    def _examine(self, claim: Claim) -> list[tuple[AllocatedDevice, Device, NicConfig]]:
+        """Every check that needs no lock. Raises the first lasting reason against the claim."""
+        if not claim.allocated:
+            raise NotNow(f"claim {claim.ref.name} is not allocated")
+        if not claim.devices:
+            raise Refusal(
+                "NoDevice", f"claim {claim.ref.name} has no device of driver {self._context.driver}"
+            )
+        limits = self._context.policy().claim_limits
+        wanted = []
+        for allocated in claim.devices:
+            if allocated.admin_access:
+                raise Refusal("AdminAccess", "adminAccess to a network device is not supported")
+            if allocated.pool != self._context.pool:
+                raise Refusal(
+                    "WrongPool", f"device {allocated.device} is of pool {allocated.pool}, not this node's"
+                )
+            device = self._context.devices.get(allocated.device)
+            if device is None:
+                raise Refusal("NoSuchDevice", f"this node has no device {allocated.device} now")
+            config = claimconfig.resolve(allocated, claim.configs, limits)
+            wanted.append((allocated, device, config))
+        claimconfig.check_together(
+            [
+                (device.name, config, config.interface.name or device.settings.name)
+                for _, device, config in wanted
+                if device.settings is not None
+            ]
+        )
+        return wanted
+
+    def _prepare_devices(
+        self, claim: Claim, wanted: list[tuple[AllocatedDevice, Device, NicConfig]], token: Token
+    ) -> tuple[Preparation, ...]:
+        """In a worker, holding every device. All or none."""
+        for _, device, _ in wanted:
+            self._check_free(device, claim.ref)
+        done: list[Preparation] = []
+        try:
+            for allocated, device, config in wanted:
+                done.append(self._prepare_device(claim, allocated, device, config, token))
+        except EXPECTED as error:
+            for preparation in reversed(done):
+                self._take_back(preparation)
+            if isinstance(error, DriverError):
+                raise
+            raise NotNow(str(error)) from error
+        return tuple(done)
+
+    def _check_free(self, device: Device, ref: ClaimRef) -> None:
+        """The last guard, whatever the scheduler, taints and tolerations say."""
+        book = self._context.book
+        for holder in book.of_device(device.name):
+            if holder.key.claim_uid != ref.uid:
+                raise Refusal(
+                    "DeviceInUse",
+                    f"{device.name} is held by claim {holder.claim.namespace}/{holder.claim.name}",
+                )
+        quarantine = book.quarantines().get(device.name)
+        if quarantine is not None:
+            raise NotNow(f"{device.name} is withheld until it is clean: {quarantine.reason}")
+        if device.withheld:
+            raise Refusal("Withheld", f"{device.name} is not given away: {device.withheld}")
+        if device.ifindex is None or device.settings is None:
+            raise NotNow(f"{device.name} is not in the host's network namespace now")
+
+    def _prepare_device(
+        self, claim: Claim, allocated: AllocatedDevice, device: Device, config: NicConfig, token: Token
+    ) -> Preparation:
+        assert device.settings is not None
+        context = self._context
+        preparation = context.book.open_preparation(
+            Preparation(
+                key=PreparationKey(claim.ref.uid, allocated.pool, device.name, allocated.share_id),
+                claim=claim.ref,
+                request=allocated.base_request,
+                identity=device.identity,
+                kind=device.kind,
+                dies_with_netns=device.dies_with_netns,
+                config=config,
+                baseline=clean(device.settings),
+                attributes=device.attributes,
+                capacities=device.capacities,
+                reserved_for=claim.reserved_for,
+                slot=Slot(0),
+                state=PreparationState.PREPARING,
+                generation=0,
+            )
+        )
+        try:
+            with open_target(preparation, None, context.host_netns, None, device.ifindex) as target:
+                context.engine.run(plan.prepare(preparation, context.hook), target, token)
+            return context.book.advance_preparation(preparation, PreparationState.PREPARED)
+        except EXPECTED:
+            self._take_back(preparation)
+            raise
+
+    def _take_back(self, preparation: Preparation) -> None:
+        """Undo a preparation no pod has seen. What does not work is left for reconcile to go on with."""
+        context = self._context
+        leaving = context.book.advance_preparation(preparation, PreparationState.UNPREPARING, insist=False)
+        with open_target(
+            leaving, None, context.host_netns, None, context.devices.ifindex_of(leaving.key.device)
+        ) as target:
+            problems = context.engine.bring_home(plan.unprepare(leaving), target)
+        if problems:
+            context.book.quarantine(leaving.key.device, str(problems[-1].error), context.clock.wall())
+        context.book.close_preparation(leaving)
+
+    def _answer(self, preparations: Sequence[Preparation]) -> tuple[PreparedDevice, ...]:
+        return tuple(
+            PreparedDevice(
+                request=p.request,
+                pool=p.key.pool,
+                device=p.key.device,
+                share_id=p.key.share_id,
+                cdi_ids=(cdi_id(self._context.driver, p.key),),
+            )
+            for p in preparations
+        )
+
+    # --- unprepare ----------------------------------------------------------------------------------
+
+    async def _unprepare(self, ref: ClaimRef, deadline: float) -> ClaimFailed | None:
+        try:
+            async with self._locks.setdefault(ref.uid, asyncio.Lock()):
+                await self._unprepare_locked(ref.uid, deadline)
+        except DriverError as error:
+            log.error("unprepare of claim %s/%s: %s", ref.namespace, ref.name, error)
+            return ClaimFailed(str(error))
+        self._locks.pop(ref.uid, None)
+        return None
+
+    async def _unprepare_locked(self, uid: ClaimUid, deadline: float) -> None:
+        self._gate.check_unprepare()
+        preparations = self._context.book.of_claim(uid)
+        if not preparations:
+            return
+        patience = min(deadline, self._context.clock.monotonic() + UNPREPARE_PATIENCE)
+        devices = [p.key.device for p in preparations]
+        try:
+            await self._context.workers.run_until(devices, lambda: self.finish(preparations), patience)
+        except NotNow:
+            for preparation in preparations:
+                self._context.book.quarantine(
+                    preparation.key.device, "it did not come home in time", self._context.clock.wall()
+                )
+        self._projections.offer()
+
+    def finish(self, preparations: Sequence[Preparation]) -> None:
+        """In a worker: home from every pod, programs off, and the record closed if nothing is open.
+
+        What could not be brought home stays in the book as UNPREPARING, quarantined, for reconcile.
+        """
+        context = self._context
+        for preparation in preparations:
+            if preparation.state is not PreparationState.UNPREPARING:
+                preparation = context.book.advance_preparation(
+                    preparation, PreparationState.UNPREPARING, insist=False
+                )
+            for attachment in context.book.attachments_of(preparation.key):
+                self._homecoming.bring_home(attachment)
+            if context.book.attachments_of(preparation.key):
+                continue
+            self._take_back(preparation)
+
+    def _tell(self, ref: ClaimRef, reason: str, message: str) -> None:
+        self._context.events.emit(
+            DriverEvent(subject=ref, kind=EventKind.WARNING, reason=reason, message=message)
+        )
+
+
+def clean(settings: LinkSettings) -> LinkSettings:
+    """The baseline of a device from how it was found: what a tenant could have left on is off."""
+    return replace(settings, promisc=False, allmulti=False)

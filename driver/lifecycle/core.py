@@ -1,0 +1,142 @@
+"""The lifecycle as one object: what the adapters call, and what runs by itself between calls.
+
+Invariant: this is the only caller of plan and execute and the only writer of states.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Mapping, Sequence
+
+from driver.journal.store import Journal
+from driver.lifecycle.claims import Claims
+from driver.lifecycle.context import Context
+from driver.lifecycle.gate import Gate
+from driver.lifecycle.homecoming import Homecoming
+from driver.lifecycle.ports import ClaimFailed
+from driver.lifecycle.projections import Projections
+from driver.lifecycle.reconcile import Reconcile
+from driver.lifecycle.sandboxes import Sandboxes
+from driver.lifecycle.usage import Usage
+from driver.model import ClaimRef, ClaimUid, PreparedDevice, Sandbox, SandboxId
+from hw.model import IfIndex
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_EVERY = 60.0
+"""Seconds between ledger checkpoints: a crash loses at most this much, and the gap is recorded."""
+
+
+class Lifecycle:
+    """Implements ports.ClaimHandler and ports.SandboxHandler."""
+
+    def __init__(self, context: Context, journal: Journal, usage: Usage) -> None:
+        self._context = context
+        self.gate = Gate(journal.state().recovery)
+        self._projections = Projections(context)
+        self._homecoming = Homecoming(context, self._projections)
+        self._claims = Claims(context, self._projections, self._homecoming, self.gate)
+        self._sandboxes = Sandboxes(context, self._projections, self._homecoming, self.gate, usage)
+        self._reconcile = Reconcile(
+            context,
+            journal,
+            self._projections,
+            self._homecoming,
+            self._claims,
+            self._sandboxes,
+            self.gate,
+        )
+        self._usage = usage
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # --- life of the agent ----------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Look at the node and settle what an earlier agent left. Then the adapters may be started."""
+        await self._context.workers.run([], self._context.devices.rescan)
+        await self._reconcile.at_start()
+        self._spawn(self._checkpoints())
+
+    async def stop(self, deadline: float) -> None:
+        """Nothing half done: wait for what is in hand; attached devices stay as they are, counted."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._sandboxes.close()
+        if not await self._context.workers.idle(deadline):
+            log.error("stopping with work still in hand; the next start settles it")
+        await self._context.workers.run([], self._usage.checkpoint)
+        self._homecoming.close()
+        self._context.workers.close()
+
+    async def links_changed(self, changed: frozenset[IfIndex] | None) -> None:
+        """None: events were lost, look at everything."""
+        context = self._context
+        if changed is not None and not await context.workers.run(
+            [], lambda: context.devices.concerned(changed)
+        ):
+            return
+        await context.workers.run([], context.devices.rescan)
+        await self._reconcile.after_change()
+
+    async def _checkpoints(self) -> None:
+        while True:
+            await asyncio.sleep(CHECKPOINT_EVERY)
+            await self._context.workers.run([], self._usage.checkpoint)
+
+    # --- ports.ClaimHandler ---------------------------------------------------------------------------
+
+    async def prepare(
+        self, claims: Sequence[ClaimRef], deadline: float
+    ) -> Mapping[ClaimUid, tuple[PreparedDevice, ...] | ClaimFailed]:
+        return await self._claims.prepare(claims, deadline)
+
+    async def unprepare(
+        self, claims: Sequence[ClaimRef], deadline: float
+    ) -> Mapping[ClaimUid, ClaimFailed | None]:
+        return await self._claims.unprepare(claims, deadline)
+
+    # --- ports.SandboxHandler -------------------------------------------------------------------------
+
+    def runtime_connected(self, name: str, version: str) -> None:
+        log.info("registered with %s %s", name, version)
+        self.gate.runtime = True
+
+    def runtime_lost(self) -> None:
+        log.warning("the container runtime is gone; claims are not prepared until it is back")
+        self.gate.runtime = False
+
+    async def synchronize(
+        self, sandboxes: Sequence[Sandbox], containers: Mapping[SandboxId, Sequence[str]]
+    ) -> None:
+        copied = tuple(sandboxes)
+        running = {id: tuple(names) for id, names in containers.items()}
+        self._spawn(self._reconcile.with_runtime(copied, running))
+
+    async def run_sandbox(self, sandbox: Sandbox, deadline: float) -> None:
+        await self._sandboxes.run_sandbox(sandbox, deadline)
+
+    async def stop_sandbox(self, sandbox: Sandbox, deadline: float) -> None:
+        await self._sandboxes.stop_sandbox(sandbox, deadline)
+
+    async def remove_sandbox(self, sandbox: Sandbox, deadline: float) -> None:
+        await self._sandboxes.remove_sandbox(sandbox, deadline)
+
+    async def create_container(self, sandbox: Sandbox, container: str, deadline: float) -> None:
+        await self._sandboxes.create_container(sandbox, container, deadline)
+
+    def pods_changed(self) -> None:
+        """The pod watch learnt something: a waiting sandbox may be attachable now."""
+
+    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.get_running_loop().create_task(_logged(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+async def _logged(work: Coroutine[object, object, None]) -> None:
+    try:
+        await work
+    except Exception:  # noqa: BLE001 - the last line of a background task: a bug must be seen, not end the agent
+        log.exception("a background task failed")

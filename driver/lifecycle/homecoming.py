@@ -1,0 +1,186 @@
+"""Bringing a device home from a pod: the one way back, whatever sent it.
+
+Invariant: when an attachment is closed its device is at home and clean, or quarantined, or gone from
+the node; and its counters are in the ledger. Runs in worker threads, under the device's lock.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from driver import plan
+from driver.execute.actions import NotClean, Target, Vanished, open_target
+from driver.execute.engine import EXPECTED, Problem
+from driver.lifecycle.context import Context
+from driver.lifecycle.projections import Projections
+from driver.model import Attachment, AttachmentId, AttachmentState, Preparation
+from driver.plan import Act
+from hw.errors import HwError
+from hw.netns import NetnsHandle, open_netns
+
+log = logging.getLogger(__name__)
+
+
+class Homecoming:
+    """Knows the netns of every living attachment and how to empty it of our devices."""
+
+    def __init__(self, context: Context, projections: Projections) -> None:
+        self._context = context
+        self._projections = projections
+        self._held: dict[AttachmentId, NetnsHandle] = {}
+        self._lock = threading.Lock()
+
+    # --- netns ---------------------------------------------------------------------------------------
+
+    def hold(self, attachment: Attachment, preparation: Preparation, netns: NetnsHandle) -> None:
+        """Keep the netns of a device that the kernel would destroy with it, until the device is home.
+
+        Some runtimes remove the netns before they say that the pod stopped. A physical device comes
+        home by itself then; a virtual one would be gone. Let go when the attachment is closed.
+        """
+        if preparation.dies_with_netns:
+            with self._lock:
+                previous = self._held.pop(attachment.id, None)
+                self._held[attachment.id] = netns.duplicate()
+            if previous is not None:
+                previous.close()
+
+    def let_go(self, attachment: Attachment) -> None:
+        with self._lock:
+            netns = self._held.pop(attachment.id, None)
+        if netns is not None:
+            netns.close()
+
+    def close(self) -> None:
+        with self._lock:
+            held = list(self._held.values())
+            self._held.clear()
+        for netns in held:
+            netns.close()
+
+    @contextmanager
+    def netns_of(self, attachment: Attachment) -> Iterator[NetnsHandle | None]:
+        """The attachment's own netns, proven by its cookie, or None if it is gone."""
+        with self._lock:
+            held = self._held.get(attachment.id)
+            own = held.duplicate() if held is not None else None
+        if own is None and attachment.boot_id == self._context.boot_id:
+            try:
+                own = open_netns(attachment.netns_path)
+            except HwError:
+                own = None
+            if own is not None and own.cookie != attachment.netns_cookie:
+                own.close()
+                own = None
+        try:
+            yield own
+        finally:
+            if own is not None:
+                own.close()
+
+    def is_alive(self, attachment: Attachment) -> bool:
+        with self.netns_of(attachment) as netns:
+            return netns is not None
+
+    # --- the way home --------------------------------------------------------------------------------
+
+    def bring_home(self, attachment: Attachment) -> bool:
+        """Detach and close. True if the device is home and clean, or gone with its netns."""
+        context = self._context
+        preparation = context.book.preparation(attachment.preparation)
+        if preparation is None:
+            context.book.close_attachment(attachment)
+            self.let_go(attachment)
+            return True
+        (leaving,) = context.book.advance_attachments([attachment], AttachmentState.DETACHING, insist=False)
+        self._withdraw(leaving)
+        with (
+            self.netns_of(leaving) as netns,
+            open_target(
+                preparation,
+                leaving,
+                context.host_netns,
+                netns,
+                context.devices.ifindex_of(preparation.key.device),
+            ) as target,
+        ):
+            problems = context.engine.bring_home(plan.detach(leaving), target)
+        return self._conclude(leaving, preparation, problems)
+
+    def undo_attach(
+        self, attachment: Attachment, preparation: Preparation, netns: NetnsHandle | None
+    ) -> None:
+        """An attach that did not get through, or was cut off by a crash: nothing ran in the pod yet."""
+        context = self._context
+        with open_target(
+            preparation,
+            attachment,
+            context.host_netns,
+            netns,
+            context.devices.ifindex_of(preparation.key.device),
+        ) as target:
+            try:
+                context.engine.undo(plan.attach(attachment, preparation, context.hook), target)
+            except EXPECTED as error:
+                log.warning("undoing the attach of %s: %s", preparation.key.device, error)
+                (leaving,) = context.book.advance_attachments(
+                    [attachment], AttachmentState.DETACHING, insist=False
+                )
+                self._conclude(leaving, preparation, self._look(leaving, target))
+                return
+        self.close_attachment(attachment)
+
+    def close_attachment(self, attachment: Attachment) -> None:
+        self._context.book.close_attachment(attachment)
+        self.let_go(attachment)
+
+    def check_clean(self, preparation: Preparation) -> tuple[Problem, ...]:
+        """Compare a device that should be at home with its baseline, mending what can be mended."""
+        context = self._context
+        with open_target(
+            preparation,
+            None,
+            context.host_netns,
+            None,
+            context.devices.ifindex_of(preparation.key.device),
+        ) as target:
+            return context.engine.bring_home(plan.tidy(preparation), target)
+
+    def _withdraw(self, attachment: Attachment) -> None:
+        try:
+            self._projections.publish_claim(attachment.preparation.claim_uid)
+        except OSError as error:
+            log.error("withdrawing the CDI spec of %s: %s", attachment.preparation.claim_uid, error)
+
+    def _look(self, attachment: Attachment, target: Target) -> tuple[Problem, ...]:
+        return self._context.engine.bring_home(plan.detach(attachment), target)
+
+    def _conclude(
+        self, attachment: Attachment, preparation: Preparation, problems: tuple[Problem, ...]
+    ) -> bool:
+        """Close, or keep and quarantine, by what the last look at the device said."""
+        context = self._context
+        device = preparation.key.device
+        errors = {problem.act: problem.error for problem in problems}
+        if Act.FOLD in errors:
+            context.book.quarantine(
+                device, f"its counters are not in the ledger: {errors[Act.FOLD]}", self._now()
+            )
+            return False
+        verdict = errors.get(Act.VERIFY)
+        if verdict is None:
+            context.book.release(device)
+        elif isinstance(verdict, Vanished):
+            log.warning("%s was destroyed with the network namespace of pod %s", device, attachment.pod.name)
+        else:
+            context.book.quarantine(device, str(verdict), self._now())
+            if not isinstance(verdict, NotClean):
+                return False
+        self.close_attachment(attachment)
+        return verdict is None or isinstance(verdict, Vanished)
+
+    def _now(self) -> float:
+        return self._context.clock.wall()

@@ -1,0 +1,138 @@
+"""What is written from the truth and never read to decide: CDI specs, live files, status, slices.
+
+Invariant: a container can start only while its claim's spec stands and its netns cookie is in the live
+file. So the live file is widened before the spec appears, and the spec is gone before it is narrowed
+to nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from driver.cdi import CdiEntry
+from driver.lifecycle.context import Context
+from driver.model import (
+    Attachment,
+    AttachmentState,
+    ClaimUid,
+    DeviceStatus,
+    DriverEvent,
+    EventKind,
+    OfferedDevice,
+    PodRef,
+    Preparation,
+    Taint,
+)
+
+log = logging.getLogger(__name__)
+
+QUARANTINE_TAINT = "quarantined"
+
+
+class Projections:
+    """Writes what the book says. Every method may be repeated."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    # --- files, in worker threads -------------------------------------------------------------------
+
+    def publish_claim(self, uid: ClaimUid) -> None:
+        """Make spec and live file say what is attached of this claim now; remove both if nothing is."""
+        attached = self._attached(uid)
+        context = self._context
+        owner = f"claim/{uid}"
+        if not attached:
+            context.engine.project(owner, "remove-cdi-spec", lambda: context.cdi.remove(uid))
+            context.engine.project(owner, "remove-live-file", lambda: context.live.remove(uid))
+            return
+        cookies = tuple(sorted({a.netns_cookie for a, _ in attached}))
+        entries = tuple(
+            {p.key: CdiEntry(key=p.key, ifname=p.ifname) for _, p in attached}.values(),
+        )
+        context.engine.project(owner, "write-live-file", lambda: context.live.write(uid, cookies))
+        context.engine.project(owner, "write-cdi-spec", lambda: context.cdi.write(uid, entries))
+
+    def sweep(self) -> None:
+        """Remove specs and live files of claims that have nothing attached."""
+        attached = {
+            a.preparation.claim_uid
+            for a in self._context.book.attachments()
+            if a.state is AttachmentState.ATTACHED
+        }
+        for uid in self._context.cdi.claims() | self._context.live.claims():
+            if uid not in attached:
+                log.info("removing what is left of claim %s, which has no live attachment", uid)
+                self.publish_claim(uid)
+
+    def _attached(self, uid: ClaimUid) -> list[tuple[Attachment, Preparation]]:
+        book = self._context.book
+        pairs = []
+        for attachment in book.attachments():
+            preparation = book.preparation(attachment.preparation)
+            if (
+                attachment.state is AttachmentState.ATTACHED
+                and attachment.preparation.claim_uid == uid
+                and preparation is not None
+            ):
+                pairs.append((attachment, preparation))
+        return pairs
+
+    # --- towards the API server, from any thread -----------------------------------------------------
+
+    def report_claim(self, uid: ClaimUid) -> None:
+        """Queue status.devices of the claim: every attached device, as the API wants the whole list."""
+        attached = self._attached(uid)
+        if not attached:
+            return
+        statuses = tuple(
+            DeviceStatus(
+                claim=p.claim,
+                pool=p.key.pool,
+                device=p.key.device,
+                share_id=p.key.share_id,
+                ready=True,
+                reason="Attached",
+                message=f"{p.ifname} in pod {a.pod.name}, counted by {self._context.hook}",
+                interface=p.ifname,
+                mac=p.mac,
+                addresses=p.config.interface.addresses,
+                hook=self._context.hook,
+            )
+            for a, p in attached
+        )
+        self._context.statuses.write_status(attached[0][1].claim, statuses)
+
+    def offer(self) -> None:
+        """Say what this node offers. A device in use keeps the attributes it had when it was prepared,
+        so attach, detach and a restart change nothing here."""
+        context = self._context
+        quarantines = context.book.quarantines()
+        held = {p.key.device: p for p in context.book.preparations()}
+        offered = {}
+        for device in context.devices.current().values():
+            if not device.withheld or device.name in held:
+                offered[device.name] = OfferedDevice(
+                    name=device.name,
+                    attributes=device.attributes,
+                    capacities=device.capacities,
+                )
+        for name, preparation in held.items():
+            offered[name] = OfferedDevice(
+                name=name, attributes=preparation.attributes, capacities=preparation.capacities
+            )
+        for name in quarantines:
+            if name in offered:
+                taint = Taint(key=f"{context.driver}/{QUARANTINE_TAINT}", value="true")
+                offered[name] = OfferedDevice(
+                    name=name,
+                    attributes=offered[name].attributes,
+                    capacities=offered[name].capacities,
+                    taints=(taint,),
+                )
+        context.slices.offer(tuple(offered[name] for name in sorted(offered)))
+
+    def tell_pod(self, pod: PodRef, reason: str, message: str) -> None:
+        self._context.events.emit(
+            DriverEvent(subject=pod, kind=EventKind.WARNING, reason=reason, message=message)
+        )

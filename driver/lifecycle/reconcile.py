@@ -1,0 +1,244 @@
+"""Making what is agree with what should be: at start, after Synchronize, and when links change.
+
+Invariant: the journal says what should be, the kernel what is, the runtime's list who lives. Nothing
+is undone that the kernel shows alive; and with a journal that is not trusted nothing is undone at all
+until the runtime's list has been compared with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+from driver.execute.engine import EXPECTED
+from driver.journal.store import Journal
+from driver.lifecycle.claims import Claims
+from driver.lifecycle.context import Context
+from driver.lifecycle.gate import Gate
+from driver.lifecycle.homecoming import Homecoming
+from driver.lifecycle.projections import Projections
+from driver.lifecycle.sandboxes import Sandboxes
+from driver.model import (
+    Attachment,
+    AttachmentState,
+    DeviceName,
+    Preparation,
+    PreparationState,
+    Sandbox,
+    SandboxId,
+)
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Reconcile:
+    """Compares and repairs. Its passes never overlap."""
+
+    def __init__(
+        self,
+        context: Context,
+        journal: Journal,
+        projections: Projections,
+        homecoming: Homecoming,
+        claims: Claims,
+        sandboxes: Sandboxes,
+        gate: Gate,
+    ) -> None:
+        self._context = context
+        self._journal = journal
+        self._projections = projections
+        self._homecoming = homecoming
+        self._claims = claims
+        self._sandboxes = sandboxes
+        self._gate = gate
+        self._lane = asyncio.Lock()
+        self._told_bare: set[tuple[SandboxId, str]] = set()
+
+    # --- passes -------------------------------------------------------------------------------------
+
+    async def at_start(self) -> None:
+        """Finish or undo what an earlier agent began, before anything new is taken on."""
+        async with self._lane:
+            if not self._gate.recovery:
+                await self._settle()
+
+    async def with_runtime(
+        self, sandboxes: Sequence[Sandbox], containers: Mapping[SandboxId, Sequence[str]]
+    ) -> None:
+        """The runtime's list has come: let go of the dead, attach the waiting, report the bare."""
+        async with self._lane:
+            if self._gate.recovery:
+                await self._recover(sandboxes)
+            known = {sandbox.id for sandbox in sandboxes}
+            for attachment in self._context.book.attachments():
+                if attachment.sandbox not in known:
+                    await self._on_device(attachment.preparation.device, self._homeward(attachment))
+            self._report_bare(sandboxes, containers)
+            for sandbox in self._newest_first(sandboxes):
+                belongings = self._sandboxes.known_belongings(sandbox.pod)
+                if belongings and not self._sandboxes.is_attached(sandbox, belongings):
+                    self._sandboxes.attach_late(sandbox)
+            self._projections.offer()
+
+    async def after_change(self) -> None:
+        """Links changed: devices may have come home by themselves, or be clean at last."""
+        async with self._lane:
+            if self._gate.recovery or not self._gate.settled:
+                return
+            for attachment in self._context.book.attachments():
+                if attachment.state is AttachmentState.DETACHING or not await self._alive(attachment):
+                    await self._on_device(attachment.preparation.device, self._homeward(attachment))
+            await self._mend_quarantined()
+            self._projections.offer()
+
+    # --- parts --------------------------------------------------------------------------------------
+
+    async def _settle(self) -> None:
+        context = self._context
+        for attachment in context.book.attachments():
+            await self._on_device(attachment.preparation.device, self._resume_attachment(attachment))
+        for preparation in context.book.preparations():
+            await self._on_device(preparation.key.device, self._resume_preparation(preparation))
+        await self._in_worker(self._projections.sweep)
+        await self._in_worker(self._sweep_programs)
+        await self._mend_quarantined()
+        self._gate.settled = True
+        self._projections.offer()
+
+    def _resume_attachment(self, attachment: Attachment) -> Callable[[], object]:
+        def work() -> object:
+            preparation = self._context.book.preparation(attachment.preparation)
+            with self._homecoming.netns_of(attachment) as netns:
+                if preparation is None or netns is None or attachment.state is AttachmentState.DETACHING:
+                    return self._homecoming.bring_home(attachment)
+                if attachment.state is AttachmentState.ATTACHING:
+                    return self._homecoming.undo_attach(attachment, preparation, netns)
+                self._homecoming.hold(attachment, preparation, netns)
+                self._projections.publish_claim(attachment.preparation.claim_uid)
+                return self._projections.report_claim(attachment.preparation.claim_uid)
+
+        return work
+
+    def _resume_preparation(self, preparation: Preparation) -> Callable[[], object]:
+        def work() -> None:
+            context = self._context
+            if preparation.state is not PreparationState.PREPARED:
+                self._claims.finish([preparation])
+                return
+            if context.book.attachments_of(preparation.key):
+                self._rearm(preparation, must_be_home=False)
+                return
+            problems = self._homecoming.check_clean(preparation)
+            if problems:
+                context.book.quarantine(preparation.key.device, str(problems[-1].error), context.clock.wall())
+            else:
+                context.book.release(preparation.key.device)
+                self._rearm(preparation, must_be_home=True)
+
+        return work
+
+    def _rearm(self, preparation: Preparation, *, must_be_home: bool) -> None:
+        """Programs as this version has them, on the same device: pins outlive an agent, not a reboot."""
+        programs = self._context.programs
+        if programs is None:
+            return
+        device = preparation.key.device
+        pair = programs.state(device)
+        ifindex = self._context.devices.ifindex_of(device)
+        if pair is None and must_be_home and ifindex is not None:
+            programs.attach(device, ifindex, preparation.slot)
+        elif pair is not None:
+            programs.repoint_all({device: preparation.slot})
+
+    def _sweep_programs(self) -> None:
+        programs = self._context.programs
+        if programs is None:
+            return
+        wanted = {p.key.device for p in self._context.book.preparations()}
+        for name in programs.names():
+            if DeviceName(name) not in wanted:
+                log.info("removing the programs left on %s", name)
+                programs.detach(name)
+
+    async def _recover(self, sandboxes: Sequence[Sandbox]) -> None:
+        """The journal was lost or is old; its records came from the mirror. What the runtime and the
+        kernel both confirm is kept as it is, and so the rest is known to be over."""
+        log.warning("recovery: %s", self._gate.recovery)
+        known = {sandbox.id for sandbox in sandboxes}
+        confirmed = [
+            a for a in self._context.book.attachments() if a.sandbox in known and await self._alive(a)
+        ]
+        log.warning(
+            "recovery: %d of %d attachments confirmed by the runtime and the kernel",
+            len(confirmed),
+            len(self._context.book.attachments()),
+        )
+        await self._in_worker(self._withhold_unknown)
+        self._journal.recovery_done()
+        self._gate.recovery = ""
+        await self._settle()
+
+    def _withhold_unknown(self) -> None:
+        """Programs on a device no record names: a pod had it, and nobody knows what it was like before."""
+        programs = self._context.programs
+        if programs is None:
+            return
+        wanted = {p.key.device for p in self._context.book.preparations()}
+        for name in programs.names():
+            if DeviceName(name) not in wanted:
+                self._context.book.quarantine(
+                    DeviceName(name),
+                    "it was held when the journal was lost, so what it was like before is not known",
+                    self._context.clock.wall(),
+                )
+
+    async def _mend_quarantined(self) -> None:
+        for device in self._context.book.quarantines():
+            for preparation in self._context.book.of_device(device):
+                if not self._context.book.attachments_of(preparation.key):
+                    await self._on_device(device, self._resume_preparation(preparation))
+
+    def _report_bare(
+        self, sandboxes: Sequence[Sandbox], containers: Mapping[SandboxId, Sequence[str]]
+    ) -> None:
+        for sandbox in sandboxes:
+            belongings = self._sandboxes.known_belongings(sandbox.pod)
+            if not belongings or self._sandboxes.is_attached(sandbox, belongings):
+                continue
+            bare = [n for n in containers.get(sandbox.id, ()) if (sandbox.id, n) not in self._told_bare]
+            if bare:
+                self._told_bare.update((sandbox.id, name) for name in bare)
+                self._context.telemetry.ran_bare(len(bare))
+                self._projections.tell_pod(
+                    sandbox.pod,
+                    "RanWithoutDevices",
+                    f"ran without the pod's network devices while the agent was away: {', '.join(bare)}",
+                )
+
+    def _newest_first(self, sandboxes: Sequence[Sandbox]) -> list[Sandbox]:
+        """One living sandbox per pod: the runtime lists dead ones beside it, and later ones come later."""
+        chosen = {}
+        for sandbox in sandboxes:
+            if sandbox.netns_path is not None and sandbox.netns_path.exists():
+                chosen[sandbox.pod.uid] = sandbox
+        return list(chosen.values())
+
+    def _homeward(self, attachment: Attachment) -> Callable[[], object]:
+        return lambda: self._homecoming.bring_home(attachment)
+
+    async def _alive(self, attachment: Attachment) -> bool:
+        return await self._in_worker(lambda: self._homecoming.is_alive(attachment))
+
+    async def _on_device(self, device: DeviceName, work: Callable[[], object]) -> None:
+        """One device's trouble is its own: it is logged, and the pass goes on."""
+        try:
+            await self._context.workers.run([device], work)
+        except EXPECTED as error:
+            log.error("reconciling %s: %s", device, error)
+
+    async def _in_worker(self, work: Callable[[], T]) -> T:
+        return await self._context.workers.run([], work)

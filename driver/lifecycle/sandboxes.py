@@ -1,0 +1,323 @@
+"""The runtime's side of a claim's life: a pod's sandbox comes, starts containers, goes.
+
+Invariant: no container of a pod with a claim of ours starts in a sandbox that is not attached as a
+whole; and an event touches only the attachments of exactly its own sandbox.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from driver import plan
+from driver.errors import DriverError, NotNow, OutOfTime, Refusal
+from driver.execute.actions import open_target
+from driver.execute.engine import EXPECTED, Token, UndoFailed
+from driver.lifecycle.context import Context
+from driver.lifecycle.gate import Gate
+from driver.lifecycle.homecoming import Homecoming
+from driver.lifecycle.projections import Projections
+from driver.lifecycle.usage import Usage
+from driver.model import (
+    Attachment,
+    AttachmentId,
+    AttachmentState,
+    DeviceName,
+    PodRef,
+    Preparation,
+    Sandbox,
+    SandboxId,
+)
+from hw.errors import BadNetns, HwError, NotFound, Refused
+from hw.netns import NetnsHandle, open_netns
+
+log = logging.getLogger(__name__)
+
+LOOK_UP_LIMIT = 0.5
+"""Seconds that a hook waits for the API server to say what an unknown pod is."""
+STOP_LIMIT = 0.45
+"""Seconds after which StopPodSandbox is answered; the rest follows."""
+LASTING_ERRNOS = frozenset({errno.EEXIST, errno.EINVAL, errno.EOPNOTSUPP, errno.ERANGE, errno.EADDRNOTAVAIL})
+"""What a kernel says to a request that it will refuse again: a name taken in the pod, an MTU too large."""
+
+
+@dataclass(frozen=True, slots=True)
+class Belonging:
+    """What a pod has of ours. open: there are claims it might name, and nobody could say whether."""
+
+    preparations: tuple[Preparation, ...]
+    open: bool
+
+
+@dataclass(frozen=True, slots=True)
+class UnderWay:
+    """An attach that a worker has in hand, or waits for."""
+
+    token: Token
+    devices: tuple[DeviceName, ...]
+
+
+class Sandboxes:
+    """Implements ports.SandboxHandler, but for synchronize, which is reconcile's."""
+
+    def __init__(
+        self,
+        context: Context,
+        projections: Projections,
+        homecoming: Homecoming,
+        gate: Gate,
+        usage: Usage,
+    ) -> None:
+        self._context = context
+        self._projections = projections
+        self._homecoming = homecoming
+        self._gate = gate
+        self._usage = usage
+        self._refused: dict[SandboxId, Refusal] = {}
+        self._under_way: dict[SandboxId, UnderWay] = {}
+        self._late: dict[SandboxId, asyncio.Task[None]] = {}
+        self._late_lane = asyncio.Semaphore(2)
+
+    # --- hooks --------------------------------------------------------------------------------------
+
+    async def run_sandbox(self, sandbox: Sandbox, deadline: float) -> None:
+        belonging = await self._belonging(sandbox.pod, deadline)
+        if belonging.preparations:
+            self._gate.check_unprepare()
+            await self._attach(sandbox, belonging.preparations, deadline)
+
+    async def create_container(self, sandbox: Sandbox, container: str, deadline: float) -> None:
+        belonging = await self._belonging(sandbox.pod, deadline)
+        if belonging.open:
+            raise NotNow(
+                f"container {container}: the API server did not say whether pod {sandbox.pod.name} "
+                "names a claim that is prepared on this node"
+            )
+        if not belonging.preparations or self.is_attached(sandbox, belonging.preparations):
+            return
+        refusal = self._refused.get(sandbox.id)
+        if refusal is not None:
+            raise refusal
+        self.attach_late(sandbox)
+        raise NotNow(
+            f"container {container}: pod {sandbox.pod.name} has not been given its network devices yet"
+        )
+
+    async def stop_sandbox(self, sandbox: Sandbox, deadline: float) -> None:
+        await self._leave(sandbox.id, deadline)
+
+    async def remove_sandbox(self, sandbox: Sandbox, deadline: float) -> None:
+        await self._leave(sandbox.id, deadline)
+        self._refused.pop(sandbox.id, None)
+
+    # --- what reconcile uses -------------------------------------------------------------------------
+
+    def is_attached(self, sandbox: Sandbox, preparations: Sequence[Preparation]) -> bool:
+        attached = {
+            a.preparation
+            for a in self._context.book.of_sandbox(sandbox.id)
+            if a.state is AttachmentState.ATTACHED
+        }
+        return all(p.key in attached for p in preparations)
+
+    def known_belongings(self, pod: PodRef) -> tuple[Preparation, ...]:
+        """From what is known now, without asking anyone."""
+        names = self._context.pods.claims_of(pod.uid)
+        return tuple(
+            p
+            for p in self._context.book.in_namespace(pod.namespace)
+            if pod.uid in p.reserved_for or (names is not None and p.claim.name in names)
+        )
+
+    def attach_late(self, sandbox: Sandbox) -> None:
+        """Queue an attach outside of any hook: for a sandbox that started while the agent was away."""
+        if sandbox.id in self._late or sandbox.id in self._refused or sandbox.netns_path is None:
+            return
+        task = asyncio.get_running_loop().create_task(self._attach_late(sandbox))
+        self._late[sandbox.id] = task
+        task.add_done_callback(lambda _: self._late.pop(sandbox.id, None))
+
+    async def close(self) -> None:
+        tasks = list(self._late.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # --- inside -------------------------------------------------------------------------------------
+
+    async def _belonging(self, pod: PodRef, deadline: float) -> Belonging:
+        candidates = self._context.book.in_namespace(pod.namespace)
+        if not candidates:
+            return Belonging((), open=False)
+        names = self._context.pods.claims_of(pod.uid)
+        if names is None and any(pod.uid not in p.reserved_for for p in candidates):
+            limit = min(deadline, self._context.clock.monotonic() + LOOK_UP_LIMIT)
+            await self._context.pods.look_up(pod, limit)
+            names = self._context.pods.claims_of(pod.uid)
+        mine = self.known_belongings(pod)
+        return Belonging(mine, open=names is None and len(mine) < len(candidates))
+
+    async def _attach(self, sandbox: Sandbox, preparations: Sequence[Preparation], deadline: float) -> None:
+        token = Token(self._context.clock, deadline)
+        devices = tuple(p.key.device for p in preparations)
+        under_way = UnderWay(token, devices)
+        self._under_way[sandbox.id] = under_way
+        try:
+            await self._context.workers.run_until(
+                devices,
+                lambda: self._attach_now(sandbox, preparations, token),
+                deadline,
+                token,
+            )
+        except Refusal as refusal:
+            self._refuse(sandbox, refusal)
+        finally:
+            if self._under_way.get(sandbox.id) is under_way:
+                del self._under_way[sandbox.id]
+        for uid in {p.key.claim_uid for p in preparations}:
+            self._projections.report_claim(uid)
+
+    async def _attach_late(self, sandbox: Sandbox) -> None:
+        async with self._late_lane:
+            preparations = self.known_belongings(sandbox.pod)
+            if not preparations or self.is_attached(sandbox, preparations):
+                return
+            try:
+                await self._attach(sandbox, preparations, self._context.clock.monotonic() + 30.0)
+            except DriverError as error:
+                log.warning("late attach of pod %s: %s", sandbox.pod.name, error)
+
+    async def _leave(self, id: SandboxId, deadline: float) -> None:
+        under_way = self._under_way.get(id)
+        if under_way is not None:
+            under_way.token.revoke()
+        late = self._late.pop(id, None)
+        if late is not None:
+            late.cancel()
+        attachments = self._context.book.of_sandbox(id)
+        if not attachments and under_way is None:
+            return
+        devices = {a.preparation.device for a in attachments}
+        devices.update(under_way.devices if under_way is not None else ())
+        limit = min(deadline, self._context.clock.monotonic() + STOP_LIMIT)
+        try:
+            await self._context.workers.run_until(devices, lambda: self.bring_home(id), limit)
+        except NotNow:
+            log.info("sandbox %s is stopping; its devices are still on their way home", id)
+
+    def bring_home(self, id: SandboxId) -> None:
+        """In a worker: every device of one sandbox."""
+        for attachment in self._context.book.of_sandbox(id):
+            self._homecoming.bring_home(attachment)
+        self._projections.offer()
+
+    def _refuse(self, sandbox: Sandbox, refusal: Refusal) -> None:
+        log.warning("pod %s/%s: %s", sandbox.pod.namespace, sandbox.pod.name, refusal)
+        self._refused[sandbox.id] = refusal
+        self._context.telemetry.refused(refusal.reason)
+        self._projections.tell_pod(sandbox.pod, refusal.reason, str(refusal))
+
+    # --- in a worker, holding the devices --------------------------------------------------------------
+
+    def _attach_now(self, sandbox: Sandbox, preparations: Sequence[Preparation], token: Token) -> None:
+        current = [self._context.book.preparation(p.key) for p in preparations]
+        living = [p for p in current if p is not None]
+        if len(living) < len(preparations):
+            raise NotNow("the claim was taken back meanwhile")
+        if self.is_attached(sandbox, living):
+            return
+        self._make_way(sandbox, living)
+        with self._open(sandbox) as netns:
+            made: list[tuple[Attachment, Preparation]] = []
+            try:
+                for preparation in living:
+                    made.append((self._attach_one(sandbox, preparation, netns, token), preparation))
+                self._confirm(made)
+            except EXPECTED as error:
+                for attachment, preparation in reversed(made):
+                    self._back_out(attachment, preparation, netns)
+                raise _classified(error) from error
+
+    def _back_out(self, attachment: Attachment, preparation: Preparation, netns: NetnsHandle) -> None:
+        current = self._context.book.attachment(attachment.id)
+        if current is not None and current.state is AttachmentState.ATTACHING:
+            self._homecoming.undo_attach(current, preparation, netns)
+        elif current is not None:
+            self._homecoming.bring_home(current)
+
+    def _open(self, sandbox: Sandbox) -> NetnsHandle:
+        if sandbox.netns_path is None:
+            raise Refusal("HostNetwork", "a pod on the host's network cannot be given a network device")
+        try:
+            return open_netns(sandbox.netns_path)
+        except BadNetns as error:
+            raise Refusal("BadNetworkNamespace", str(error)) from error
+        except NotFound as error:
+            raise NotNow(str(error)) from error
+
+    def _make_way(self, sandbox: Sandbox, preparations: Sequence[Preparation]) -> None:
+        """An exclusive device comes home from where it was: an older sandbox of this pod, or a dead one."""
+        for preparation in preparations:
+            for other in self._context.book.attachments_of(preparation.key):
+                same_pod = other.pod.uid == sandbox.pod.uid
+                if not same_pod and self._homecoming.is_alive(other):
+                    raise Refusal(
+                        "DeviceInUse",
+                        f"{preparation.key.device} is in pod {other.pod.namespace}/{other.pod.name}; "
+                        "its claim cannot be shared",
+                    )
+                if not self._homecoming.bring_home(other):
+                    raise NotNow(f"{preparation.key.device} has not come home clean from an earlier sandbox")
+
+    def _attach_one(
+        self, sandbox: Sandbox, preparation: Preparation, netns: NetnsHandle, token: Token
+    ) -> Attachment:
+        context = self._context
+        assert sandbox.netns_path is not None
+        attachment = context.book.open_attachment(
+            Attachment(
+                id=AttachmentId(uuid.uuid4().hex),
+                preparation=preparation.key,
+                pod=sandbox.pod,
+                sandbox=sandbox.id,
+                netns_path=sandbox.netns_path,
+                netns_cookie=netns.cookie,
+                boot_id=context.boot_id,
+                state=AttachmentState.ATTACHING,
+                generation=context.book.next_generation(),
+            )
+        )
+        self._homecoming.hold(attachment, preparation, netns)
+        hint = context.devices.ifindex_of(preparation.key.device)
+        try:
+            with open_target(preparation, attachment, context.host_netns, netns, hint) as target:
+                context.engine.run(plan.attach(attachment, preparation, context.hook), target, token)
+        except UndoFailed:
+            self._homecoming.bring_home(attachment)
+            raise
+        except EXPECTED:
+            self._homecoming.close_attachment(attachment)
+            raise
+        return attachment
+
+    def _confirm(self, made: Sequence[tuple[Attachment, Preparation]]) -> None:
+        for attachment, preparation in made:
+            self._usage.begin(attachment, preparation)
+        self._context.book.advance_attachments([a for a, _ in made], AttachmentState.ATTACHED)
+        for uid in {p.key.claim_uid for _, p in made}:
+            self._projections.publish_claim(uid)
+
+
+def _classified(error: Exception) -> Exception:
+    """A lasting refusal of the kernel must not fail the hook: only a retry's cure may."""
+    if isinstance(error, UndoFailed | OutOfTime | Refusal | NotNow):
+        return error
+    if isinstance(error, Refused) and error.errno in LASTING_ERRNOS:
+        return Refusal("AttachRefused", str(error))
+    if isinstance(error, HwError | OSError | DriverError):
+        return NotNow(str(error))
+    return error
