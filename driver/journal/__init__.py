@@ -1,0 +1,27 @@
+"""What this node did and who used its devices: the journal and the usage ledger."""
+
+from driver.journal.reader import JournalReader
+from driver.journal.records import (
+    JournalState,
+    JournalUnusable,
+    JournalWriteFailed,
+    Quarantine,
+    StepPhase,
+    StepRecord,
+    attachment_owner,
+    preparation_owner,
+)
+from driver.journal.store import Journal
+
+__all__ = [
+    "Journal",
+    "JournalReader",
+    "JournalState",
+    "JournalUnusable",
+    "JournalWriteFailed",
+    "Quarantine",
+    "StepPhase",
+    "StepRecord",
+    "attachment_owner",
+    "preparation_owner",
+]

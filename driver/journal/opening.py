@@ -1,0 +1,165 @@
+"""Whether a journal can be believed, and what to start with if not.
+
+Invariant: a journal that is missing, damaged or older than its mirror never passes for a good one, also
+when the process dies in the middle of replacing it; the bad file is kept.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import uuid
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from driver.journal import database
+from driver.journal.mirror import Mirror, Testimony
+from driver.journal.records import JournalUnusable, Record
+from driver.journal.schema import JOURNAL, Contents, Meta, put_record, read_contents, write_meta
+from driver.model import BootId
+
+_log = logging.getLogger(__name__)
+
+_RECOVERY_JUMP = 1 << 32
+"""A recovered journal counts on from far above its mirror, so that the file it replaced, which may be
+ahead of the mirror by a few, is still found older when someone puts it back."""
+
+
+def open_connection(path: Path, mirror: Mirror, boot_id: BootId, stamp: int) -> sqlite3.Connection:
+    """A journal to go on with: the one at path, a first one, or one recovered from the mirror.
+
+    JournalUnusable if it is from a later release; OSError and sqlite3.Error if the disk is not usable.
+    """
+    database.make_private_directory(path.parent)
+    mirror.prepare()
+    testimony = mirror.read()
+    reason = _unfinished(path)
+    if not reason:
+        found = _examine(path)
+        if isinstance(found, _Opened):
+            reason = _contradiction(path, found.contents, testimony)
+            if not reason:
+                database.migrate(found.connection, JOURNAL)
+                return found.connection
+            found.connection.close()
+        elif found is None and testimony.empty:
+            return _make(path, _first_meta(boot_id), ())
+        else:
+            reason = _loss(path, found)
+    return _recover(path, mirror, testimony, reason, boot_id, stamp)
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    connection: sqlite3.Connection
+    contents: Contents
+
+
+def _examine(path: Path) -> _Opened | database.Damaged | None:
+    """The journal, what is wrong with it, or None where there is none. JournalUnusable: too new."""
+    if not path.exists():
+        return database.Damaged("is missing") if database.exists(path) else None
+    if path.stat().st_size == 0:
+        return database.Damaged("is empty")
+    database.make_private(path)
+    connection = database.connect(path)
+    try:
+        database.check(connection, JOURNAL)
+        database.check_pages(connection)
+        return _Opened(connection, read_contents(connection))
+    except database.Damaged as error:
+        connection.close()
+        return error
+    except database.TooNew as error:
+        connection.close()
+        raise JournalUnusable(f"the journal {path} {error}") from error
+    except sqlite3.Error as error:
+        connection.close()
+        if not database.is_damage(error):
+            raise
+        return database.Damaged(f"is corrupt: {error}")
+
+
+def _contradiction(path: Path, contents: Contents, testimony: Testimony) -> str:
+    """Why a readable journal is not to be believed, or ""."""
+    if testimony.counter is None:
+        return ""
+    meta = contents.meta
+    if testimony.uuid != meta.uuid:
+        return f"the journal {path} is not the one that this node was using"
+    if meta.counter < testimony.counter:
+        return (
+            f"the journal {path} is older than what this node did last "
+            f"(change {meta.counter}, its mirror is at {testimony.counter}): a copy was put back"
+        )
+    same_commit = testimony.settled and meta.counter == testimony.counter
+    if same_commit and {record for record, _ in contents.records} != {r for r, _ in testimony.records}:
+        return f"the journal {path} and its mirror tell different things of the same change"
+    return ""
+
+
+def _loss(path: Path, damage: database.Damaged | None) -> str:
+    if damage is None:
+        return f"the journal {path} is missing, and its mirror says there was one"
+    return f"the journal {path} {damage}"
+
+
+def _first_meta(boot_id: BootId) -> Meta:
+    return Meta(uuid=str(uuid.uuid4()), counter=0, boot=boot_id)
+
+
+def _make(path: Path, meta: Meta, records: tuple[Record, ...]) -> sqlite3.Connection:
+    def fill(connection: sqlite3.Connection) -> None:
+        write_meta(connection, meta)
+        for record in records:
+            put_record(connection, record)
+
+    database.create(path, JOURNAL, fill)
+    return database.connect(path)
+
+
+def _recover(
+    path: Path, mirror: Mirror, testimony: Testimony, reason: str, boot_id: BootId, stamp: int
+) -> sqlite3.Connection:
+    """Set the bad file aside and start a new one from the mirror."""
+    _mark_unfinished(path, reason)
+    text = f"{reason}; {len(testimony.records)} records were taken from its mirror"
+    if testimony.unreadable:
+        text += f", {len(testimony.unreadable)} files of which could not be read"
+    if database.exists(path):
+        text += f"; the file is kept as {database.set_aside(path, stamp)}"
+    meta = replace(_first_meta(boot_id), recovery=text)
+    if testimony.counter is not None:
+        meta = replace(
+            meta,
+            uuid=testimony.uuid or meta.uuid,
+            counter=testimony.counter + _RECOVERY_JUMP,
+            boot=testimony.boot or meta.boot,
+        )
+    connection = _make(path, meta, tuple(record for record, _ in testimony.records))
+    mirror.set_aside(testimony.unreadable, stamp)
+    _marker(path).unlink(missing_ok=True)
+    _log.error("%s", text)
+    return connection
+
+
+def _marker(path: Path) -> Path:
+    return path.with_name(path.name + ".recovering")
+
+
+def _unfinished(path: Path) -> str:
+    """Why a recovery was begun that did not come to its end, or ""."""
+    try:
+        text = _marker(path).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+    return text or f"the journal {path} was being recovered"
+
+
+def _mark_unfinished(path: Path, reason: str) -> None:
+    fd = os.open(_marker(path), os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "w", encoding="utf-8") as file:
+        file.write(reason)
+        file.flush()
+        os.fsync(fd)
