@@ -128,6 +128,7 @@ class Lifecycle:
 
     def pods_changed(self) -> None:
         """The pod watch learnt something: a waiting sandbox may be attachable now."""
+        self._reconcile.attach_waiting()
 
     def _spawn(self, work: Coroutine[object, object, None]) -> None:
         task = asyncio.get_running_loop().create_task(_logged(work))
@@ -138,5 +139,6 @@ class Lifecycle:
 async def _logged(work: Coroutine[object, object, None]) -> None:
     try:
         await work
-    except Exception:  # noqa: BLE001 - the last line of a background task: a bug must be seen, not end the agent
+    except Exception:
+        # The last line of a background task: a bug must be seen, and must not end the agent.
         log.exception("a background task failed")

@@ -57,6 +57,7 @@ class Reconcile:
         self._gate = gate
         self._lane = asyncio.Lock()
         self._told_bare: set[tuple[SandboxId, str]] = set()
+        self._unknown: list[Sandbox] = []
 
     # --- passes -------------------------------------------------------------------------------------
 
@@ -78,10 +79,8 @@ class Reconcile:
                 if attachment.sandbox not in known:
                     await self._on_device(attachment.preparation.device, self._homeward(attachment))
             self._report_bare(sandboxes, containers)
-            for sandbox in self._newest_first(sandboxes):
-                belongings = self._sandboxes.known_belongings(sandbox.pod)
-                if belongings and not self._sandboxes.is_attached(sandbox, belongings):
-                    self._sandboxes.attach_late(sandbox)
+            self._unknown = self._newest_first(sandboxes)
+            self.attach_waiting()
             self._projections.offer()
 
     async def after_change(self) -> None:
@@ -94,6 +93,17 @@ class Reconcile:
                     await self._on_device(attachment.preparation.device, self._homeward(attachment))
             await self._mend_quarantined()
             self._projections.offer()
+
+    def attach_waiting(self) -> None:
+        """Queue an attach for every listed sandbox whose pod is known to have devices and has none."""
+        still_unknown = []
+        for sandbox in self._unknown:
+            belongings = self._sandboxes.known_belongings(sandbox.pod)
+            if belongings and not self._sandboxes.is_attached(sandbox, belongings):
+                self._sandboxes.attach_late(sandbox)
+            elif self._context.pods.claims_of(sandbox.pod.uid) is None:
+                still_unknown.append(sandbox)
+        self._unknown = still_unknown
 
     # --- parts --------------------------------------------------------------------------------------
 

@@ -235,7 +235,8 @@ class Sandboxes:
             made: list[tuple[Attachment, Preparation]] = []
             try:
                 for preparation in living:
-                    made.append((self._attach_one(sandbox, preparation, netns, token), preparation))
+                    attachment = self._attach_one(sandbox, preparation, netns, token)
+                    made.append((attachment, preparation))  # noqa: PERF401 - backed out below if one fails
                 self._confirm(made)
             except EXPECTED as error:
                 for attachment, preparation in reversed(made):
