@@ -273,7 +273,10 @@ def keys_of(cls: Callable[..., object]) -> Mapping[str, Key[Any]]:
 
 def _required(cls: Callable[..., object]) -> frozenset[str]:
     fields = dataclasses.fields(cast(Any, cls))
-    return frozenset(field.name for field in fields if field.default is dataclasses.MISSING)
+    missing = dataclasses.MISSING
+    return frozenset(
+        field.name for field in fields if field.default is missing and field.default_factory is missing
+    )
 
 
 def record(

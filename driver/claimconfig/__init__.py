@@ -4,7 +4,7 @@ Invariant: pure. What goes in is text from the API server, what comes out is dri
 a ConfigError with every problem and its field path.
 """
 
-from driver.claimconfig.resolve import ClaimLimits, MtuBounds, check_together, resolve
+from driver.claimconfig.resolve import DEFAULT_LIMITS, ClaimLimits, MtuBounds, check_together, resolve
 from driver.claimconfig.sections import (
     API_VERSION,
     FIELDS,
@@ -17,6 +17,7 @@ from driver.claimconfig.sections import (
 
 __all__ = [
     "API_VERSION",
+    "DEFAULT_LIMITS",
     "FIELDS",
     "GUARDED_FIELDS",
     "KIND",

@@ -75,6 +75,10 @@ class ClaimLimits:
         return field not in self.deny and (field not in GUARDED_FIELDS or field in self.allow)
 
 
+DEFAULT_LIMITS = ClaimLimits()
+"""What claims may set where no node policy says otherwise: what cannot hurt others."""
+
+
 def resolve(device: AllocatedDevice, configs: Sequence[OpaqueConfig], limits: ClaimLimits) -> NicConfig:
     """The config of one allocated device.
 

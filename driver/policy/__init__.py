@@ -1,0 +1,27 @@
+"""The node policy: what this node offers with which attributes, and what users' claims may set.
+
+Invariant: a policy in force was read whole and without a problem; a bad file changes nothing.
+"""
+
+from driver.policy.file import PolicyFile
+from driver.policy.load import load_policy, policy_schema
+from driver.policy.rules import (
+    DeviceRule,
+    DeviceSelector,
+    HookPreference,
+    NetdevSelector,
+    NodePolicy,
+    ResetPolicy,
+)
+
+__all__ = [
+    "DeviceRule",
+    "DeviceSelector",
+    "HookPreference",
+    "NetdevSelector",
+    "NodePolicy",
+    "PolicyFile",
+    "ResetPolicy",
+    "load_policy",
+    "policy_schema",
+]

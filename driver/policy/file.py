@@ -1,0 +1,72 @@
+"""The policy file, which may change or break at any time.
+
+Invariant: the policy in force is always one that was read whole. A bad or missing file leaves the last
+good one in force, and says so until a good one is there.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from driver.errors import ConfigError
+from driver.policy.load import load_policy
+from driver.policy.rules import NodePolicy
+from driver.policy.yaml_tree import MAX_CHARACTERS
+
+_UTF8_MAX = 4
+
+
+class PolicyFile:
+    """A policy file and the policy last read from it. Not thread-safe; reload reads a small file.
+
+    A ConfigMap's files are links through `..data`, which is renamed over when the content changes: what
+    tells of a change is the folder, `watched`, not the file.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        """path None: there is no policy, and the default one is in force for good."""
+        self._path = path
+        self._text: str | None = None
+        self.current = NodePolicy()
+        self.problem = ""
+        """Why the file is not in force, for the reader; "" while it is. Until then: not ready."""
+
+    @property
+    def watched(self) -> Path | None:
+        return self._path.parent if self._path else None
+
+    def reload(self) -> NodePolicy | None:
+        """The policy if the file has changed and is good, else None."""
+        if self._path is None:
+            return None
+        try:
+            text = _read(self._path)
+            if text == self._text:
+                self.problem = ""
+                return None
+            policy = load_policy(text, str(self._path))
+        except (OSError, ValueError) as error:
+            self.problem = f"{self._path} cannot be read: {error}"
+            return None
+        except ConfigError as error:
+            self.problem = str(error)
+            return None
+        self.problem = ""
+        self._text = text
+        self.current = policy
+        return policy
+
+
+def _read(path: Path) -> str:
+    """The file's text. OSError or ValueError (not UTF-8, not a file, too large) where there is none."""
+    # O_NONBLOCK: a FIFO in its place must not hang the agent.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with open(descriptor, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise ValueError("it is not a regular file")
+        content = stream.read(_UTF8_MAX * MAX_CHARACTERS + 1)
+    if len(content) > _UTF8_MAX * MAX_CHARACTERS:
+        raise ValueError("it is too large")
+    return content.decode()

@@ -1,0 +1,286 @@
+"""The node policy as types: what this node offers, and what users may do with it.
+
+Invariant: a NodePolicy is whole and checked; its defaults are what a node does without a policy:
+physical devices are offered, software interfaces are not, claims may set what harms nobody.
+"""
+
+from __future__ import annotations
+
+import enum
+import fnmatch
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+from driver.claimconfig import DEFAULT_LIMITS, ClaimLimits
+from driver.model import AttributeValue
+from driver.qos import DEFAULT_CLASSES, QosClass
+from driver.strict import Key, Kind, Node, Problems, boolean, choice, listing, record, shown, text
+from hw.model import DeviceKind, HwDevice, LinkInfo
+
+POLICY_ATTRIBUTES = 6
+"""Places the API's limit of 32 leaves for attributes from the policy."""
+_LOOPBACK = 772
+_MAX_ENTRIES = 64
+
+OWN_ATTRIBUTES = frozenset(
+    {
+        "ebpf",
+        "eswitchMode",
+        "firmware",
+        "ifName",
+        "kernelDriver",
+        "kind",
+        "linkSpeed",
+        "linkType",
+        "mac",
+        "mtu",
+        "nodeGuid",
+        "pcieSwitch",
+        "pfName",
+        "pfPciAddress",
+        "product",
+        "productName",
+        "rdma",
+        "rdmaDevice",
+        "rdmaLinkLayer",
+        "vendor",
+        "vendorName",
+        "vfIndex",
+        "virtual",
+    }
+)
+"""Read from the hardware; a policy cannot say otherwise. `rail` is not among them: only policy knows."""
+
+
+class HookPreference(enum.StrEnum):
+    """Where the accounting programs are to sit: auto takes tcx where the kernel has it."""
+
+    AUTO = "auto"
+    TCX = "tcx"
+    CLSACT = "clsact"
+
+
+class ResetPolicy(enum.StrEnum):
+    """What is done to a VF between tenants, beyond restoring its settings."""
+
+    REPROBE = "reprobe"
+    """Unbind and bind its driver, which resets the function."""
+    NONE = "none"
+
+
+# --- selectors --------------------------------------------------------------------------------------
+
+
+def _glob(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_.:*?\[\]!-]{1,64}", value):
+        raise ValueError(
+            f"{shown(value)} is not a pattern: 1 to 64 of letters, digits, '_.:-' and the wildcards *?[]!"
+        )
+    return value
+
+
+def _hex_id(value: str) -> str:
+    if not re.fullmatch(r"[0-9a-fA-F]{4}", value):
+        raise ValueError(f"{shown(value)} is not four hex digits, like 15b3 (quote it if it is all digits)")
+    return value.lower()
+
+
+GLOBS: Kind[tuple[str, ...]] = listing(text(_glob, {"minLength": 1, "maxLength": 64}), minimum=1, maximum=64)
+_IDS: Kind[tuple[str, ...]] = listing(text(_hex_id, {"pattern": "^[0-9a-fA-F]{4}$"}), minimum=1, maximum=64)
+
+
+def _matches(patterns: tuple[str, ...], value: str | None) -> bool:
+    """Whether value fits one of the patterns; no patterns: anything does, an absent value too."""
+    if not patterns:
+        return True
+    return value is not None and any(fnmatch.fnmatchcase(value, pattern) for pattern in patterns)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetdevSelector:
+    """Interfaces that are not hardware and are offered all the same. All given criteria must fit."""
+
+    names: Annotated[tuple[str, ...], Key("names", GLOBS, "Patterns for the name on the host.")] = ()
+    kinds: Annotated[tuple[str, ...], Key("kinds", GLOBS, "Link kinds, like veth or macvlan.")] = ()
+
+    def __post_init__(self) -> None:
+        if not self.names and not self.kinds:
+            raise ValueError("needs names or kinds: it would select every interface of the node")
+
+    def selects(self, link: LinkInfo) -> bool:
+        return _matches(self.names, link.name) and _matches(self.kinds, link.kind)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceSelector:
+    """Devices a rule is about. All given criteria must fit, each by one of its entries."""
+
+    names: Annotated[tuple[str, ...], Key("names", GLOBS, "Patterns for the name in slices.")] = ()
+    kinds: Annotated[
+        tuple[DeviceKind, ...], Key("kinds", listing(choice(DeviceKind), minimum=1, maximum=8), "Kinds.")
+    ] = ()
+    vendors: Annotated[tuple[str, ...], Key("vendors", _IDS, "PCI vendor ids.")] = ()
+    products: Annotated[tuple[str, ...], Key("products", _IDS, "PCI device ids.")] = ()
+    drivers: Annotated[tuple[str, ...], Key("drivers", GLOBS, "Patterns for the kernel driver.")] = ()
+    pf_names: Annotated[tuple[str, ...], Key("pfNames", GLOBS, "Patterns for the PF's interface.")] = ()
+    interfaces: Annotated[
+        tuple[str, ...], Key("interfaces", GLOBS, "Patterns for the interface's name on the host.")
+    ] = ()
+
+    def __post_init__(self) -> None:
+        if not any(getattr(self, attribute) for attribute in self.__slots__):
+            raise ValueError("needs a criterion; leave match out for a rule about every device")
+
+    def selects(self, device: HwDevice, name: str) -> bool:
+        pci = device.pci
+        return (
+            _matches(self.names, name)
+            and (not self.kinds or device.kind in self.kinds)
+            and (not self.vendors or (pci is not None and pci.vendor.lower() in self.vendors))
+            and (not self.products or (pci is not None and pci.product.lower() in self.products))
+            and _matches(self.drivers, pci.driver if pci else None)
+            and _matches(self.pf_names, device.pf_name)
+            and _matches(self.interfaces, device.link.name if device.link else None)
+        )
+
+
+# --- rules ------------------------------------------------------------------------------------------
+
+
+def _attribute_name(value: str) -> str:
+    domain, slash, name = value.rpartition("/")
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,31}", name):
+        raise ValueError("is not an attribute name: a letter or '_', then up to 31 letters, digits and '_'")
+    if not slash:
+        if name in OWN_ATTRIBUTES:
+            raise ValueError("is read from the hardware and cannot be set by policy")
+        return value
+    label = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
+    if len(domain) > 63 or not re.fullmatch(rf"{label}(\.{label})*", domain):
+        raise ValueError(f"{shown(domain)} is not a domain name of at most 63 characters")
+    if re.search(r"(^|\.)(kubernetes\.io|k8s\.io)$", domain):
+        raise ValueError("belongs to Kubernetes and cannot be set by policy")
+    return value
+
+
+def _attribute_value(node: Node, problems: Problems) -> AttributeValue | None:
+    match node.value:
+        case bool():
+            return node.value
+        case int() if -(2**63) <= node.value < 2**63:
+            return node.value
+        case str() if len(node.value.encode(errors="surrogatepass")) <= 64:
+            return node.value
+    problems.add(
+        node, f"must be true, false, a 64-bit integer or a string of at most 64 bytes, not {node.describe()}"
+    )
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """Attributes a rule adds, as sorted pairs: a mapping would not be hashable."""
+
+    pairs: tuple[tuple[str, AttributeValue], ...] = ()
+
+
+def _attributes(node: Node, problems: Problems) -> Attributes | None:
+    if not isinstance(node.value, Mapping):
+        problems.add(node, f"must be an object, not {node.describe()}")
+        return None
+    before = len(problems)
+    pairs: list[tuple[str, AttributeValue]] = []
+    for name, child in node.value.items():
+        try:
+            _attribute_name(name)
+        except ValueError as error:
+            problems.add(child, str(error))
+        value = _attribute_value(child, problems)
+        if value is not None:
+            pairs.append((name, value))
+    return None if len(problems) > before else Attributes(tuple(sorted(pairs)))
+
+
+_ATTRIBUTES = Kind(
+    _attributes,
+    {"type": "object", "additionalProperties": {"type": ["boolean", "integer", "string"], "maxLength": 64}},
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceRule:
+    """What the policy says of some devices. Rules are read in order; later ones win."""
+
+    match: Annotated[
+        DeviceSelector | None,
+        Key("match", record(DeviceSelector), "Which devices; absent: every one."),
+    ] = None
+    offer: Annotated[bool | None, Key("offer", boolean(), "false: withheld from the cluster.")] = None
+    attributes: Annotated[Attributes, Key("attributes", _ATTRIBUTES, "Extra attributes.")] = Attributes()
+
+    def __post_init__(self) -> None:
+        if self.offer is None and not self.attributes.pairs:
+            raise ValueError("says nothing: needs offer or attributes")
+
+    def applies_to(self, device: HwDevice, name: str) -> bool:
+        return self.match is None or self.match.selects(device, name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodePolicy:
+    """All of it. Satisfies what inventory asks of a policy."""
+
+    netdevs: Annotated[
+        tuple[NetdevSelector, ...],
+        Key(
+            "netdevs",
+            listing(record(NetdevSelector), maximum=_MAX_ENTRIES),
+            "Software interfaces to offer; without an entry none is.",
+        ),
+    ] = ()
+    devices: Annotated[
+        tuple[DeviceRule, ...],
+        Key("devices", listing(record(DeviceRule), maximum=_MAX_ENTRIES), "Rules about devices, in order."),
+    ] = ()
+    claims: Annotated[ClaimLimits, Key("claims", record(ClaimLimits), "What users' claims may set.")] = (
+        DEFAULT_LIMITS
+    )
+    qos_classes: Annotated[
+        tuple[QosClass, ...],
+        Key("qosClasses", listing(record(QosClass), minimum=1, maximum=8), "Replaces the built-in ones."),
+    ] = DEFAULT_CLASSES
+    hook: Annotated[HookPreference, Key("hook", choice(HookPreference), "Where counting sits.")] = (
+        HookPreference.AUTO
+    )
+    reset: Annotated[ResetPolicy, Key("reset", choice(ResetPolicy), "VFs between tenants.")] = (
+        ResetPolicy.REPROBE
+    )
+
+    def __post_init__(self) -> None:
+        names = {name for rule in self.devices for name, _ in rule.attributes.pairs}
+        if len(names) > POLICY_ATTRIBUTES:
+            raise ValueError(
+                f"devices: the rules name {len(names)} different attributes ({', '.join(sorted(names))}) "
+                f"and {POLICY_ATTRIBUTES} are possible"
+            )
+
+    def selects(self, link: LinkInfo) -> bool:
+        """Whether an interface that is not hardware is to be offered. Loopback never is."""
+        return link.link_type != _LOOPBACK and any(selector.selects(link) for selector in self.netdevs)
+
+    def attributes_for(self, device: HwDevice, name: str) -> Mapping[str, AttributeValue]:
+        """Extra attributes of a device; name is its name in slices. At most 6."""
+        found: dict[str, AttributeValue] = {}
+        for rule in self._rules(device, name):
+            found.update(rule.attributes.pairs)
+        return found
+
+    def withheld(self, device: HwDevice, name: str) -> str:
+        """Why the policy keeps a device from the cluster, a sentence; "" where it does not."""
+        offers = [rule.offer for rule in self._rules(device, name) if rule.offer is not None]
+        return "" if not offers or offers[-1] else "the node policy withholds it (devices, offer: false)"
+
+    def _rules(self, device: HwDevice, name: str) -> Iterator[DeviceRule]:
+        return (rule for rule in self.devices if rule.applies_to(device, name))
