@@ -7,6 +7,7 @@ look alike have types of their own. Objects are validated where they are made.
 from __future__ import annotations
 
 import enum
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -185,6 +186,11 @@ class PreparationKey:
     share_id: ShareId | None = None
 
 
+def preparation_owner(key: PreparationKey) -> str:
+    """Names a preparation in the journal's step table. Written to disk: the text must not change."""
+    return json.dumps([key.claim_uid, key.pool, key.device, key.share_id or ""], separators=(",", ":"))
+
+
 class PreparationState(enum.StrEnum):
     PREPARING = "preparing"
     PREPARED = "prepared"
@@ -273,6 +279,11 @@ class Attachment:
     boot_id: BootId
     state: AttachmentState
     generation: int
+
+
+def attachment_owner(id: AttachmentId) -> str:
+    """Names an attachment in the journal's step table."""
+    return str(id)
 
 
 # --- outward: status and usage ----------------------------------------------------------------------

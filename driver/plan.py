@@ -11,7 +11,7 @@ import enum
 from dataclasses import dataclass
 
 from bpf.layout import Hook
-from driver.model import Attachment, Preparation, PreparationKey
+from driver.model import Attachment, Preparation, attachment_owner, preparation_owner
 
 
 class Act(enum.StrEnum):
@@ -58,15 +58,6 @@ class Plan:
 _MOVE_BUDGET = 0.12
 
 _HOMEWARD = (Act.DOWN, Act.STRIP, Act.MOVE_HOME, Act.RESTORE)
-
-
-def preparation_owner(key: PreparationKey) -> str:
-    share = f"/{key.share_id}" if key.share_id else ""
-    return f"preparation/{key.claim_uid}/{key.pool}/{key.device}{share}"
-
-
-def attachment_owner(attachment: Attachment) -> str:
-    return f"attachment/{attachment.id}"
 
 
 def prepare(preparation: Preparation, hook: Hook) -> Plan:
@@ -118,13 +109,13 @@ def attach(attachment: Attachment, preparation: Preparation, hook: Hook) -> Plan
     if preparation.config.interface.addresses:
         steps.append(Step(act=Act.ADDRESS))
     steps.append(Step(act=Act.UP, undo=(Act.DOWN,), budget=0.05))
-    return Plan(owner=attachment_owner(attachment), generation=attachment.generation, steps=tuple(steps))
+    return Plan(owner=attachment_owner(attachment.id), generation=attachment.generation, steps=tuple(steps))
 
 
 def detach(attachment: Attachment) -> Plan:
     """From the pod home. No undo. The link is down before the counters are read, so they are final."""
     return Plan(
-        owner=attachment_owner(attachment),
+        owner=attachment_owner(attachment.id),
         generation=attachment.generation,
         homeward=True,
         steps=(
