@@ -74,6 +74,8 @@ def _address(value: str) -> InterfaceAddress:
         address = ipaddress.ip_interface(value)
     except ValueError as error:
         raise ValueError(f"{shown(value)} is not an address with its prefix length: {error}") from None
+    if isinstance(address, ipaddress.IPv6Interface) and address.ip.ipv4_mapped:
+        raise ValueError(f"{value!r} is an IPv4 address in IPv6 form; write it as IPv4")
     for bad in ("unspecified", "multicast", "loopback"):
         if getattr(address.ip, f"is_{bad}"):
             raise ValueError(f"{value!r} is {'an' if bad[0] == 'u' else 'a'} {bad} address")

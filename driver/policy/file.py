@@ -19,19 +19,22 @@ _UTF8_MAX = 4
 
 
 class PolicyFile:
-    """A policy file and the policy last read from it. Not thread-safe; reload reads a small file.
+    """A policy file and the policy last read from it: read when made, and again by reload, which costs
+    one small read. Not thread-safe.
 
     A ConfigMap's files are links through `..data`, which is renamed over when the content changes: what
     tells of a change is the folder, `watched`, not the file.
     """
 
     def __init__(self, path: Path | None) -> None:
-        """path None: there is no policy, and the default one is in force for good."""
+        """path None: there is no policy, and the default one is in force for good. A file that is bad
+        from the start leaves the default one in force too, with its problem told."""
         self._path = path
         self._text: str | None = None
         self.current = NodePolicy()
         self.problem = ""
         """Why the file is not in force, for the reader; "" while it is. Until then: not ready."""
+        self.reload()
 
     @property
     def watched(self) -> Path | None:

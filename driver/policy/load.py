@@ -31,7 +31,7 @@ def load_policy(text: str, source: str) -> NodePolicy:
     policy = _POLICY.decode(root, problems) if root is not None else None
     found = list(problems)
     if policy is not None and root is not None and not found:
-        found += [_placed(root, problem) for problem in class_problems(policy.qos_classes)]
+        found += [_placed(root, problem) for problem in class_problems(policy.classes)]
     if policy is None or found:
         found.sort(key=lambda problem: problem.line or 0)
         raise ConfigError([_outward(problem, source) for problem in found])

@@ -244,10 +244,10 @@ class NodePolicy:
         tuple[DeviceRule, ...],
         Key("devices", listing(record(DeviceRule), maximum=_MAX_ENTRIES), "Rules about devices, in order."),
     ] = ()
-    claims: Annotated[ClaimLimits, Key("claims", record(ClaimLimits), "What users' claims may set.")] = (
-        DEFAULT_LIMITS
-    )
-    qos_classes: Annotated[
+    claim_limits: Annotated[
+        ClaimLimits, Key("claims", record(ClaimLimits), "What users' claims may set.")
+    ] = DEFAULT_LIMITS
+    classes: Annotated[
         tuple[QosClass, ...],
         Key("qosClasses", listing(record(QosClass), minimum=1, maximum=8), "Replaces the built-in ones."),
     ] = DEFAULT_CLASSES
