@@ -64,24 +64,29 @@ class HookRunner:
     async def run(
         self,
         event: str,
+        about: str,
         work: Callable[[float], Awaitable[None]],
         *,
         received: float,
         deadline: float,
         may_fail: bool,
     ) -> Reply:
-        """Await work(deadline), but answer by deadline. may_fail False: the answer is OK in any case."""
+        """Await work(deadline), but answer by deadline. may_fail False: the answer is OK in any case.
+
+        about says which sandbox, for logs.
+        """
+        what = f"{event} of {about}"
         remaining = deadline - self._clock.monotonic()
         if remaining <= 0 and may_fail:
-            return self.reply(event, received, Outcome.LATE, self._late(event))
-        task = self._start(_awaited(work, deadline), event)
+            return self.reply(event, received, Outcome.LATE, _late(event))
+        task = self._start(_awaited(work, deadline), what)
         await asyncio.wait({task}, timeout=max(remaining, 0.0))
         if not task.done():
-            log.warning("%s was not done by its deadline; it goes on", event)
+            log.warning("%s was not done by its deadline; it goes on", what)
             task.add_done_callback(_log_late_end)
-            outcome, response = Outcome.LATE, self._late(event)
+            outcome, response = Outcome.LATE, _late(event)
         else:
-            outcome, response = _judge(event, task)
+            outcome, response = _judge(event, what, task)
         return self.reply(event, received, outcome, response if may_fail else Response())
 
     def reply(self, event: str, received: float, outcome: Outcome, response: Response) -> Reply:
@@ -122,26 +127,26 @@ class HookRunner:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    @staticmethod
-    def _late(event: str) -> Response:
-        text = f"{event}: not done in the time that the runtime allows; asking again may find it done"
-        return Response(b"", Code.DEADLINE_EXCEEDED, text)
-
 
 async def _awaited(work: Callable[[float], Awaitable[None]], deadline: float) -> None:
     await work(deadline)
 
 
-def _judge(event: str, task: asyncio.Task[None]) -> tuple[Outcome, Response]:
+def _late(event: str) -> Response:
+    text = f"{event}: not done in the time that the runtime allows; asking again may find it done"
+    return Response(b"", Code.DEADLINE_EXCEEDED, text)
+
+
+def _judge(event: str, what: str, task: asyncio.Task[None]) -> tuple[Outcome, Response]:
     if task.cancelled():
         return Outcome.ERROR, Response(b"", Code.UNKNOWN, f"{event}: interrupted")
     error = task.exception()
     if error is None:
         return Outcome.OK, Response()
     if isinstance(error, DriverError):
-        log.warning("%s refused: %s", event, error)
+        log.warning("%s refused: %s", what, error)
         return Outcome.REFUSED, Response(b"", Code.UNKNOWN, str(error))
-    log.error("%s failed", event, exc_info=error)
+    log.error("%s failed", what, exc_info=error)
     text = f"{event}: internal error ({type(error).__name__}: {error}); the agent's log says more"
     return Outcome.ERROR, Response(b"", Code.UNKNOWN, text)
 

@@ -42,7 +42,7 @@ class Backoff:
     def wait(self, failures: int) -> float:
         """Seconds to wait after so many tries without a stable connection, the last included."""
         doublings = min(max(failures - 1, 0), 30)
-        return min(self.first * 2**doublings, self.most) * _jitter()
+        return min(self.first * 2.0**doublings, self.most) * _jitter()
 
 
 class NriPlugin:

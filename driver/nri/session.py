@@ -15,6 +15,7 @@ from pathlib import Path
 from google.protobuf.message import DecodeError
 
 from driver.lifecycle.ports import Clock, SandboxHandler
+from driver.model import Sandbox
 from driver.nri import api
 from driver.nri.api import Hook, Inventory
 from driver.nri.hooks import DEFAULT_REQUEST_TIMEOUT, HookRunner, Outcome, answer_by
@@ -199,6 +200,7 @@ class Session:
         }[hook]
         return await self._hooks.run(
             hook,
+            _about(sandbox),
             functools.partial(act, sandbox),
             received=received,
             deadline=answer_by(received, request.timeout_nano, self._request_timeout),
@@ -213,6 +215,7 @@ class Session:
             return self._no_id(Hook.CREATE, received)
         return await self._hooks.run(
             Hook.CREATE,
+            f"{message.container.name} in {_about(sandbox)}",
             functools.partial(self._handler.create_container, sandbox, message.container.name),
             received=received,
             deadline=answer_by(received, request.timeout_nano, self._request_timeout),
@@ -226,3 +229,7 @@ class Session:
             return self._hooks.reply(hook, received, Outcome.ERROR, Response())
         text = f"{hook}: the runtime named no sandbox id"
         return self._hooks.reply(hook, received, Outcome.ERROR, Response(b"", Code.INVALID_ARGUMENT, text))
+
+
+def _about(sandbox: Sandbox) -> str:
+    return f"{sandbox.pod.namespace}/{sandbox.pod.name} (sandbox {sandbox.id[:12]})"
