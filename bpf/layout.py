@@ -20,6 +20,13 @@ CELL_BYTES = 16
 VALUE_BYTES = DIRECTIONS * CLASSES * KINDS * CELL_BYTES
 """Per slot and per possible CPU: 1 KiB."""
 
+DSCPS = 64
+PCPS = 8
+CLASSES_BYTES = DSCPS + PCPS + 4
+"""struct classes { u8 dscp[64]; u8 pcp[8]; u32 flags; }, the one entry of map `classes`."""
+PCP_WINS = 1
+"""Flag: a VLAN-tagged packet's class is its priority's, whatever its DSCP."""
+
 
 class TrafficKind(enum.IntEnum):
     """Third index of a cell."""

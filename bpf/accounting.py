@@ -1,0 +1,255 @@
+"""The maps that hold the counts, pinned so that they outlive the agent.
+
+Invariant: the pinned maps have exactly the layout of bpf.layout, or nothing is opened. Counts only grow until
+a slot is zeroed. Who owns which slot is the caller's to know: zero a slot before its programs are attached,
+read it after they are off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import struct
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from bpf import layout, sys
+from bpf.errors import BpffsMissing, CallRefused, LayoutMismatch
+from bpf.layout import Cell, Slot, TrafficKind
+from bpf.program import CompiledPrograms
+
+DEFAULT_SLOTS = 512
+PROGRAM_NAMES = ("knd_eg", "knd_in")
+"""As the kernel shows them, per direction."""
+BATCH_BYTES = 4 << 20
+"""Most that one batch call copies: one call for 512 slots on 8 possible CPUs."""
+
+_KEY = struct.Struct("=I")
+_LANES = struct.Struct(f"={layout.VALUE_BYTES // 8}Q")
+_ZEROS = bytes(layout.VALUE_BYTES)
+_DSCP_DEFAULT = tuple(dscp >> 3 for dscp in range(layout.DSCPS))
+_PCP_DEFAULT = tuple(range(layout.PCPS))
+
+
+class Accounting:
+    """Open maps and the programs that write them. Safe to use from several threads.
+
+    The kernel memory behind it is 1 KiB per slot and possible CPU.
+    """
+
+    def __init__(
+        self, *, counters: sys.MapFd, classes: sys.MapFd, programs: CompiledPrograms, capacity: int
+    ) -> None:
+        self._counters = counters
+        self._classes = classes
+        self._programs = programs
+        self._capacity = capacity
+        self._cpus = sys.possible_cpus()
+
+    @classmethod
+    def open(cls, pins: Path, programs: CompiledPrograms, *, slots: int = DEFAULT_SLOTS) -> Accounting:
+        """Reopen the maps pinned under pins, or make and pin them.
+
+        slots counts for new maps only: pinned ones keep their size, see capacity. BpffsMissing if pins is not
+        on a bpffs, LayoutMismatch if what is pinned there is not ours, CallRefused.
+        """
+        make_pin_directory(pins)
+        with contextlib.ExitStack() as stack:
+            counters = stack.enter_context(_open_counters(pins / "acct", slots))
+            classes = stack.enter_context(_open_classes(pins / "classes"))
+            capacity = sys.map_info(counters).max_entries
+            opened = cls(counters=counters, classes=classes, programs=programs, capacity=capacity)
+            stack.pop_all()
+            return opened
+
+    def close(self) -> None:
+        """Close the descriptors; the pinned maps and what is attached go on counting."""
+        self._counters.close()
+        self._classes.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def capacity(self) -> int:
+        """How many slots there are, from 0 on."""
+        return self._capacity
+
+    def zero(self, slot: Slot) -> None:
+        """Set every count of a slot to 0. Only while nothing is attached with it."""
+        self._check(slot)
+        sys.map_update_elem(self._counters, _KEY.pack(slot), bytes(layout.VALUE_BYTES * self._cpus))
+
+    def read(self, slot: Slot) -> tuple[Cell, ...]:
+        """The cells of a slot that are not zero, summed over the CPUs."""
+        self._check(slot)
+        values = bytearray(layout.VALUE_BYTES * self._cpus)
+        sys.map_lookup_elem(self._counters, _KEY.pack(slot), values)
+        return _cells(values, 0, self._cpus)
+
+    def read_slots(self, slots: Collection[Slot]) -> dict[Slot, tuple[Cell, ...]]:
+        """Like read for many slots, in as few calls as the kernel needs: one on all but very large nodes."""
+        for slot in slots:
+            self._check(slot)
+        size = layout.VALUE_BYTES * self._cpus
+        found: dict[Slot, tuple[Cell, ...]] = {}
+        for run in batches(slots, max(1, BATCH_BYTES // size)):
+            count = run[-1] - run[0] + 1
+            values = bytearray(size * count)
+            sys.map_lookup_batch(self._counters, run[0] - 1 if run[0] else None, count, values)
+            for slot in run:
+                found[slot] = _cells(values, (slot - run[0]) * size, self._cpus)
+        return found
+
+    def set_classes(self, dscp: Sequence[int], pcp: Sequence[int], *, pcp_wins: bool = True) -> None:
+        """Which class each DSCP (64) and VLAN priority (8) is counted in; counts already made stay.
+
+        pcp_wins False: a tagged packet's DSCP decides too. ValueError on a wrong length or class.
+        """
+        value = _pack_classes(dscp, pcp, layout.PCP_WINS if pcp_wins else 0)
+        sys.map_update_elem(self._classes, _KEY.pack(0), value)
+
+    def load(self, slot: Slot, direction: int) -> sys.ProgramFd:
+        """Load a copy that counts into slot. direction 0 egress, 1 ingress, as the pod sees it.
+
+        The caller owns the descriptor: pass its fd to LINK_CREATE or, as a clsact filter, to netlink; when
+        that has succeeded the hook keeps the program and the descriptor is to be closed.
+        """
+        self._check(slot)
+        maps: Mapping[str, int] = {"acct": self._counters.fd, "classes": self._classes.fd}
+        code = self._programs.programs[direction].specialise(slot, maps)
+        return sys.prog_load(sys.ProgramType.SCHED_CLS, code, name=PROGRAM_NAMES[direction])
+
+    def _check(self, slot: Slot) -> None:
+        if not 0 <= slot < self._capacity:
+            raise ValueError(f"slot {slot} is outside 0..{self._capacity - 1}")
+
+
+def make_pin_directory(path: Path) -> None:
+    """Make path, root only, if it is on a bpffs; BpffsMissing before anything is made on another one."""
+    nearest = path
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not sys.is_bpffs(nearest):
+        raise BpffsMissing(path)
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def batches(slots: Collection[Slot], most: int) -> Iterator[list[Slot]]:
+    """Slots in rising order, cut into runs that span at most `most` consecutive numbers."""
+    run: list[Slot] = []
+    for slot in sorted(set(slots)):
+        if run and slot - run[0] >= most:
+            yield run
+            run = []
+        run.append(slot)
+    if run:
+        yield run
+
+
+def _cells(values: bytearray, start: int, cpus: int) -> tuple[Cell, ...]:
+    """Sum one slot's records, which lie one behind the other.
+
+    A record is added as one big number: its 64-bit lanes cannot overflow into each other before a slot has
+    counted 2**64 bytes, and the sum costs one operation per CPU instead of 128.
+    """
+    total = 0
+    for at in range(start, start + cpus * layout.VALUE_BYTES, layout.VALUE_BYTES):
+        record = values[at : at + layout.VALUE_BYTES]
+        if record != _ZEROS:
+            total += int.from_bytes(record, "little")
+    if not total:
+        return ()
+    lanes = _LANES.unpack(total.to_bytes(layout.VALUE_BYTES, "little"))
+    return tuple(_cell(at, lanes) for at in range(len(lanes) // 2) if lanes[2 * at + 1])
+
+
+def _cell(at: int, lanes: tuple[int, ...]) -> Cell:
+    rest, kind = divmod(at, layout.KINDS)
+    direction, traffic_class = divmod(rest, layout.CLASSES)
+    return Cell(direction, traffic_class, TrafficKind(kind), lanes[2 * at], lanes[2 * at + 1])
+
+
+def _pack_classes(dscp: Sequence[int], pcp: Sequence[int], flags: int) -> bytes:
+    for what, values, length in (("DSCP", dscp, layout.DSCPS), ("PCP", pcp, layout.PCPS)):
+        if len(values) != length:
+            raise ValueError(f"the {what} map has {len(values)} entries instead of {length}")
+        if any(not 0 <= value < layout.CLASSES for value in values):
+            raise ValueError(f"the {what} map names a class outside 0..{layout.CLASSES - 1}")
+    return bytes(dscp) + bytes(pcp) + _KEY.pack(flags)
+
+
+def _open_counters(path: Path, slots: int) -> sys.MapFd:
+    existing = _reopen(path, sys.MapType.PERCPU_ARRAY, layout.VALUE_BYTES)
+    if existing is not None:
+        return existing
+    with contextlib.ExitStack() as stack:
+        made = stack.enter_context(
+            sys.map_create(
+                sys.MapType.PERCPU_ARRAY,
+                key_size=_KEY.size,
+                value_size=layout.VALUE_BYTES,
+                max_entries=slots,
+                name="knd_acct",
+            )
+        )
+        sys.obj_pin(made, path)
+        stack.pop_all()
+        return made
+
+
+def _open_classes(path: Path) -> sys.MapFd:
+    existing = _reopen(path, sys.MapType.ARRAY, layout.CLASSES_BYTES)
+    if existing is not None:
+        return existing
+    with contextlib.ExitStack() as stack:
+        made = stack.enter_context(
+            sys.map_create(
+                sys.MapType.ARRAY,
+                key_size=_KEY.size,
+                value_size=layout.CLASSES_BYTES,
+                max_entries=1,
+                flags=sys.BPF_F_RDONLY_PROG,
+                name="knd_classes",
+            )
+        )
+        # Filled before it is pinned, so that a pinned map is never the empty one.
+        sys.map_update_elem(made, _KEY.pack(0), _pack_classes(_DSCP_DEFAULT, _PCP_DEFAULT, layout.PCP_WINS))
+        sys.obj_pin(made, path)
+        stack.pop_all()
+        return made
+
+
+def _reopen(path: Path, kind: sys.MapType, value_size: int) -> sys.MapFd | None:
+    try:
+        found = sys.obj_get_map(path)
+    except CallRefused as error:
+        if error.errno == errno.ENOENT:
+            return None
+        raise
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(found)
+        try:
+            info = sys.map_info(found)
+        except CallRefused:
+            raise _mismatch(path, "is not readable as a map") from None
+        if (info.type, info.key_size, info.value_size) != (kind, _KEY.size, value_size):
+            raise _mismatch(
+                path, f"has type {info.type}, keys of {info.key_size} and values of {info.value_size} bytes"
+            )
+        stack.pop_all()
+        return found
+
+
+def _mismatch(path: Path, what: str) -> LayoutMismatch:
+    return LayoutMismatch(
+        f"{path} {what} and is not a map of this version of the agent: detach the pods' devices and run "
+        "`knd cleanup`, or go back to the version that made it"
+    )

@@ -1,0 +1,225 @@
+"""Pinned tcx links: one pair per device, which follows the device wherever it goes.
+
+Invariant: a device has at most one egress and one ingress program of ours, and a pin that is kept belongs
+to a living link. tcx links survive a move into a pod's netns, renames, the way back and the end of the agent, and
+nobody inside the pod can take them off. Calls that name an ifindex mean the calling thread's netns.
+Crashes between two steps leave at worst half a pair or a dead pin; attach and detach heal both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import re
+import struct
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from bpf import foreign, sys
+from bpf.accounting import Accounting, make_pin_directory
+from bpf.errors import BpfError, CallRefused
+from bpf.foreign import ForeignProgram
+from bpf.layout import Hook, Slot
+
+_SUFFIXES = ("-eg", "-in")
+_HOOKS = (sys.AttachType.TCX_EGRESS, sys.AttachType.TCX_INGRESS)
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,200}")
+_CLONE_NEWNET = 0x40000000
+_LOOPBACK = 1
+"""ifindex of `lo` in a new netns."""
+_RETURN_UNSPEC = struct.pack("=BBhiBBhi", 0xB7, 0, 0, -1, 0x95, 0, 0, 0)
+"""A whole program: return -1, the next one decides."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkState:
+    """One direction. ifindex is the device's in its own netns, 0 once the device is gone."""
+
+    link: sys.LinkId
+    program: sys.ProgramId
+    ifindex: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinkPair:
+    """Both directions; None where there is no pin."""
+
+    egress: LinkState | None
+    ingress: LinkState | None
+
+    @property
+    def complete(self) -> bool:
+        """Both are there and on a device that exists."""
+        return all(half is not None and half.ifindex != 0 for half in (self.egress, self.ingress))
+
+
+class TcxPrograms:
+    """The links pinned under pins/links as NAME-eg and NAME-in. Calls for one name must not overlap."""
+
+    def __init__(self, pins: Path, accounting: Accounting) -> None:
+        """BpffsMissing if pins is not on a bpffs."""
+        self._links = pins / "links"
+        self._accounting = accounting
+        make_pin_directory(self._links)
+
+    def attach(self, name: str, ifindex: int, slot: Slot) -> None:
+        """Count both directions of a device of this thread's netns into slot.
+
+        May be repeated, also with another slot or a device made anew. On failure what was there before is
+        there again. ValueError for a name that cannot be a file, CallRefused.
+        """
+        _check_name(name)
+        with contextlib.ExitStack() as undo, contextlib.ExitStack() as open_fds:
+            # Both are loaded before anything changes, as loading is what fails, if anything does.
+            programs = [
+                open_fds.enter_context(self._accounting.load(slot, way)) for way in range(len(_HOOKS))
+            ]
+            for way, program in enumerate(programs):
+                self._attach_one(self._pin(name, way), ifindex, _HOOKS[way], program, undo)
+            undo.pop_all()
+
+    def detach(self, name: str) -> None:
+        """Take both programs off, wherever the device is, and forget the links. May be repeated."""
+        _check_name(name)
+        for way in range(len(_HOOKS)):
+            _remove(self._pin(name, way))
+
+    def state(self, name: str) -> LinkPair | None:
+        """What is pinned for name; None if nothing is."""
+        _check_name(name)
+        halves = [_state(self._pin(name, way)) for way in range(len(_HOOKS))]
+        return LinkPair(*halves) if any(halves) else None
+
+    def names(self) -> frozenset[str]:
+        """Every name with at least one pin."""
+        found = (path.name for path in self._links.iterdir())
+        return frozenset(name[: -len(_SUFFIXES[0])] for name in found if name.endswith(_SUFFIXES))
+
+    def repoint_all(self, slots: Mapping[str, Slot]) -> frozenset[str]:
+        """Give every whole pair named in slots fresh programs: what an agent does when it starts.
+
+        Works whatever netns the devices are in. Returns the names in slots that have no whole pair: their
+        device is gone or a crash came in between, and attach makes them anew. Pins of other names stay.
+        """
+        wanting: set[str] = set()
+        for name, slot in slots.items():
+            pair = self.state(name)
+            if pair is None or not pair.complete:
+                wanting.add(name)
+                continue
+            for way in range(len(_HOOKS)):
+                with (
+                    self._accounting.load(slot, way) as program,
+                    sys.obj_get_link(self._pin(name, way)) as link,
+                ):
+                    sys.link_update(link, program)
+        return frozenset(wanting)
+
+    def foreign_programs(self, ifindex: int) -> tuple[ForeignProgram, ...]:
+        """tcx and XDP programs on a device of this thread's netns that are not ours."""
+        return foreign.find(ifindex, self._own_links())
+
+    def detach_foreign(self, ifindex: int) -> tuple[ForeignProgram, ...]:
+        """Take them all off, whoever holds them, and say which they were. Ambiguous, CallRefused."""
+        return foreign.remove(ifindex, self._own_links())
+
+    def _own_links(self) -> frozenset[sys.LinkId]:
+        states = (_state(path) for path in self._links.iterdir() if path.name.endswith(_SUFFIXES))
+        return frozenset(state.link for state in states if state is not None)
+
+    def _pin(self, name: str, way: int) -> Path:
+        return self._links / f"{name}{_SUFFIXES[way]}"
+
+
+def _check_name(name: str) -> None:
+    # A bpffs takes no dots, and the suffix must stay recognisable.
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name!r} cannot name a BPF pin: 1 to 200 of letters, digits, '_', '-'")
+
+
+def _state(pin: Path) -> LinkState | None:
+    try:
+        link = sys.obj_get_link(pin)
+    except CallRefused as error:
+        if error.errno == errno.ENOENT:
+            return None
+        raise
+    with link:
+        info = sys.link_info(link)
+    if info.type != sys.LinkType.TCX or info.ifindex is None:
+        raise BpfError(f"{pin} is not a tcx link: something else pinned it there; remove that file")
+    return LinkState(info.id, info.program, info.ifindex)
+
+
+def _link_on(pin: Path, ifindex: int, hook: sys.AttachType) -> sys.LinkFd | None:
+    """The pinned link, open, if it is on this device of this thread's netns."""
+    state = _state(pin)
+    # The number in the link's own description may be that of another netns; the device's list may not.
+    if state is None or all(state.link != entry.link for entry in sys.prog_query(ifindex, hook)):
+        return None
+    return sys.obj_get_link(pin)
+
+
+def _make(pin: Path, program: sys.ProgramFd, ifindex: int, hook: sys.AttachType) -> None:
+    # Closing it before it is pinned detaches it: nothing stays behind when pinning fails.
+    with sys.link_create(program, ifindex, hook) as link:
+        sys.obj_pin(link, pin)
+
+
+def _remove(pin: Path) -> None:
+    try:
+        link = sys.obj_get_link(pin)
+    except CallRefused as error:
+        if error.errno == errno.ENOENT:
+            return
+        raise
+    with link:
+        # Detached rather than only unpinned: someone else may hold a descriptor of it.
+        sys.link_detach(link)
+    pin.unlink(missing_ok=True)
+
+
+def probe_tcx() -> Hook:
+    """What this kernel offers, found by a trial on the loopback of a netns made for it and gone afterwards.
+
+    CallRefused or OSError if not even that can be tried: no CAP_SYS_ADMIN, no BPF.
+    """
+    return _in_new_netns(_try_tcx)
+
+
+def _try_tcx() -> Hook:
+    with sys.prog_load(sys.ProgramType.SCHED_CLS, _RETURN_UNSPEC, name="knd_probe") as program:
+        try:
+            sys.link_create(program, _LOOPBACK, sys.AttachType.TCX_INGRESS).close()
+        except CallRefused as error:
+            if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+                return Hook.CLSACT
+            raise
+    return Hook.TCX
+
+
+def _in_new_netns(work: Callable[[], Hook]) -> Hook:
+    """Run work in a thread of its own, which alone is in the netns and takes it along when it ends."""
+    results: list[Hook] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            libc = ctypes.CDLL(None, use_errno=True)
+            if libc.unshare(_CLONE_NEWNET) != 0:
+                code = ctypes.get_errno()
+                raise OSError(code, f"making a network namespace for a trial: {os.strerror(code)}")
+            results.append(work())
+        except Exception as error:  # noqa: BLE001 - raised again in the caller's thread
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="knd-tcx-probe")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
