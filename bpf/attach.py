@@ -1,8 +1,8 @@
 """Pinned tcx links: one pair per device, which follows the device wherever it goes.
 
 Invariant: a device has at most one egress and one ingress program of ours, and a pin that is kept belongs
-to a living link. tcx links survive a move into a pod's netns, renames, the way back and the end of the agent, and
-nobody inside the pod can take them off. Calls that name an ifindex mean the calling thread's netns.
+to a living link. tcx links survive a move into a pod's netns, renames, the way back and the end of the agent,
+and nobody inside the pod can take them off. Calls that name an ifindex mean the calling thread's netns.
 Crashes between two steps leave at worst half a pair or a dead pin; attach and detach heal both.
 """
 
@@ -73,13 +73,21 @@ class TcxPrograms:
         there again. ValueError for a name that cannot be a file, CallRefused.
         """
         _check_name(name)
-        with contextlib.ExitStack() as undo, contextlib.ExitStack() as open_fds:
+        with contextlib.ExitStack() as fds, contextlib.ExitStack() as undo:
             # Both are loaded before anything changes, as loading is what fails, if anything does.
-            programs = [
-                open_fds.enter_context(self._accounting.load(slot, way)) for way in range(len(_HOOKS))
-            ]
+            programs = [fds.enter_context(self._accounting.load(slot, way)) for way in range(len(_HOOKS))]
             for way, program in enumerate(programs):
-                self._attach_one(self._pin(name, way), ifindex, _HOOKS[way], program, undo)
+                pin = self._pin(name, way)
+                link = _link_on(pin, ifindex, _HOOKS[way])
+                if link is None:
+                    _remove(pin)
+                    _make(pin, program, ifindex, _HOOKS[way])
+                    undo.callback(_remove, pin)
+                else:
+                    fds.enter_context(link)
+                    before = fds.enter_context(sys.prog_get_fd_by_id(sys.link_info(link).program))
+                    sys.link_update(link, program)
+                    undo.callback(sys.link_update, link, before)
             undo.pop_all()
 
     def detach(self, name: str) -> None:
