@@ -45,3 +45,21 @@ class Unsupported(Refused):
 
 class Busy(Refused):
     """EBUSY and its kin: it may work later."""
+
+
+_UNSUPPORTED = frozenset(
+    {errno_names.EOPNOTSUPP, errno_names.EPROTONOSUPPORT, errno_names.EAFNOSUPPORT, errno_names.ENOSYS}
+)
+_BUSY = frozenset({errno_names.EBUSY, errno_names.EAGAIN, errno_names.ENOBUFS})
+_ABSENT = frozenset({errno_names.ENODEV, errno_names.ENXIO, errno_names.ESRCH})
+
+
+def refusal(what: str, errno: int, extack: str = "") -> HwError:
+    """The error for an errno (positive) of the kernel, by who must act. what begins its text."""
+    if errno in _ABSENT:
+        return NotFound(f"{what}: the device is not there (any more)")
+    if errno in _UNSUPPORTED:
+        return Unsupported(what, errno, extack)
+    if errno in _BUSY:
+        return Busy(what, errno, extack)
+    return Refused(what, errno, extack)

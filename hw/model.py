@@ -116,15 +116,24 @@ class LinkInfo:
 
 @dataclass(frozen=True, slots=True)
 class PciIdentity:
-    """A PCI function's port. pf and vf_index are set for a VF; port where one function has several."""
+    """A PCI function's port. pf and vf_index are set for a VF; port where one function has several.
+
+    permanent_mac tells the ports of one function apart: their netdevs have the same parent. It is set
+    only there, and no tenant can change it.
+    """
 
     address: PciAddress
     pf: PciAddress | None = None
     vf_index: int | None = None
     port: int | None = None
+    permanent_mac: MacAddress | None = None
 
     def matches(self, link: LinkInfo) -> bool:
-        return link.parent_bus == "pci" and link.parent_device == self.address
+        return (
+            link.parent_bus == "pci"
+            and link.parent_device == self.address
+            and self.permanent_mac in (None, link.permanent_mac)
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,10 @@ class NetnsHandle:
             raise BadNetns(f"network namespace {self.path} was closed before this use of it")
         return self._fd
 
+    def duplicate(self) -> NetnsHandle:
+        """Another handle of the same namespace, to be closed on its own."""
+        return NetnsHandle(fcntl.fcntl(self.fd, fcntl.F_DUPFD_CLOEXEC, 0), self.path)
+
     def close(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-from hw.errors import BadNetns, Busy, HwError, NotFound, Refused, Unsupported
+from hw.errors import BadNetns, Busy, Refused, refusal
 from hw.netns import NetnsHandle, socket_cookie, socket_in
 from hw.wire import NLM_F_DUMP_INTR, NLMSG_DONE, NLMSG_ERROR, Message, error_of, messages
 
@@ -40,26 +40,13 @@ _DUMP_TRIES = 8
 Encode = Callable[[int, int], bytes]
 """(flags, sequence) to a whole message with its header."""
 
-_UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT, errno.ENOSYS})
-_BUSY = frozenset({errno.EBUSY, errno.EAGAIN, errno.ENOBUFS})
-_ABSENT = frozenset({errno.ENODEV, errno.ENXIO, errno.ESRCH})
 
-
-def refusal(what: str, code: int, extack: str = "") -> HwError:
-    """The error for a netlink errno (positive), by who must act."""
-    if code in _ABSENT:
-        return NotFound(f"{what}: the device is not there (any more)")
-    if code in _UNSUPPORTED:
-        return Unsupported(what, code, extack)
-    if code in _BUSY:
-        return Busy(what, code, extack)
-    return Refused(what, code, extack)
-
-
-def open_netlink(netns: NetnsHandle | None, protocol: int = socket.NETLINK_ROUTE) -> socket.socket:
+def open_netlink(
+    netns: NetnsHandle | None, protocol: int = socket.NETLINK_ROUTE, groups: int = 0
+) -> socket.socket:
     """A bound netlink socket of the namespace (None: of this process).
 
-    BadNetns if it does not turn out to be there: the check is on the socket itself, by cookie.
+    groups is a mask of multicast groups to join. BadNetns if it does not turn out to be there: the check is on the socket itself, by cookie.
     """
     if netns is None:
         sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
@@ -68,7 +55,7 @@ def open_netlink(netns: NetnsHandle | None, protocol: int = socket.NETLINK_ROUTE
     try:
         if netns is not None and socket_cookie(sock) != netns.cookie:
             raise BadNetns(f"the socket made for {netns.path} belongs to another network namespace")
-        sock.bind((0, 0))
+        sock.bind((0, groups))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SOCKET_BUFFER_BYTES)
         for option in (_NETLINK_EXT_ACK, _NETLINK_CAP_ACK, _NETLINK_GET_STRICT_CHK):
             # Each only adds comfort: words to errors, shorter acks, dumps filtered by the kernel.

@@ -1,0 +1,170 @@
+"""Hears of changes to the links of the host's namespace, and of hardware that comes and goes.
+
+Invariant: says what to look at again, never what is. Events that come together are told together, and
+whenever one may have been lost (the kernel's buffer ran over, a message made no sense) the answer is
+RESCAN. Events cost the same however many devices there are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import socket
+import struct
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Final
+
+from hw import wire
+from hw.errors import HwError
+from hw.model import IfIndex
+from hw.transport import open_netlink
+
+log = logging.getLogger(__name__)
+
+RESCAN: Final = None
+"""Told instead of a set of ifindexes: look at everything."""
+SETTLE_SECONDS = 0.05
+"""How long events are gathered after the first: a move makes about ten of them."""
+
+_RTMGRP_LINK = 1
+_RTMGRP_IPV4_IFADDR = 0x10
+_RTMGRP_IPV6_IFADDR = 0x100
+_GROUPS = _RTMGRP_LINK | _RTMGRP_IPV4_IFADDR | _RTMGRP_IPV6_IFADDR
+_UEVENT_GROUP = 1
+_SO_RCVBUFFORCE = 33
+_BUFFER_BYTES = 4 * 1024 * 1024
+_DATAGRAM_BYTES = 64 * 1024
+_LINK_MESSAGES = frozenset({wire.RTM_NEWLINK, wire.RTM_DELLINK})
+_ADDRESS_MESSAGES = frozenset({wire.RTM_NEWADDR, wire.RTM_NEWADDR + 1})
+_HARDWARE = frozenset({b"infiniband", b"pci", b"netdevsim"})
+_ACTIONS = frozenset({b"add", b"remove", b"bind", b"unbind", b"change"})
+
+
+class LinkMonitor:
+    """Iterate to hear; a context manager. For use within one asyncio loop.
+
+    Yields a frozenset of the ifindexes whose link or addresses changed (gone ones included), or RESCAN.
+    Listens from the moment it is made, so scan after making it. uevents False leaves out what netlink
+    links do not tell: RDMA devices, and PCI functions whose driver was bound or unbound.
+    """
+
+    def __init__(self, *, settle: float = SETTLE_SECONDS, uevents: bool = True) -> None:
+        self._settle = settle
+        self._links = _listen(socket.NETLINK_ROUTE, _GROUPS)
+        self._uevents: socket.socket | None = None
+        if uevents:
+            try:
+                self._uevents = _listen(socket.NETLINK_KOBJECT_UEVENT, _UEVENT_GROUP)
+            except OSError as error:
+                log.warning("changes of RDMA devices and of drivers are not heard of: %s", error)
+
+    def close(self) -> None:
+        self._links.close()
+        if self._uevents is not None:
+            self._uevents.close()
+
+    def __enter__(self) -> LinkMonitor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def __aiter__(self) -> AsyncIterator[frozenset[IfIndex] | None]:
+        while True:
+            await self._readable()
+            await asyncio.sleep(self._settle)
+            changed = self.read()
+            if changed is RESCAN or changed:
+                yield changed
+
+    def read(self) -> frozenset[IfIndex] | None:
+        """What was heard since the last read, without waiting; an empty set if nothing."""
+        changed: set[IfIndex] = set()
+        whole = True
+        datagrams, complete = _drain(self._links)
+        whole = whole and complete
+        for data in datagrams:
+            try:
+                changed.update(changed_links(data))
+            except HwError as error:
+                log.warning("a message about links makes no sense, everything is looked at: %s", error)
+                whole = False
+        if self._uevents is not None:
+            datagrams, complete = _drain(self._uevents)
+            whole = whole and complete and not any(map(concerns_hardware, datagrams))
+        return frozenset(changed) if whole else RESCAN
+
+    async def _readable(self) -> None:
+        loop = asyncio.get_running_loop()
+        ready: asyncio.Future[None] = loop.create_future()
+
+        def wake() -> None:
+            if not ready.done():
+                ready.set_result(None)
+
+        sockets = [sock for sock in (self._links, self._uevents) if sock is not None]
+        for sock in sockets:
+            loop.add_reader(sock, wake)
+        try:
+            await ready
+        finally:
+            for sock in sockets:
+                loop.remove_reader(sock)
+
+
+def changed_links(data: bytes) -> frozenset[IfIndex]:
+    """The ifindexes that one datagram of link and address messages is about. HwError if it is broken."""
+    found: set[IfIndex] = set()
+    for message in wire.messages(data):
+        if message.type in _LINK_MESSAGES | _ADDRESS_MESSAGES:
+            if len(message.payload) < 8:
+                raise HwError("netlink: a link or address message without its header")
+            # ifinfomsg and ifaddrmsg both have the index as their second four bytes.
+            found.add(IfIndex(struct.unpack_from("=i", message.payload, 4)[0]))
+    return frozenset(found)
+
+
+def concerns_hardware(data: bytes) -> bool:
+    """Whether a kernel uevent is about a device appearing, going, or changing its driver."""
+    fields = dict(part.partition(b"=")[::2] for part in data.split(b"\0")[1:] if b"=" in part)
+    return fields.get(b"SUBSYSTEM") in _HARDWARE and fields.get(b"ACTION") in _ACTIONS
+
+
+def _listen(protocol: int, groups: int) -> socket.socket:
+    sock = open_netlink(None, protocol, groups)
+    try:
+        sock.setblocking(False)
+        # Over the system's limit needs CAP_NET_ADMIN; without it overruns come sooner and are rescanned.
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _drain(sock: socket.socket) -> tuple[list[bytes], bool]:
+    """All that is waiting, from the kernel; False if something was lost."""
+    found: list[bytes] = []
+    complete = True
+    while True:
+        try:
+            data, _, flags, sender = sock.recvmsg(_DATAGRAM_BYTES)
+        except BlockingIOError:
+            return found, complete
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:
+                raise
+            # The kernel dropped what did not fit. What is still queued can only be older than the
+            # rescan that follows; reading it to the end also clears the overrun.
+            complete = False
+            continue
+        if sender[0] != 0:
+            continue
+        complete = complete and not flags & socket.MSG_TRUNC
+        found.append(data)
