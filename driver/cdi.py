@@ -154,24 +154,6 @@ class LiveFiles:
         return _claims_in(self._paths.live, "", "")
 
 
-def show(
-    paths: Paths, claim_uid: ClaimUid, entries: Sequence[CdiEntry], cookies: Sequence[NetnsCookie]
-) -> None:
-    """Make spec and live file say what is attached, in the order that starts nothing too early.
-
-    entries: the claim's devices that are attached; cookies: where. Both empty: nothing is. NotNow if a
-    file cannot be written; calling again is safe.
-    """
-    if bool(entries) != bool(cookies):
-        raise ValueError(f"claim {claim_uid}: devices and network namespaces must be given together")
-    if entries:
-        LiveFiles(paths).write(claim_uid, cookies)
-        CdiProjection(paths).write(claim_uid, entries)
-    else:
-        CdiProjection(paths).remove(claim_uid)
-        LiveFiles(paths).remove(claim_uid)
-
-
 # --- files ------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ is kept. Everything wrong with any entry is reported at once; nothing is silentl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, TypeVar, cast
 
@@ -171,32 +171,38 @@ def check_together(configs: Sequence[tuple[str, NicConfig, IfName]]) -> None:
     have in the pod.
     """
     problems: list[FieldProblem] = []
-    names: dict[Hashable, str] = {}
-    macs: dict[Hashable, str] = {}
-    addresses: dict[Hashable, str] = {}
-    for label, config, ifname in configs:
+    names = _Claimed("interface.name", "be named")
+    macs = _Claimed("interface.hardwareAddress", "have the MAC address")
+    addresses = _Claimed("interface.addresses", "have the address")
+    for position, (label, config, ifname) in enumerate(configs):
         if ifname in RESERVED_NAMES:
             problems.append(
                 FieldProblem(
-                    "interface.name",
+                    names.path,
                     f"{label} would be named {ifname!r}, which {RESERVED_NAMES[ifname]}; "
                     "set interface.name to another",
                 )
             )
-        problems.extend(_clash(names, ifname, label, "interface.name", f"be named {ifname}"))
-        mac = config.interface.hardware_address
-        if mac is not None:
-            problems.extend(_clash(macs, mac, label, "interface.hardwareAddress", f"have the MAC {mac}"))
-        for index, address in enumerate(config.interface.addresses):
-            path = f"interface.addresses[{index}]"
-            problems.extend(_clash(addresses, address.ip, label, path, f"have the address {address.ip}"))
+        problems.extend(names.clash(ifname, position, label))
+        if config.interface.hardware_address is not None:
+            problems.extend(macs.clash(config.interface.hardware_address, position, label))
+        for address in config.interface.addresses:
+            problems.extend(addresses.clash(str(address.ip), position, label))
     if problems:
         raise ConfigError(problems)
 
 
-def _clash(
-    seen: dict[Hashable, str], value: Hashable, label: str, path: str, what: str
-) -> Iterator[FieldProblem]:
-    first = seen.setdefault(value, label)
-    if first is not label:
-        yield FieldProblem(path, f"{first} and {label} would both {what} in one pod")
+class _Claimed:
+    """Values of one field that only one device of a pod can have, and which has them."""
+
+    def __init__(self, path: str, what: str) -> None:
+        self.path = path
+        self._what = what
+        self._owners: dict[str, tuple[int, str]] = {}
+
+    def clash(self, value: str, position: int, label: str) -> Iterator[FieldProblem]:
+        first, first_label = self._owners.setdefault(value, (position, label))
+        if first != position:
+            yield FieldProblem(
+                self.path, f"{first_label} and {label} would both {self._what} {value} in one pod"
+            )

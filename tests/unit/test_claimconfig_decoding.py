@@ -1,0 +1,261 @@
+"""A config is taken whole or refused with every problem and its path; the JSON Schema says the same."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from driver.claimconfig import API_VERSION, FIELDS, GUARDED_FIELDS, KIND, decode, json_schema
+
+EXAMPLES = Path(__file__).parents[2] / "deploy/examples/claims"
+HEADER = {"apiVersion": API_VERSION, "kind": KIND}
+VALIDATOR = jsonschema.Draft202012Validator(json_schema())
+
+
+def decoded(**content: Any) -> dict[str, str]:
+    document, found = decode(json.dumps(HEADER | content))
+    assert (document is None) == bool(found)
+    return {problem.path: problem.message for problem in found}
+
+
+# --- refusals ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "words"),
+    [
+        ("", "", "is not JSON"),
+        ("[]", "", "must be an object, not a list"),
+        ("null", "", "must be an object, not null"),
+        ('{"kind": "NetworkDeviceConfig"}', "", "needs apiVersion: knd.internal/v1alpha1"),
+        ('{"apiVersion": "knd.internal/v2"}', "apiVersion", "must be 'knd.internal/v1alpha1'"),
+        ('{"interface": {"mtu": NaN}}', "", "NaN is not a JSON number"),
+        ('{"interface": {"mtu": 1500, "mtu": 1400}}', "interface.mtu", "is given twice"),
+        ('{"kind": "NetworkDeviceConfig", "kind": "NetworkDeviceConfig"}', "kind", "is given twice"),
+        ('{"a b\\n": 1}', "['a b\\n']", "is not a known field"),
+        ('{"interface": {"mtu": 15e999}}', "interface.mtu", "must be an integer"),
+        ("[" * 100_000, "", "is 100000 characters long"),
+        ("[" * 60_000, "", "is nested more than 32 levels deep"),
+        ('{"a":' * 5000 + "1" + "}" * 5000, ".".join("a" * 33), "is nested more than 32 levels deep"),
+        ('{"interface": {"mtu": ' + "9" * 5000 + "}}", "", "is not JSON"),
+    ],
+)
+def test_malformed_text_is_refused_with_its_place(text: str, path: str, words: str) -> None:
+    document, found = decode(text)
+    assert document is None
+    assert any(problem.path == path and words in problem.message for problem in found) or (
+        # Where the interpreter itself gives up on the depth, there is no path.
+        "levels deep" in words and any(words in problem.message for problem in found)
+    )
+
+
+@pytest.mark.parametrize(
+    ("interface", "path", "words"),
+    [
+        ({"mtu": "1500"}, "interface.mtu", "must be an integer, not '1500'"),
+        ({"mtu": True}, "interface.mtu", "must be an integer, not true"),
+        ({"mtu": None}, "interface.mtu", "must be an integer, not null"),
+        ({"mtu": 1500.5}, "interface.mtu", "must be an integer, not 1500.5"),
+        ({"mtu": 67}, "interface.mtu", "must be 68 to 65535, not 67"),
+        ({"mtu": 65536}, "interface.mtu", "must be 68 to 65535, not 65536"),
+        ({"name": ""}, "interface.name", "is not an interface name"),
+        ({"name": "a" * 16}, "interface.name", "is not an interface name"),
+        ({"name": "a/b"}, "interface.name", "is not an interface name"),
+        ({"name": "a\n"}, "interface.name", "is not an interface name"),
+        ({"name": ".."}, "interface.name", "is not an interface name"),
+        ({"name": "eth0"}, "interface.name", "belongs to the pod's main network"),
+        ({"name": "lo"}, "interface.name", "is the pod's loopback"),
+        ({"name": 5}, "interface.name", "must be a string, not 5"),
+        ({"hardwareAddress": "01:00:00:00:00:01"}, "interface.hardwareAddress", "multicast"),
+        ({"hardwareAddress": "00:00:00:00:00:00"}, "interface.hardwareAddress", "all-zero"),
+        ({"hardwareAddress": " 02:00:00:00:00:01"}, "interface.hardwareAddress", "white space"),
+        ({"hardwareAddress": "02-00-00-00-00-01"}, "interface.hardwareAddress", "is not a MAC address"),
+        ({"addresses": "192.0.2.1/24"}, "interface.addresses", "must be a list, not '192.0.2.1/24'"),
+        ({"addresses": ["192.0.2.1"]}, "interface.addresses[0]", "with its prefix length"),
+        ({"addresses": ["192.0.2.1/33"]}, "interface.addresses[0]", "with its prefix length"),
+        ({"addresses": ["192.0.2.1/255.255.255.0"]}, "interface.addresses[0]", "with its prefix length"),
+        ({"addresses": ["192.0.2.01/24"]}, "interface.addresses[0]", "with its prefix length"),
+        ({"addresses": ["fe80::1%eth0/64"]}, "interface.addresses[0]", "with its prefix length"),
+        ({"addresses": ["127.0.0.1/8"]}, "interface.addresses[0]", "loopback"),
+        ({"addresses": ["224.0.0.1/24"]}, "interface.addresses[0]", "multicast"),
+        ({"addresses": ["::/0"]}, "interface.addresses[0]", "unspecified"),
+        ({"addresses": ["::ffff:192.0.2.1/128"]}, "interface.addresses[0]", "write it as IPv4"),
+        ({"addresses": ["::1/64", "192.0.2.1/24"]}, "interface.addresses[0]", "loopback"),
+        (
+            {"addresses": ["2001:db8::1/64", "2001:DB8:0::1/64"]},
+            "interface.addresses[1]",
+            "is the same as interface.addresses[0]",
+        ),
+        ({"addresses": [f"192.0.2.{n}/24" for n in range(1, 18)]}, "interface.addresses", "0 to 16 entries"),
+        ({"nmae": "net1"}, "interface.nmae", "did you mean name?"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_path_and_reason(
+    interface: dict[str, object], path: str, words: str
+) -> None:
+    found = decoded(interface=interface)
+    assert words in found[path]
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{name: {}} for name in ("routes", "rules", "neighbors", "ethtool", "vf", "rdma", "qos", "subinterface")]
+    + [{"interface": {name: 1}} for name in ("dhcp", "vrf", "forwarding", "gsoMaxSize")],
+)
+def test_what_is_ours_but_not_built_is_not_called_unknown(content: dict[str, object]) -> None:
+    (message,) = decoded(**content).values()
+    assert message == "is not supported by this version"
+
+
+def test_control_characters_of_a_value_do_not_reach_the_reader() -> None:
+    (message,) = decoded(interface={"name": "a\x1b[31m\n"}).values()
+    assert message.isprintable()
+    (path,) = decoded(**{"x\x1b\n": 1})
+    assert path.isprintable()
+
+
+def test_a_whole_number_may_be_written_as_a_float() -> None:
+    document, _ = decode(json.dumps(HEADER | {"interface": {"mtu": 1500.0}}))
+    assert document is not None
+    assert document.interface is not None
+    assert document.interface.mtu == 1500
+    assert isinstance(document.interface.mtu, int)
+
+
+def test_every_field_that_can_hurt_others_is_guarded() -> None:
+    assert FIELDS & GUARDED_FIELDS == {"interface.hardwareAddress"}
+
+
+# --- the schema -------------------------------------------------------------------------------------
+
+
+def test_the_schema_is_a_legal_schema() -> None:
+    jsonschema.Draft202012Validator.check_schema(json_schema())
+
+
+def opaque_parameters(value: object) -> list[Mapping[str, object]]:
+    """Every opaque config of ours anywhere in a manifest."""
+    if isinstance(value, list):
+        return [found for item in value for found in opaque_parameters(item)]
+    if not isinstance(value, dict):
+        return []
+    if value.get("driver") == "knd.internal" and "parameters" in value:
+        return [value["parameters"]]
+    return [found for item in value.values() for found in opaque_parameters(item)]
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_examples_are_valid(file: Path) -> None:
+    found = opaque_parameters(list(yaml.safe_load_all(file.read_text())))
+    assert found
+    for parameters in found:
+        VALIDATOR.validate(parameters)
+        assert decode(json.dumps(parameters))[1] == ()
+
+
+words = st.text(max_size=18)
+junk = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(allow_nan=False, allow_infinity=False),
+    words,
+    st.lists(words, max_size=2),
+    st.dictionaries(words, st.integers(), max_size=2),
+)
+names = st.one_of(
+    st.text("abz09_.-/ A%", max_size=17), st.sampled_from(["lo", "eth0", "eth1", "..", "all", "tunl0"])
+)
+macs = st.one_of(
+    st.binary(min_size=6, max_size=6).map(lambda raw: raw.hex(":")),
+    st.binary(min_size=5, max_size=7).map(lambda raw: raw.hex(":").upper()),
+    st.just("00:00:00:00:00:00"),
+)
+prefixes = st.one_of(st.integers(0, 140).map(str), st.sampled_from(["", "024", "-1", "255.255.255.0"]))
+hosts = st.one_of(
+    st.ip_addresses().map(str),
+    st.sampled_from(["0.0.0.0", "127.3.2.1", "224.0.0.1", "239.1.1.1", "255.255.255.255", "01.2.3.4"]),
+    st.text("0123456789.", max_size=16),
+    st.text("0123456789abcdef:.", max_size=24),
+)
+addresses = st.lists(st.builds("{}/{}".format, hosts, prefixes) | hosts | words, max_size=18)
+interfaces = st.fixed_dictionaries(
+    {},
+    optional={
+        "name": names | words | junk,
+        "mtu": st.integers(60, 80) | st.integers(65530, 65540) | st.sampled_from([1500.0, 1500.5]) | junk,
+        "hardwareAddress": macs | words | junk,
+        "addresses": addresses | junk,
+        "dhcp": st.booleans(),
+    },
+)
+documents = st.fixed_dictionaries(
+    {},
+    optional={
+        "apiVersion": st.just(API_VERSION) | junk,
+        "kind": st.just(KIND) | junk,
+        "interface": interfaces | junk,
+        "fixed": st.lists(st.sampled_from([*sorted(FIELDS), "interface"]), max_size=3) | junk,
+        "routes": junk,
+    },
+)
+
+
+def ends_a_line(value: object) -> bool:
+    """Python's `$` also matches before a last newline; that of JSON Schema's dialect does not."""
+    if isinstance(value, str):
+        return value.endswith("\n")
+    if isinstance(value, dict):
+        return any(map(ends_a_line, value.values()))
+    return isinstance(value, list) and any(map(ends_a_line, value))
+
+
+def only_what_a_pattern_cannot_say(document: Any) -> bool:
+    """IPv6 text, and whether two spellings are one address, are beyond a schema."""
+    _, found = decode(json.dumps(document))
+    return all(
+        problem.path.startswith("interface.addresses[")
+        and (":" in str(document["interface"]["addresses"]) or "is the same as" in problem.message)
+        for problem in found
+    )
+
+
+@given(
+    st.one_of(documents, documents.map(lambda document: HEADER | document)).filter(
+        lambda document: not ends_a_line(document)
+    )
+)
+@example(HEADER | {"interface": {"addresses": ["192.0.2.1/24", "192.0.2.1/24"]}})
+@example(HEADER | {"interface": {"mtu": 65535, "name": "a" * 15, "hardwareAddress": "02:00:00:00:00:01"}})
+def test_decoder_and_schema_give_the_same_verdict(document: dict[str, Any]) -> None:
+    taken = not decode(json.dumps(document))[1]
+    by_schema = VALIDATOR.is_valid(document)
+    if taken:
+        assert by_schema, list(VALIDATOR.iter_errors(document))
+    elif by_schema:
+        assert only_what_a_pattern_cannot_say(document)
+
+
+@given(st.ip_addresses(v=4), st.integers(0, 32))
+def test_schema_and_decoder_agree_on_every_ipv4_address(host: ipaddress.IPv4Address, prefix: int) -> None:
+    document = HEADER | {"interface": {"addresses": [f"{host}/{prefix}"]}}
+    assert VALIDATOR.is_valid(document) == (not decode(json.dumps(document))[1])
+
+
+@given(
+    st.text(max_size=300)
+    | documents.map(json.dumps).flatmap(lambda text: st.integers(0, len(text)).map(lambda cut: text[:cut]))
+)
+def test_no_text_makes_the_decoder_fail(text: str) -> None:
+    document, found = decode(text)
+    assert (document is None) == bool(found)

@@ -1,0 +1,261 @@
+"""The config of a device is what class and claim say together, and nothing a claim may not say."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from typing import Any
+
+import pytest
+
+from driver.claimconfig import API_VERSION, KIND, ClaimLimits, FieldPath, MtuBounds, check_together, resolve
+from driver.errors import ConfigError
+from driver.model import (
+    AllocatedDevice,
+    ConfigSource,
+    DeviceName,
+    InterfaceConfig,
+    NicConfig,
+    OpaqueConfig,
+    PoolName,
+)
+from hw.model import IfName, MacAddress
+
+DEFAULTS = ClaimLimits()
+MAC = "02:00:00:00:00:01"
+
+
+def nic(request: str = "nic") -> AllocatedDevice:
+    return AllocatedDevice(request=request, pool=PoolName("node"), device=DeviceName("veth-5"))
+
+
+def entry(source: ConfigSource, *requests: str, **content: Any) -> OpaqueConfig:
+    document = {"apiVersion": API_VERSION, "kind": KIND, **content}
+    return OpaqueConfig(source=source, requests=requests, parameters=json.dumps(document))
+
+
+def of_class(*requests: str, **content: Any) -> OpaqueConfig:
+    return entry(ConfigSource.CLASS, *requests, **content)
+
+
+def of_claim(*requests: str, **content: Any) -> OpaqueConfig:
+    return entry(ConfigSource.CLAIM, *requests, **content)
+
+
+def problems(*configs: OpaqueConfig, limits: ClaimLimits = DEFAULTS, request: str = "nic") -> dict[str, str]:
+    with pytest.raises(ConfigError) as caught:
+        resolve(nic(request), configs, limits)
+    return {problem.path: problem.message for problem in caught.value.problems}
+
+
+# --- merging ----------------------------------------------------------------------------------------
+
+
+def test_no_config_keeps_what_the_device_has() -> None:
+    assert resolve(nic(), [], DEFAULTS) == NicConfig()
+
+
+def test_a_claim_wins_over_its_class_field_by_field() -> None:
+    merged = resolve(
+        nic(),
+        [
+            of_class(interface={"name": "net1", "mtu": 9000}),
+            of_claim(interface={"mtu": 1500, "addresses": ["192.0.2.5/24"]}),
+        ],
+        DEFAULTS,
+    )
+    assert merged.interface == InterfaceConfig(
+        name=IfName("net1"), mtu=1500, addresses=(ipaddress.ip_interface("192.0.2.5/24"),)
+    )
+
+
+def test_a_claim_wins_over_its_class_in_whatever_order_they_come() -> None:
+    configs = [of_claim(interface={"mtu": 1500}), of_class(interface={"mtu": 9000})]
+    assert resolve(nic(), configs, DEFAULTS).interface.mtu == 1500
+
+
+def test_a_later_entry_wins_over_an_earlier_one_of_the_same_source() -> None:
+    configs = [of_claim(interface={"mtu": 1500, "name": "a"}), of_claim(interface={"mtu": 1400})]
+    assert resolve(nic(), configs, DEFAULTS).interface == InterfaceConfig(name=IfName("a"), mtu=1400)
+
+
+def test_a_later_list_replaces_the_earlier_one_whole() -> None:
+    configs = [
+        of_class(interface={"addresses": ["192.0.2.1/24", "2001:db8::1/64"]}),
+        of_claim(interface={"addresses": []}),
+    ]
+    assert resolve(nic(), configs, DEFAULTS).interface.addresses == ()
+
+
+@pytest.mark.parametrize(
+    ("requests", "request_name", "applies"),
+    [
+        ((), "nic", True),
+        (("nic",), "nic", True),
+        (("nic",), "nic/fast", True),
+        (("nic/fast",), "nic/fast", True),
+        (("nic/slow",), "nic/fast", False),
+        (("other",), "nic", False),
+    ],
+)
+def test_an_entry_applies_to_its_requests(
+    requests: tuple[str, ...], request_name: str, applies: bool
+) -> None:
+    config = resolve(nic(request_name), [of_claim(*requests, interface={"mtu": 1400})], DEFAULTS)
+    assert (config.interface.mtu == 1400) is applies
+
+
+def test_what_does_not_apply_to_the_device_is_not_judged() -> None:
+    assert resolve(nic(), [of_claim("other", nonsense=1)], DEFAULTS) == NicConfig()
+
+
+def test_a_repeated_entry_is_reported_once() -> None:
+    # The API server repeats an entry for each of its requests that was allocated.
+    twice = of_claim("nic", interface={"mtu": 1})
+    with pytest.raises(ConfigError) as caught:
+        resolve(nic(), [twice, twice], DEFAULTS)
+    assert len(caught.value.problems) == 1
+
+
+# --- what a claim may not do ------------------------------------------------------------------------
+
+
+def test_a_claim_cannot_change_what_its_class_fixes() -> None:
+    fixed = of_class(fixed=["interface.mtu"], interface={"mtu": 9000})
+    found = problems(fixed, of_claim(interface={"mtu": 1500}))
+    assert found == {"interface.mtu": "is fixed by the DeviceClass and cannot be set by a claim"}
+
+
+def test_a_claim_cannot_set_a_fixed_field_that_the_class_leaves_to_the_device() -> None:
+    found = problems(of_class(fixed=["interface.name"]), of_claim(interface={"name": "net1"}))
+    assert set(found) == {"interface.name"}
+
+
+def test_a_claim_may_repeat_what_its_class_fixes() -> None:
+    configs = [
+        of_class(fixed=["interface.mtu"], interface={"mtu": 9000}),
+        of_claim(interface={"mtu": 9000}),
+    ]
+    assert resolve(nic(), configs, DEFAULTS).interface.mtu == 9000
+
+
+def test_a_class_is_not_bound_by_what_it_fixes() -> None:
+    configs = [
+        of_class(fixed=["interface.mtu"], interface={"mtu": 9000}),
+        of_class(interface={"mtu": 4200}),
+    ]
+    assert resolve(nic(), configs, DEFAULTS).interface.mtu == 4200
+
+
+def test_only_a_class_can_fix_fields() -> None:
+    assert "only a DeviceClass" in problems(of_claim(fixed=["interface.mtu"]))["fixed"]
+
+
+def test_a_mac_address_is_taken_from_a_claim_only_where_policy_allows_it() -> None:
+    config = of_claim(interface={"hardwareAddress": MAC})
+    assert "node policy" in problems(config)["interface.hardwareAddress"]
+    allowed = ClaimLimits(allow=(FieldPath("interface.hardwareAddress"),))
+    assert resolve(nic(), [config], allowed).interface.hardware_address == MAC
+
+
+def test_a_mac_address_is_taken_from_a_class() -> None:
+    config = of_class(interface={"hardwareAddress": MAC.upper()})
+    assert resolve(nic(), [config], DEFAULTS).interface.hardware_address == MAC
+
+
+def test_policy_can_keep_a_harmless_field_from_claims() -> None:
+    limits = ClaimLimits(deny=(FieldPath("interface.name"),))
+    assert set(problems(of_claim(interface={"name": "net1"}), limits=limits)) == {"interface.name"}
+
+
+def test_policy_bounds_the_mtu_of_claims_and_not_of_classes() -> None:
+    limits = ClaimLimits(mtu=MtuBounds(minimum=1280, maximum=1500))
+    for mtu in (1279, 1501):
+        assert "1280 to 1500" in problems(of_claim(interface={"mtu": mtu}), limits=limits)["interface.mtu"]
+    for mtu in (1280, 1500):
+        assert resolve(nic(), [of_claim(interface={"mtu": mtu})], limits).interface.mtu == mtu
+    assert resolve(nic(), [of_class(interface={"mtu": 9000})], limits).interface.mtu == 9000
+
+
+def test_limits_that_contradict_themselves_cannot_be_made() -> None:
+    field = FieldPath("interface.mtu")
+    with pytest.raises(ValueError, match="both allowed and denied"):
+        ClaimLimits(allow=(field,), deny=(field,))
+    with pytest.raises(ValueError, match="above maximum"):
+        MtuBounds(minimum=1500, maximum=1400)
+
+
+# --- problems ---------------------------------------------------------------------------------------
+
+
+def test_all_problems_of_all_entries_come_at_once_and_say_whose_they_are() -> None:
+    found = problems(
+        of_class(interface={"mtu": 1}, fixed=["interface.colour"]),
+        of_claim(interface={"name": "a/b", "addresses": ["192.0.2.1/24", "192.0.2.1"]}),
+        OpaqueConfig(source=ConfigSource.CLAIM, requests=(), parameters="{"),
+    )
+    assert set(found) == {
+        "interface.mtu",
+        "fixed[0]",
+        "interface.name",
+        "interface.addresses[1]",
+        "",
+    }
+    assert found["interface.mtu"] == "must be 68 to 65535, not 1 (in the DeviceClass)"
+    assert found[""].startswith("the config is not JSON")
+    assert found["interface.name"].endswith("(in the claim)")
+
+
+def test_a_bad_class_does_not_hide_what_is_wrong_with_the_claim() -> None:
+    found = problems(of_class(interfaces={}), of_claim(interface={"hardwareAddress": MAC}))
+    assert set(found) == {"interfaces", "interface.hardwareAddress"}
+
+
+# --- devices side by side ---------------------------------------------------------------------------
+
+
+def together(*devices: tuple[str, InterfaceConfig, str]) -> list[tuple[str, str]]:
+    try:
+        check_together(
+            [(label, NicConfig(interface=interface), IfName(name)) for label, interface, name in devices]
+        )
+    except ConfigError as error:
+        return [(problem.path, problem.message) for problem in error.problems]
+    return []
+
+
+def test_two_devices_of_a_pod_cannot_have_one_name() -> None:
+    plain = InterfaceConfig()
+    assert together(("a", plain, "net1"), ("b", plain, "net2")) == []
+    ((path, message),) = together(("a", plain, "net1"), ("b", plain, "net1"))
+    assert path == "interface.name"
+    assert message == "a and b would both be named net1 in one pod"
+
+
+@pytest.mark.parametrize("name", ["lo", "eth0", "all", "default", "tunl0"])
+def test_no_device_takes_a_name_that_means_something_else_in_a_pod(name: str) -> None:
+    ((path, message),) = together(("a", InterfaceConfig(), name))
+    assert path == "interface.name"
+    assert name in message
+    assert "set interface.name" in message
+
+
+def test_two_devices_of_a_pod_cannot_have_one_mac_or_one_address() -> None:
+    def config(prefix: int) -> InterfaceConfig:
+        return InterfaceConfig(
+            hardware_address=MacAddress(MAC), addresses=(ipaddress.ip_interface(f"192.0.2.1/{prefix}"),)
+        )
+
+    found = together(("a", config(24), "net1"), ("b", config(32), "net2"))
+    assert [path for path, _ in found] == ["interface.hardwareAddress", "interface.addresses"]
+
+
+def test_one_device_may_have_an_address_with_two_prefix_lengths() -> None:
+    addresses = tuple(ipaddress.ip_interface(f"192.0.2.1/{prefix}") for prefix in (24, 32))
+    assert together(("a", InterfaceConfig(addresses=addresses), "net1")) == []
+
+
+def test_devices_with_one_label_are_still_two_devices() -> None:
+    # A shared device can be allocated twice in one claim, under two share ids.
+    plain = InterfaceConfig()
+    assert len(together(("a", plain, "net1"), ("a", plain, "net1"))) == 1
