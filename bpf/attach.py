@@ -19,10 +19,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bpf import foreign, sys
+from bpf import sys
 from bpf.accounting import Accounting, make_pin_directory
 from bpf.errors import BpfError, CallRefused
-from bpf.foreign import ForeignProgram
+from bpf.foreign import ForeignProgram as ForeignProgram
+from bpf.foreign import detach_foreign as detach_foreign
+from bpf.foreign import foreign_programs as foreign_programs
 from bpf.layout import Hook, Slot
 
 _SUFFIXES = ("-eg", "-in")
@@ -127,15 +129,8 @@ class TcxPrograms:
                     sys.link_update(link, program)
         return frozenset(wanting)
 
-    def foreign_programs(self, ifindex: int) -> tuple[ForeignProgram, ...]:
-        """tcx and XDP programs on a device of this thread's netns that are not ours."""
-        return foreign.find(ifindex, self._own_links())
-
-    def detach_foreign(self, ifindex: int) -> tuple[ForeignProgram, ...]:
-        """Take them all off, whoever holds them, and say which they were. Ambiguous, CallRefused."""
-        return foreign.remove(ifindex, self._own_links())
-
-    def _own_links(self) -> frozenset[sys.LinkId]:
+    def own_links(self) -> frozenset[sys.LinkId]:
+        """Of all names: what foreign_programs and detach_foreign must leave alone."""
         states = (_state(path) for path in self._links.iterdir() if path.name.endswith(_SUFFIXES))
         return frozenset(state.link for state in states if state is not None)
 

@@ -34,8 +34,11 @@ class ForeignProgram:
     links: tuple[sys.LinkId, ...] = ()
 
 
-def find(ifindex: int, own: Set[sys.LinkId]) -> tuple[ForeignProgram, ...]:
-    """What is on a device of this thread's netns, less the links in own."""
+def foreign_programs(ifindex: int, *, own: Set[sys.LinkId]) -> tuple[ForeignProgram, ...]:
+    """What is on a device of this thread's netns, less our links: those of TcxPrograms.own_links().
+
+    OSError (ENODEV: no such device), CallRefused.
+    """
     found = [
         ForeignProgram(_hook(where), entry.program, (entry.link,) if entry.link else ())
         for where in _TCX
@@ -51,9 +54,12 @@ def find(ifindex: int, own: Set[sys.LinkId]) -> tuple[ForeignProgram, ...]:
     return tuple(found)
 
 
-def remove(ifindex: int, own: Set[sys.LinkId]) -> tuple[ForeignProgram, ...]:
-    """Take off what find gives. CallRefused or OSError from the kernel; Ambiguous: only XDP is left."""
-    found = find(ifindex, own)
+def detach_foreign(ifindex: int, *, own: Set[sys.LinkId]) -> tuple[ForeignProgram, ...]:
+    """Take off what foreign_programs gives, whoever holds it, and say what it was.
+
+    CallRefused or OSError from the kernel; Ambiguous: only an XDP program is left.
+    """
+    found = foreign_programs(ifindex, own=own)
     for program in found:
         if program.hook is not ForeignHook.XDP:
             _remove_tcx(ifindex, program)
