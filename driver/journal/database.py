@@ -216,6 +216,11 @@ def exists(path: Path) -> bool:
     return path.exists() or _has_content(_beside(path, "-wal"))
 
 
+def unclean(path: Path) -> bool:
+    """Whether the last process to write path did not close it. Ask before connecting."""
+    return _has_content(_beside(path, "-wal"))
+
+
 def set_aside(path: Path, stamp: int) -> Path:
     """Rename path and its side files to `path.bad-<stamp>`; return the new name. Nothing is deleted."""
     target = path.with_name(f"{path.name}.bad-{stamp}")

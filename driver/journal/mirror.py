@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from driver.journal import codec, database
-from driver.journal.records import Record, RecordKind, RecordValue, from_record
+from driver.journal.records import Record, RecordKind
 from driver.journal.schema import Meta
 
 _WITNESS = "witness.json"
@@ -32,7 +32,7 @@ class Testimony:
     uuid: str = ""
     counter: int | None = None
     boot: str = ""
-    records: tuple[tuple[Record, RecordValue], ...] = ()
+    records: tuple[Record, ...] = ()
     unreadable: tuple[Path, ...] = ()
     settled: bool = False
 
@@ -46,7 +46,6 @@ class _Entry:
     uuid: str
     counter: int
     record: Record
-    value: RecordValue
 
 
 class Mirror:
@@ -85,7 +84,7 @@ class Mirror:
             uuid=uuid,
             counter=counter,
             boot=boot,
-            records=tuple((entry.record, entry.value) for entry in entries),
+            records=tuple(entry.record for entry in entries),
             unreadable=tuple(unreadable),
             settled=settled,
         )
@@ -108,6 +107,9 @@ class Mirror:
             if path.name not in wanted and path.name != _WITNESS:
                 path.unlink(missing_ok=True)
         self._write_witness(meta)
+
+    def path_of(self, record: Record) -> Path:
+        return self._folder / _file_name(record.kind, record.key)
 
     def set_aside(self, paths: Iterable[Path], stamp: int) -> None:
         for path in paths:
@@ -145,7 +147,7 @@ def _read_entry(path: Path) -> _Entry:
     record = Record(RecordKind(tree["kind"]), str(tree["key"]), codec.canonical(tree["body"]))
     if _file_name(record.kind, record.key) != path.name:
         raise ValueError("filed under a name that is not its own")
-    return _Entry(str(tree["uuid"]), int(tree["counter"]), record, from_record(record))
+    return _Entry(str(tree["uuid"]), int(tree["counter"]), record)
 
 
 def _read_witness(path: Path) -> tuple[str, int, str]:

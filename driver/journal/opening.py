@@ -15,7 +15,7 @@ from pathlib import Path
 
 from driver.journal import database
 from driver.journal.mirror import Mirror, Testimony
-from driver.journal.records import JournalUnusable, Record
+from driver.journal.records import JournalUnusable, Record, RecordValue, from_record
 from driver.journal.schema import JOURNAL, Contents, Meta, put_record, read_contents, write_meta
 from driver.model import BootId
 
@@ -26,7 +26,15 @@ _RECOVERY_JUMP = 1 << 32
 ahead of the mirror by a few, is still found older when someone puts it back."""
 
 
-def open_connection(path: Path, mirror: Mirror, boot_id: BootId, stamp: int) -> sqlite3.Connection:
+@dataclass(frozen=True, slots=True)
+class Opened:
+    connection: sqlite3.Connection
+    contents: Contents
+    mirrored: bool = False
+    """The mirror says the same already."""
+
+
+def open_journal(path: Path, mirror: Mirror, boot_id: BootId, stamp: int) -> Opened:
     """A journal to go on with: the one at path, a first one, or one recovered from the mirror.
 
     JournalUnusable if it is from a later release; OSError and sqlite3.Error if the disk is not usable.
@@ -37,26 +45,19 @@ def open_connection(path: Path, mirror: Mirror, boot_id: BootId, stamp: int) -> 
     reason = _unfinished(path)
     if not reason:
         found = _examine(path)
-        if isinstance(found, _Opened):
+        if isinstance(found, Opened):
             reason = _contradiction(path, found.contents, testimony)
             if not reason:
-                database.migrate(found.connection, JOURNAL)
-                return found.connection
+                return replace(found, mirrored=_same_commit(found.contents, testimony))
             found.connection.close()
         elif found is None and testimony.empty:
-            return _make(path, _first_meta(boot_id), ())
+            return _make(path, Contents(_first_meta(boot_id), ()))
         else:
             reason = _loss(path, found)
     return _recover(path, mirror, testimony, reason, boot_id, stamp)
 
 
-@dataclass(frozen=True, slots=True)
-class _Opened:
-    connection: sqlite3.Connection
-    contents: Contents
-
-
-def _examine(path: Path) -> _Opened | database.Damaged | None:
+def _examine(path: Path) -> Opened | database.Damaged | None:
     """The journal, what is wrong with it, or None where there is none. JournalUnusable: too new."""
     if not path.exists():
         return database.Damaged("is missing") if database.exists(path) else None
@@ -67,7 +68,8 @@ def _examine(path: Path) -> _Opened | database.Damaged | None:
     try:
         database.check(connection, JOURNAL)
         database.check_pages(connection)
-        return _Opened(connection, read_contents(connection))
+        database.migrate(connection, JOURNAL)
+        return Opened(connection, read_contents(connection))
     except database.Damaged as error:
         connection.close()
         return error
@@ -93,10 +95,13 @@ def _contradiction(path: Path, contents: Contents, testimony: Testimony) -> str:
             f"the journal {path} is older than what this node did last "
             f"(change {meta.counter}, its mirror is at {testimony.counter}): a copy was put back"
         )
-    same_commit = testimony.settled and meta.counter == testimony.counter
-    if same_commit and {record for record, _ in contents.records} != {r for r, _ in testimony.records}:
+    if _same_commit(contents, testimony) and set(contents.plain) != set(testimony.records):
         return f"the journal {path} and its mirror tell different things of the same change"
     return ""
+
+
+def _same_commit(contents: Contents, testimony: Testimony) -> bool:
+    return testimony.settled and testimony.counter == contents.meta.counter
 
 
 def _loss(path: Path, damage: database.Damaged | None) -> str:
@@ -109,24 +114,25 @@ def _first_meta(boot_id: BootId) -> Meta:
     return Meta(uuid=str(uuid.uuid4()), counter=0, boot=boot_id)
 
 
-def _make(path: Path, meta: Meta, records: tuple[Record, ...]) -> sqlite3.Connection:
+def _make(path: Path, contents: Contents) -> Opened:
     def fill(connection: sqlite3.Connection) -> None:
-        write_meta(connection, meta)
-        for record in records:
+        write_meta(connection, contents.meta)
+        for record in contents.plain:
             put_record(connection, record)
 
     database.create(path, JOURNAL, fill)
-    return database.connect(path)
+    return Opened(database.connect(path), contents)
 
 
 def _recover(
     path: Path, mirror: Mirror, testimony: Testimony, reason: str, boot_id: BootId, stamp: int
-) -> sqlite3.Connection:
+) -> Opened:
     """Set the bad file aside and start a new one from the mirror."""
     _mark_unfinished(path, reason)
-    text = f"{reason}; {len(testimony.records)} records were taken from its mirror"
-    if testimony.unreadable:
-        text += f", {len(testimony.unreadable)} files of which could not be read"
+    records, unreadable = _readable(mirror, testimony)
+    text = f"{reason}; {len(records)} records were taken from its mirror"
+    if unreadable:
+        text += f", {len(unreadable)} files of which could not be read"
     if database.exists(path):
         text += f"; the file is kept as {database.set_aside(path, stamp)}"
     meta = replace(_first_meta(boot_id), recovery=text)
@@ -137,11 +143,25 @@ def _recover(
             counter=testimony.counter + _RECOVERY_JUMP,
             boot=testimony.boot or meta.boot,
         )
-    connection = _make(path, meta, tuple(record for record, _ in testimony.records))
-    mirror.set_aside(testimony.unreadable, stamp)
+    opened = _make(path, Contents(meta, records))
+    mirror.set_aside(unreadable, stamp)
     _marker(path).unlink(missing_ok=True)
     _log.error("%s", text)
-    return connection
+    return opened
+
+
+def _readable(
+    mirror: Mirror, testimony: Testimony
+) -> tuple[tuple[tuple[Record, RecordValue], ...], tuple[Path, ...]]:
+    """The mirror's records with their values, and the files that make no sense."""
+    records: list[tuple[Record, RecordValue]] = []
+    unreadable = list(testimony.unreadable)
+    for record in testimony.records:
+        try:
+            records.append((record, from_record(record)))
+        except ValueError:
+            unreadable.append(mirror.path_of(record))
+    return tuple(records), tuple(unreadable)
 
 
 def _marker(path: Path) -> Path:

@@ -1,7 +1,7 @@
 """What the journal keeps, and what it fails with.
 
-Invariant: frozen values only; nothing here touches a file. A step's owner is made by the two functions
-below, so that dropping a record drops exactly its own steps.
+Invariant: frozen values only; nothing here touches a file. A step's owner is the text that the two
+functions below make, so that dropping a record drops exactly its own steps.
 """
 
 from __future__ import annotations
@@ -62,13 +62,14 @@ class JournalState:
 
 
 def preparation_owner(key: PreparationKey) -> str:
-    """The owner of a preparation's steps. The text is written to disk: it must not change."""
-    return codec.canonical([key.claim_uid, key.pool, key.device, key.share_id or ""])
+    """The owner of a preparation's steps, as driver.plan names it."""
+    share = f"/{key.share_id}" if key.share_id else ""
+    return f"preparation/{key.claim_uid}/{key.pool}/{key.device}{share}"
 
 
 def attachment_owner(attachment: AttachmentId) -> str:
-    """The owner of an attachment's steps."""
-    return str(attachment)
+    """The owner of an attachment's steps, as driver.plan names it."""
+    return f"attachment/{attachment}"
 
 
 class RecordKind(enum.StrEnum):
@@ -89,12 +90,22 @@ class Record:
     body: str
 
 
+def preparation_key(key: PreparationKey) -> str:
+    """The key as text. It is written to disk: a field that is added later must not change it."""
+    return codec.canonical([key.claim_uid, key.pool, key.device, key.share_id or ""])
+
+
 def to_record(value: RecordValue) -> Record:
+    kind, key = _kind_and_key(value)
+    return Record(kind, key, codec.encode(value))
+
+
+def _kind_and_key(value: RecordValue) -> tuple[RecordKind, str]:
     if isinstance(value, Preparation):
-        return Record(RecordKind.PREPARATION, preparation_owner(value.key), codec.encode(value))
+        return RecordKind.PREPARATION, preparation_key(value.key)
     if isinstance(value, Attachment):
-        return Record(RecordKind.ATTACHMENT, attachment_owner(value.id), codec.encode(value))
-    return Record(RecordKind.QUARANTINE, str(value.device), codec.encode(value))
+        return RecordKind.ATTACHMENT, str(value.id)
+    return RecordKind.QUARANTINE, str(value.device)
 
 
 def from_record(record: Record) -> RecordValue:
@@ -107,7 +118,7 @@ def from_record(record: Record) -> RecordValue:
             value = codec.decode(Attachment, record.body)
         case RecordKind.QUARANTINE:
             value = codec.decode(Quarantine, record.body)
-    if to_record(value).key != record.key:
+    if _kind_and_key(value)[1] != record.key:
         raise codec.CodecError(f"a {record.kind} is filed under the key {record.key!r} that is not its own")
     return value
 

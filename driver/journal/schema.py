@@ -52,6 +52,10 @@ class Contents:
     meta: Meta
     records: tuple[tuple[Record, RecordValue], ...]
 
+    @property
+    def plain(self) -> tuple[Record, ...]:
+        return tuple(record for record, _ in self.records)
+
 
 def read_contents(connection: sqlite3.Connection) -> Contents:
     """Everything but the steps, of one moment; Damaged if it makes no sense."""

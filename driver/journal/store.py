@@ -23,7 +23,7 @@ from typing import Self
 from driver.errors import OutOfTime
 from driver.journal import database
 from driver.journal.mirror import Mirror
-from driver.journal.opening import open_connection
+from driver.journal.opening import Opened, open_journal
 from driver.journal.reader import JournalReader
 from driver.journal.records import (
     JournalState,
@@ -37,11 +37,25 @@ from driver.journal.records import (
     StepRecord,
     attachment_owner,
     collect,
+    preparation_key,
     preparation_owner,
     to_record,
 )
-from driver.journal.schema import Meta, put_record, read_contents, read_steps, write_meta
+from driver.journal.schema import Meta, put_record, read_steps, write_meta
 from driver.model import Attachment, AttachmentId, BootId, DeviceName, Preparation, PreparationKey
+
+__all__ = [
+    "Journal",
+    "JournalReader",
+    "JournalState",
+    "JournalUnusable",
+    "JournalWriteFailed",
+    "Quarantine",
+    "StepPhase",
+    "StepRecord",
+    "attachment_owner",
+    "preparation_owner",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +70,8 @@ class _Put:
 class _Drop:
     kind: RecordKind
     key: str
-    """Also the owner of its steps."""
+    owner: str = ""
+    """Of the steps that go with it."""
 
 
 _Change = _Put | _Drop | StepRecord
@@ -75,12 +90,12 @@ class Journal:
     They block for the commit: call them from worker threads. state() never blocks.
     """
 
-    def __init__(self, path: Path, mirror: Mirror, connection: sqlite3.Connection, boot_id: BootId) -> None:
+    def __init__(self, path: Path, mirror: Mirror, opened: Opened, boot_id: BootId) -> None:
         """Use open()."""
-        contents = read_contents(connection)
+        contents = opened.contents
         self._path = path
         self._mirror = mirror
-        self._connection = connection
+        self._connection = opened.connection
         self._boot_id = boot_id
         self._lock = threading.RLock()
         self._batch: _Batch | None = None
@@ -88,7 +103,8 @@ class Journal:
         self._records = {(record.kind, record.key): (record, value) for record, value in contents.records}
         self._state = self._new_state()
         self._mirror_problem = ""
-        self._replace_mirror()
+        if not opened.mirrored:
+            self._replace_mirror()
 
     @classmethod
     def open(
@@ -100,12 +116,7 @@ class Journal:
         """
         witness = Mirror(mirror)
         try:
-            connection = open_connection(path, witness, boot_id, int(wall()))
-            try:
-                return cls(path, witness, connection, boot_id)
-            except BaseException:
-                connection.close()
-                raise
+            return cls(path, witness, open_journal(path, witness, boot_id, int(wall())), boot_id)
         except (OSError, sqlite3.Error) as error:
             raise JournalUnusable(
                 f"the journal {path} cannot be opened: {database.explain(error)}"
@@ -145,14 +156,14 @@ class Journal:
 
     def drop_preparation(self, key: PreparationKey) -> None:
         """With its steps. Nothing happens if it is not there."""
-        self._change(_Drop(RecordKind.PREPARATION, preparation_owner(key)))
+        self._change(_Drop(RecordKind.PREPARATION, preparation_key(key), preparation_owner(key)))
 
     def put_attachment(self, attachment: Attachment) -> None:
         self._put(attachment)
 
     def drop_attachment(self, attachment: AttachmentId) -> None:
         """With its steps. Nothing happens if it is not there."""
-        self._change(_Drop(RecordKind.ATTACHMENT, attachment_owner(attachment)))
+        self._change(_Drop(RecordKind.ATTACHMENT, str(attachment), attachment_owner(attachment)))
 
     def put_quarantine(self, quarantine: Quarantine) -> None:
         self._put(quarantine)
@@ -311,9 +322,9 @@ def _write(connection: sqlite3.Connection, change: _Change) -> None:
     match change:
         case _Put(record=record):
             put_record(connection, record)
-        case _Drop(kind=kind, key=key):
+        case _Drop(kind=kind, key=key, owner=owner):
             connection.execute("DELETE FROM records WHERE kind = ? AND key = ?", (kind.value, key))
-            connection.execute("DELETE FROM steps WHERE owner = ?", (key,))
+            connection.execute("DELETE FROM steps WHERE owner = ?", (owner,))
         case StepRecord():
             _write_step(connection, change)
 

@@ -1,0 +1,229 @@
+"""The ledger's tables and the values read from them.
+
+Invariant: what is read is a value of its type or the file is Damaged; sources are never added up.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from dataclasses import dataclass
+from typing import Any
+
+from bpf.layout import TrafficKind
+from driver.journal import database
+from driver.model import AttachmentId, ClaimRef, ClaimUid, DeviceName, PodRef, PodUid, SandboxId
+from hw.model import Direction, IfName
+
+LEDGER = database.Schema(
+    what="usage ledger",
+    application_id=0x6B6E646C,
+    migrations=(
+        database.Migration(
+            version=1,
+            readable_by=1,
+            statements=(
+                "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID",
+                "CREATE TABLE attachments (id TEXT PRIMARY KEY, pod_namespace TEXT NOT NULL,"
+                " pod_name TEXT NOT NULL, pod_uid TEXT NOT NULL, claim_namespace TEXT NOT NULL,"
+                " claim_name TEXT NOT NULL, claim_uid TEXT NOT NULL, device TEXT NOT NULL,"
+                " interface TEXT NOT NULL, sandbox TEXT NOT NULL, started REAL NOT NULL, ended REAL"
+                ") STRICT, WITHOUT ROWID",
+                "CREATE INDEX attachments_by_end ON attachments (ended)",
+                # A segment is a stretch in which a counter only grew. checked: when it was last read.
+                "CREATE TABLE segments (attachment TEXT NOT NULL, source TEXT NOT NULL,"
+                " segment INTEGER NOT NULL, checked REAL NOT NULL,"
+                " PRIMARY KEY (attachment, source, segment)) STRICT, WITHOUT ROWID",
+                # bytes and packets are the counter's own absolute totals; what was counted under another
+                # class name before this segment is in base_bytes and base_packets.
+                "CREATE TABLE usage (attachment TEXT NOT NULL, source TEXT NOT NULL,"
+                " segment INTEGER NOT NULL, direction INTEGER NOT NULL, class_index INTEGER NOT NULL,"
+                " kind INTEGER NOT NULL, class_name TEXT NOT NULL, bytes INTEGER NOT NULL,"
+                " packets INTEGER NOT NULL, base_bytes INTEGER NOT NULL, base_packets INTEGER NOT NULL,"
+                " PRIMARY KEY (attachment, source, segment, direction, class_index, kind)"
+                ") STRICT, WITHOUT ROWID",
+                "CREATE TABLE gaps (attachment TEXT, started REAL, ended REAL NOT NULL,"
+                " reason TEXT NOT NULL) STRICT",
+                "CREATE INDEX gaps_by_attachment ON gaps (attachment)",
+            ),
+        ),
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UsageOwner:
+    """Whom traffic belongs to. started: seconds since the epoch, to show and to select by only."""
+
+    attachment: AttachmentId
+    pod: PodRef
+    claim: ClaimRef
+    device: DeviceName
+    interface: IfName
+    sandbox: SandboxId
+    started: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Account:
+    """An owner and when its attachment ended; None while it lives."""
+
+    owner: UsageOwner
+    ended: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UsageRow:
+    """Totals of an attachment's whole life, for one class, kind, direction and source.
+
+    class_name is the name the class had while this was counted: a renamed class has two rows.
+    """
+
+    owner: UsageOwner
+    ended: float | None
+    source: str
+    direction: Direction
+    class_index: int
+    class_name: str
+    kind: TrafficKind
+    bytes: int
+    packets: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UsageGap:
+    """What was not counted. attachment None: the ledger as a whole; start None: nobody knows."""
+
+    attachment: AttachmentId | None
+    start: float | None
+    end: float
+    reason: str
+
+
+_ACCOUNT = (
+    "a.id, a.pod_namespace, a.pod_name, a.pod_uid, a.claim_namespace, a.claim_name, a.claim_uid,"
+    " a.device, a.interface, a.sandbox, a.started, a.ended"
+)
+_SELECTED = (
+    "(:since IS NULL OR a.ended IS NULL OR a.ended >= :since)"
+    " AND (:until IS NULL OR a.started < :until)"
+    " AND (:namespace IS NULL OR a.pod_namespace = :namespace)"
+    " AND (:pod IS NULL OR a.pod_name = :pod)"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """Which attachments: those that lived in [since, until), of a namespace, of a pod's name."""
+
+    since: float | None = None
+    until: float | None = None
+    namespace: str | None = None
+    pod: str | None = None
+
+    def parameters(self) -> dict[str, object]:
+        return {"since": self.since, "until": self.until, "namespace": self.namespace, "pod": self.pod}
+
+
+def read_accounts(connection: sqlite3.Connection, selection: Selection) -> tuple[Account, ...]:
+    rows = connection.execute(
+        f"SELECT {_ACCOUNT} FROM attachments a WHERE {_SELECTED} ORDER BY a.started, a.id",  # noqa: S608 - constants
+        selection.parameters(),
+    ).fetchall()
+    return tuple(_account(row) for row in rows)
+
+
+def read_usage(connection: sqlite3.Connection, selection: Selection) -> tuple[UsageRow, ...]:
+    rows = connection.execute(
+        f"SELECT {_ACCOUNT}, u.source, u.direction, u.class_index, u.class_name, u.kind,"  # noqa: S608 - constants
+        " SUM(u.bytes - u.base_bytes), SUM(u.packets - u.base_packets)"
+        f" FROM attachments a JOIN usage u ON u.attachment = a.id WHERE {_SELECTED}"
+        " GROUP BY a.id, u.source, u.direction, u.class_index, u.class_name, u.kind"
+        " ORDER BY a.started, a.id, u.source, u.direction, u.class_index, u.class_name, u.kind",
+        selection.parameters(),
+    ).fetchall()
+    return tuple(_usage_row(row) for row in rows)
+
+
+def read_gaps(connection: sqlite3.Connection, selection: Selection) -> tuple[UsageGap, ...]:
+    """Of the selected attachments, and those of the ledger as a whole."""
+    rows = connection.execute(
+        "SELECT g.attachment, g.started, g.ended, g.reason FROM gaps g"  # noqa: S608 - constants
+        " LEFT JOIN attachments a ON a.id = g.attachment"
+        f" WHERE g.attachment IS NULL OR (a.id IS NOT NULL AND {_SELECTED})"
+        " ORDER BY g.ended, g.attachment",
+        selection.parameters(),
+    ).fetchall()
+    return tuple(
+        UsageGap(
+            attachment=None if attachment is None else AttachmentId(attachment),
+            start=start,
+            end=end,
+            reason=reason,
+        )
+        for attachment, start, end, reason in rows
+    )
+
+
+def insert_account(connection: sqlite3.Connection, owner: UsageOwner) -> None:
+    """Nothing happens if the attachment has one."""
+    connection.execute(
+        "INSERT OR IGNORE INTO attachments (id, pod_namespace, pod_name, pod_uid, claim_namespace,"
+        " claim_name, claim_uid, device, interface, sandbox, started, ended)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
+        (
+            owner.attachment,
+            owner.pod.namespace,
+            owner.pod.name,
+            owner.pod.uid,
+            owner.claim.namespace,
+            owner.claim.name,
+            owner.claim.uid,
+            owner.device,
+            owner.interface,
+            owner.sandbox,
+            owner.started,
+        ),
+    )
+
+
+def insert_gap(connection: sqlite3.Connection, gap: UsageGap) -> None:
+    """Nothing happens if the same gap is there, so that a retry does not double it."""
+    values = (gap.attachment, gap.start, gap.end, gap.reason)
+    connection.execute(
+        "INSERT INTO gaps (attachment, started, ended, reason) SELECT ?, ?, ?, ? WHERE NOT EXISTS"
+        " (SELECT 1 FROM gaps WHERE attachment IS ? AND started IS ? AND ended = ? AND reason = ?)",
+        (*values, *values),
+    )
+
+
+def _account(row: tuple[Any, ...]) -> Account:
+    """The tables are STRICT: a column has the type it was declared with."""
+    owner = UsageOwner(
+        attachment=AttachmentId(row[0]),
+        pod=PodRef(row[1], row[2], PodUid(row[3])),
+        claim=ClaimRef(row[4], row[5], ClaimUid(row[6])),
+        device=DeviceName(row[7]),
+        interface=IfName(row[8]),
+        sandbox=SandboxId(row[9]),
+        started=row[10],
+    )
+    return Account(owner=owner, ended=row[11])
+
+
+def _usage_row(row: tuple[Any, ...]) -> UsageRow:
+    account = _account(row[:12])
+    source, direction, class_index, class_name, kind, total_bytes, total_packets = row[12:]
+    try:
+        return UsageRow(
+            owner=account.owner,
+            ended=account.ended,
+            source=source,
+            direction=Direction(direction),
+            class_index=class_index,
+            class_name=class_name,
+            kind=TrafficKind(kind),
+            bytes=total_bytes,
+            packets=total_packets,
+        )
+    except ValueError as error:
+        raise database.Damaged(f"has a usage row that cannot be read: {error}") from error
