@@ -83,6 +83,8 @@ class TakeoverLock:
         fd, self._fd = self._fd, None
         if fd is not None:
             os.ftruncate(fd, 0)
+            # A child between fork and exec still has the file open; closing alone would not free it.
+            fcntl.flock(fd, fcntl.LOCK_UN)
             os.close(fd)
 
     def holder(self) -> str:
