@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NewType
+from typing import NamedTuple, NewType
 
 from bpf.layout import Slot
 from hw.model import (
@@ -306,6 +306,26 @@ class DeviceStatus:
     addresses: tuple[InterfaceAddress, ...] = ()
     hook: str = ""
     """`tcx` or `clsact`: what counts, and so how strong the promise is."""
+
+
+class PodSample(NamedTuple):
+    """One counter of one attached device, for a scrape. The fields before bytes are its labels.
+
+    A tuple and no dataclass, since thousands are made for each scrape.
+    """
+
+    namespace: str
+    pod: str
+    claim: str
+    device: str
+    interface: str
+    direction: str
+    """`egress` or `ingress`, as the pod sees it."""
+    traffic_class: str
+    kind: str
+    source: str
+    bytes: int
+    packets: int
 
 
 class EventKind(enum.StrEnum):
