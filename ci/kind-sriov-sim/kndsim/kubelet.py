@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 from kndsim.kubelet_check import check_devices, check_error, check_keys
 from kndsim.kubelet_claims import ClaimCache, ClaimRecord
@@ -69,7 +70,7 @@ class SimKubelet:
         root: Path,
         *,
         node: str,
-        prefer: str | None = None,
+        prefer: Literal["v1", "v1beta1"] | None = None,
         timing: KubeletTiming | None = None,
         slices: SliceWiper | None = None,
     ) -> None:
@@ -77,7 +78,7 @@ class SimKubelet:
         self.node = node
         self.log: list[LogEntry] = []
         self._timing = timing or KubeletTiming()
-        self._known = (Version(prefer),) if prefer else tuple(Version)
+        self._known = (Version(f"{prefer}.DRAPlugin"),) if prefer else tuple(Version)
         self._slices = slices
         self._claims = ClaimCache(self.root / "dra_manager_state")
         self._plugins: PluginStore
