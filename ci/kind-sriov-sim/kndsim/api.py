@@ -1,0 +1,475 @@
+"""A simulated Kubernetes API server, strict where the real one is.
+
+Invariant: what passes here passes there: names, limits, conflicts, generations, versions and field
+ownership are the real server's for the few kinds the driver uses. It listens on loopback only, speaks
+plain HTTP and keeps everything in memory.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from socket import SHUT_RDWR
+from types import TracebackType
+from typing import Any
+
+from kndsim import api_alloc, api_apply, api_rules
+from kndsim.api_http import (
+    Backend,
+    Fault,
+    Request,
+    Server,
+    Target,
+    Wire,
+    decode_continue,
+    encode_continue,
+    parse_selector,
+)
+from kndsim.api_store import ApiError, Json, Key, Kind, Store, conflict, now
+
+APPLY = "application/apply-patch+yaml"
+MERGE = "application/merge-patch+json"
+
+Device = tuple[str, str, str, str | None]
+"""request, pool, device, share id."""
+
+KUBECONFIG = """\
+apiVersion: v1
+kind: Config
+clusters: [{{name: sim, cluster: {{server: "{url}"}}}}]
+users: [{{name: agent, user: {{token: sim}}}}]
+contexts: [{{name: sim, context: {{cluster: sim, user: agent}}}}]
+current-context: sim
+"""
+
+
+class SimApi(Backend):
+    """Use as a context manager. dropped_fields are device fields that a disabled gate removes silently
+    (`taints`, `allowMultipleAllocations`...)."""
+
+    def __init__(self, *, bookmark_seconds: float = 60.0, dropped_fields: Iterable[str] = ()) -> None:
+        self.store = Store()
+        self.wire = Wire(bookmark_seconds=bookmark_seconds)
+        self.dropped_fields = set(dropped_fields)
+        self._owners: dict[str, api_apply.Owners] = {}
+        self._server = Server(self.wire, self)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.05,), name="sim-api", daemon=True
+        )
+
+    def __enter__(self) -> SimApi:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.wire.closing = True
+        with self.store.changed:
+            self.store.changed.notify_all()
+        self._server.shutdown()
+        self._server.server_close()
+        self.drop_connections()
+        self._thread.join(5)
+
+    # --- for tests: where it is, what it saw, how it fails -------------------------------------------
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def kubeconfig(self, path: Path) -> Path:
+        """Write a kubeconfig file for this server and return its path."""
+        path.write_text(KUBECONFIG.format(url=self.url))
+        path.chmod(0o600)
+        return path
+
+    def requests(self, verb: str = "", resource: str = "") -> list[Request]:
+        """The request log, oldest first. resource is the plural, with `/status` for the subresource."""
+        with self.wire.lock:
+            return [
+                each for each in self.wire.log if verb in ("", each.verb) and resource in ("", each.resource)
+            ]
+
+    def writes(self) -> list[Request]:
+        return [each for each in self.requests() if each.writes]
+
+    def clear_log(self) -> None:
+        with self.wire.lock:
+            self.wire.log.clear()
+
+    def fail(
+        self,
+        code: int,
+        *,
+        times: int = 1,
+        verb: str = "",
+        resource: str = "",
+        message: str = "injected",
+        retry_after: int | None = None,
+        causes: tuple[tuple[str, str], ...] = (),
+    ) -> None:
+        """The next so many fitting requests fail with this status."""
+        error = ApiError(code, "Injected", message, causes, retry_after)
+        self.wire.faults.append(Fault(times, verb, resource, error=error))
+
+    def close_on(self, *, times: int = 1, verb: str = "", resource: str = "") -> None:
+        """The next so many fitting requests get no answer, their connection is closed."""
+        self.wire.faults.append(Fault(times, verb, resource))
+
+    def answer_raw(self, data: bytes, *, times: int = 1, verb: str = "", resource: str = "") -> None:
+        """The next so many fitting requests get 200 and this body, which may be nonsense."""
+        self.wire.faults.append(Fault(times, verb, resource, raw=data))
+
+    def clear_faults(self) -> None:
+        with self.wire.lock:
+            self.wire.faults.clear()
+
+    def hang_watches(self) -> None:
+        """Watches open now stay open and never say anything again."""
+        self.wire.hang_generation += 1
+
+    def drop_connections(self) -> None:
+        """Close every connection, as a load balancer or a restart does."""
+        with self.wire.lock:
+            connections = list(self.wire.connections)
+        for connection in connections:
+            with suppress(OSError):
+                connection.shutdown(SHUT_RDWR)
+
+    def compact(self) -> None:
+        """Older resourceVersions get 410; open watches are ended."""
+        self.store.compact()
+        self.drop_connections()
+
+    # --- for tests: objects --------------------------------------------------------------------------
+
+    def add_node(self, name: str) -> str:
+        """Returns the UID."""
+        node = self.store.create(Kind.NODE, "", {"metadata": {"name": name}, "spec": {}})
+        return str(node["metadata"]["uid"])
+
+    def add_pod(
+        self,
+        namespace: str,
+        name: str,
+        *,
+        node: str = "",
+        claims: Mapping[str, str | None] | None = None,
+        template_claims: Mapping[str, str | None] | None = None,
+        extended_claim: str = "",
+        host_network: bool = False,
+        annotations: Mapping[str, str] | None = None,
+    ) -> str:
+        """Make a pod and return its UID. claims: name in the pod to ResourceClaim; template_claims: name in
+        the pod to the claim made for it, None while there is none yet."""
+        direct = [{"name": key, "resourceClaimName": value} for key, value in (claims or {}).items()]
+        templated = [{"name": key, "resourceClaimTemplateName": key} for key in template_claims or {}]
+        spec: Json = {
+            "nodeName": node,
+            "containers": [{"name": "main"}],
+            "resourceClaims": direct + templated,
+        }
+        if host_network:
+            spec["hostNetwork"] = True
+        status: Json = {
+            "phase": "Pending",
+            "resourceClaimStatuses": [
+                {"name": key, "resourceClaimName": value}
+                for key, value in (template_claims or {}).items()
+                if value is not None
+            ],
+        }
+        if extended_claim:
+            status["extendedResourceClaimStatus"] = {
+                "resourceClaimName": extended_claim,
+                "requestMappings": [],
+            }
+        metadata: Json = {"name": name, "annotations": dict(annotations or {})}
+        pod = self.store.create(Kind.POD, namespace, {"metadata": metadata, "spec": spec, "status": status})
+        return str(pod["metadata"]["uid"])
+
+    def set_template_claim(self, namespace: str, pod: str, name: str, claim: str) -> None:
+        """The claim controller has made the claim of a pod's template."""
+
+        def change(obj: Json) -> Json:
+            statuses = obj["status"].setdefault("resourceClaimStatuses", [])
+            statuses.append({"name": name, "resourceClaimName": claim})
+            return obj
+
+        self.store.update(Key(Kind.POD, namespace, pod), change)
+
+    def add_claim(
+        self,
+        namespace: str,
+        name: str,
+        *,
+        driver: str = "knd.internal",
+        devices: Sequence[Device] = (),
+        configs: Sequence[Json] = (),
+        reserved_for: Sequence[str] = (),
+        extra_results: Sequence[Json] = (),
+    ) -> str:
+        """Make an allocated claim (unallocated without devices) and return its UID. configs are whole
+        entries of allocation.devices.config; `{"parameters": {...}}` is short for this driver's, FromClaim.
+        extra_results are whole results, of other drivers for example."""
+        results = [self._result(driver, device) for device in devices]
+        results += extra_results
+        status: Json = {}
+        if results:
+            entries = [self._config(driver, config) for config in configs]
+            status["allocation"] = {"devices": {"results": results, "config": entries}}
+        if reserved_for:
+            status["reservedFor"] = [
+                {"resource": "pods", "name": f"pod-{uid}", "uid": uid} for uid in reserved_for
+            ]
+        names = sorted({request.partition("/")[0] for request, *_ in devices} or {"net"})
+        spec = {
+            "devices": {"requests": [{"name": each, "exactly": {"deviceClassName": "knd"}} for each in names]}
+        }
+        claim = self.store.create(
+            Kind.CLAIM, namespace, {"metadata": {"name": name}, "spec": spec, "status": status}
+        )
+        return str(claim["metadata"]["uid"])
+
+    @staticmethod
+    def _result(driver: str, device: Device) -> Json:
+        request, pool, name, share = device
+        result = {"request": request, "driver": driver, "pool": pool, "device": name}
+        return {**result, "shareID": share} if share else result
+
+    @staticmethod
+    def _config(driver: str, config: Json) -> Json:
+        if "parameters" not in config:
+            return config
+        rest = {key: value for key, value in config.items() if key != "parameters"}
+        return {
+            "source": "FromClaim",
+            **rest,
+            "opaque": {"driver": driver, "parameters": config["parameters"]},
+        }
+
+    def reserve(self, namespace: str, name: str, pods: Sequence[str]) -> None:
+        """Set status.reservedFor to these pod UIDs."""
+
+        def change(obj: Json) -> Json:
+            obj.setdefault("status", {})["reservedFor"] = [
+                {"resource": "pods", "name": f"pod-{uid}", "uid": uid} for uid in pods
+            ]
+            return obj
+
+        self.store.update(Key(Kind.CLAIM, namespace, name), change)
+
+    def allocate(
+        self,
+        namespace: str,
+        name: str,
+        driver: str,
+        node: str,
+        requests: Mapping[str, Callable[[Json], bool]],
+    ) -> list[Device]:
+        """Give the claim free devices as the scheduler does: from the node's complete pools of the highest
+        generation, untainted, in order, one per request whose predicate takes the published device.
+        LookupError where there is none."""
+        in_use = api_alloc.allocated(self.store.list(Kind.CLAIM, "", {}), driver)
+        chosen = api_alloc.choose(self.slices(driver, node), in_use, requests)
+
+        def change(obj: Json) -> Json:
+            results = [self._result(driver, device) for device in chosen]
+            allocation = {"devices": {"results": results, "config": []}}
+            return {**obj, "status": {**(obj.get("status") or {}), "allocation": allocation}}
+
+        self.store.update(Key(Kind.CLAIM, namespace, name), change)
+        return chosen
+
+    def delete(self, resource: str, name: str, namespace: str = "") -> None:
+        """Delete an object by its plural (`pods`, `resourceslices`...)."""
+        kind = next(each for each in Kind if each.plural == resource)
+        self.store.delete(Key(kind, namespace, name), {})
+
+    def edit(self, resource: str, name: str, change: Callable[[Json], Json], namespace: str = "") -> None:
+        """Change an object behind everybody's back."""
+        kind = next(each for each in Kind if each.plural == resource)
+        self.store.update(Key(kind, namespace, name), change)
+
+    def slices(self, driver: str, node: str) -> list[Json]:
+        return self.store.list(Kind.SLICE, "", {"spec.driver": driver, "spec.nodeName": node})
+
+    def claim(self, namespace: str, name: str) -> Json:
+        return self.store.get(Key(Kind.CLAIM, namespace, name))
+
+    def events(self) -> list[Json]:
+        return self.store.list(Kind.EVENT, "", {})
+
+    # --- what the HTTP side calls ---------------------------------------------------------------------
+
+    def read(self, target: Target, query: dict[str, str]) -> Json:
+        if target.name:
+            return self.store.get(target.key)
+        start, version = 0, self.store.version
+        if query.get("continue"):
+            version, start = decode_continue(query["continue"])
+            self.store.check_continue(version)
+        found = self.store.list(target.kind, target.namespace, parse_selector(query.get("fieldSelector", "")))
+        limit = int(query.get("limit") or 0) or len(found)
+        metadata: Json = {"resourceVersion": str(version)}
+        if start + limit < len(found):
+            metadata["continue"] = encode_continue(version, start + limit)
+            metadata["remainingItemCount"] = len(found) - start - limit
+        kind = target.kind
+        return {
+            "apiVersion": kind.api_version,
+            "kind": f"{kind.title}List",
+            "metadata": metadata,
+            "items": found[start : start + limit],
+        }
+
+    def watch(self, target: Target, query: dict[str, str], gone: Callable[[], bool]) -> Iterator[Json | None]:
+        """Yield watch events; None now and then, so that the caller notices a closed server."""
+        selector = parse_selector(query.get("fieldSelector", ""))
+        version = int(query.get("resourceVersion") or self.store.version)
+        end = time.monotonic() + float(query.get("timeoutSeconds") or 1800)
+        bookmark_at = time.monotonic() + self.wire.bookmark_seconds
+        while not gone() and time.monotonic() < end:
+            batch: list[Json | None] = []
+            with self.store.changed:
+                try:
+                    news = self.store.events_after(version, target.kind, selector)
+                    batch.extend({"type": change, "object": obj} for change, obj in news)
+                    version = max(version, self.store.version)
+                except ApiError as error:
+                    yield {"type": "ERROR", "object": error.status()}
+                    return
+                if not batch:
+                    self.store.wait(min(end, bookmark_at, time.monotonic() + 1.0))
+            yield from batch or [None]
+            if time.monotonic() >= bookmark_at:
+                bookmark_at = time.monotonic() + self.wire.bookmark_seconds
+                if query.get("allowWatchBookmarks") in ("1", "true"):
+                    yield self._bookmark(target.kind, version)
+
+    @staticmethod
+    def _bookmark(kind: Kind, version: int) -> Json:
+        metadata = {"resourceVersion": str(version), "creationTimestamp": None}
+        return {
+            "type": "BOOKMARK",
+            "object": {"kind": kind.title, "apiVersion": kind.api_version, "metadata": metadata},
+        }
+
+    def write(self, verb: str, target: Target, query: dict[str, str], content_type: str, body: Any) -> Json:
+        if verb == "deletecollection":
+            selector = parse_selector(query.get("fieldSelector", ""))
+            for obj in self.store.list(target.kind, target.namespace, selector):
+                metadata = obj["metadata"]
+                self.store.delete(Key(target.kind, metadata.get("namespace", ""), metadata["name"]), {})
+            return {"kind": "Status", "apiVersion": "v1", "status": "Success"}
+        if verb == "delete":
+            return self.store.delete(target.key, (body or {}).get("preconditions") or {})
+        if not isinstance(body, dict):
+            raise ApiError(400, "BadRequest", "the body must be an object")
+        if verb == "create":
+            return self.store.create(target.kind, target.namespace, self._admit(target, body, None))
+        if verb == "update":
+            return self._replace(target, body)
+        return self._patch(target, query, content_type, body)
+
+    def _replace(self, target: Target, body: Json) -> Json:
+        def change(old: Json) -> Json:
+            self._check_version(target, body, old)
+            return self._admit(target, body, old)
+
+        return self.store.update(target.key, change)
+
+    @staticmethod
+    def _check_version(target: Target, body: Json, old: Json) -> None:
+        sent = (body.get("metadata") or {}).get("resourceVersion")
+        if sent and sent != old["metadata"]["resourceVersion"]:
+            why = (
+                "the object has been modified; please apply your changes to the latest version and try again"
+            )
+            raise conflict(target.kind, target.name, why)
+
+    def _patch(self, target: Target, query: dict[str, str], content_type: str, body: Json) -> Json:
+        if content_type == APPLY and target.kind is Kind.CLAIM and target.subresource == "status":
+            return self._apply(target, query, body)
+        if content_type == MERGE:
+            return self.store.update(target.key, lambda old: merge_patch(old, body))
+        raise ApiError(
+            415, "UnsupportedMediaType", f"patch of {target.kind.plural} with {content_type} is not served"
+        )
+
+    def _apply(self, target: Target, query: dict[str, str], body: Json) -> Json:
+        manager = query.get("fieldManager")
+        if not manager:
+            raise ApiError(422, "Invalid", "fieldManager: Required value: is required for apply patch")
+        force = query.get("force") == "true"
+
+        def change(old: Json) -> Json:
+            wanted = (body.get("metadata") or {}).get("uid")
+            have = old["metadata"]["uid"]
+            if wanted and wanted != have:
+                why = f"Precondition failed: UID in precondition: {wanted}, UID in object meta: {have}"
+                raise conflict(target.kind, target.name, why)
+            owners = {name: set(keys) for name, keys in self._owners.get(have, {}).items()}
+            new = api_apply.apply_status(old, body, manager, force, owners)
+            causes = tuple(api_rules.status_device_causes(new, new["status"].get("devices") or []))
+            if causes:
+                raise invalid(target, causes)
+            self._owners[have] = owners
+            return new
+
+        return self.store.update(target.key, change)
+
+    def _admit(self, target: Target, body: Json, old: Json | None) -> Json:
+        if target.kind is not Kind.SLICE:
+            return body
+        spec = body.get("spec") or {}
+        if old is not None:
+            changed = [path for path in ("driver", "nodeName") if spec.get(path) != old["spec"].get(path)]
+            if spec.get("pool", {}).get("name") != old["spec"]["pool"]["name"]:
+                changed.append("pool.name")
+            if changed:
+                raise invalid(target, tuple((f"spec.{path}", "field is immutable") for path in changed))
+        causes = tuple(api_rules.slice_causes(spec))
+        if causes:
+            raise invalid(target, causes)
+        devices = [self._stored_device(device) for device in spec.get("devices") or []]
+        return {**body, "spec": {**spec, "devices": devices}}
+
+    def _stored_device(self, device: Json) -> Json:
+        """As the server keeps it: gated fields dropped, quantities canonical, taints with a time."""
+        stored = {key: value for key, value in device.items() if key not in self.dropped_fields}
+        if "capacity" in stored:
+            stored["capacity"] = {
+                name: {**value, "value": api_rules.canonical_quantity(value["value"])}
+                for name, value in stored["capacity"].items()
+            }
+        if "taints" in stored:
+            stored["taints"] = [{"timeAdded": now(), **taint} for taint in stored["taints"]]
+        return stored
+
+
+def invalid(target: Target, causes: tuple[tuple[str, str], ...]) -> ApiError:
+    text = "; ".join(f"{path}: {why}" for path, why in causes)
+    return ApiError(422, "Invalid", f'{target.kind.title} "{target.name}" is invalid: {text}', causes)
+
+
+def merge_patch(old: Any, patch: Any) -> Any:
+    """RFC 7386."""
+    if not isinstance(patch, dict):
+        return patch
+    base = dict(old) if isinstance(old, dict) else {}
+    for key, value in patch.items():
+        if value is None:
+            base.pop(key, None)
+        else:
+            base[key] = merge_patch(base.get(key), value)
+    return base
+
+
+def new_share_id() -> str:
+    return str(uuid.uuid4())

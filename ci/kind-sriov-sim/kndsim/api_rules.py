@@ -1,0 +1,237 @@
+"""What the simulated API server accepts: its own tables of the resource.k8s.io/v1 limits.
+
+Invariant: nothing here comes from the driver, so that a limit the driver has wrong is found. Each check
+returns (field, message) pairs as the server's Status does.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
+from typing import Any
+
+Json = dict[str, Any]
+Cause = tuple[str, str]
+
+LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,31}")
+LABEL_NAME = re.compile(r"([a-z0-9.-]{1,253}/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
+LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
+SEMVER = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?")
+REASON = re.compile(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?")
+QUANTITY = re.compile(
+    r"([+-]?[0-9]+(?:\.[0-9]*)?|[+-]?\.[0-9]+)(Ki|Mi|Gi|Ti|Pi|Ei|n|u|m|k|M|G|T|P|E|[eE][+-]?[0-9]+)?"
+)
+
+DEVICES_MAX = 128
+DEVICES_WITH_TAINTS_MAX = 64
+PROPERTIES_MAX = 32
+VALUE_BYTES_MAX = 64
+TAINTS_MAX = 16
+EFFECTS = ("None", "NoSchedule", "NoExecute")
+IPS_MAX = 16
+CONDITIONS_MAX = 8
+
+BINARY = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50, "Ei": 2**60}
+DECIMAL = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15, "E": 10**18}
+SMALL = {"m": Decimal("1e-3"), "u": Decimal("1e-6"), "n": Decimal("1e-9")}
+
+
+def quantity_value(text: str) -> Decimal:
+    """ValueError if text is no quantity."""
+    found = QUANTITY.fullmatch(text)
+    if not found:
+        raise ValueError(f"{text!r} is not a quantity")
+    amount, suffix = Decimal(found[1]), found[2] or ""
+    if suffix in BINARY:
+        return amount * BINARY[suffix]
+    if suffix in DECIMAL:
+        return amount * DECIMAL[suffix]
+    if suffix in SMALL:
+        return amount * SMALL[suffix]
+    return Decimal(f"{found[1]}{suffix}") if suffix else amount
+
+
+def canonical_quantity(text: str) -> str:
+    """As the server writes it back: the largest suffix of the same family that leaves a whole number."""
+    value = quantity_value(text)
+    found = QUANTITY.fullmatch(text)
+    table = BINARY if found and (found[2] or "") in BINARY else DECIMAL
+    if value != value.to_integral_value():
+        return f"{(value * 1000).to_integral_value()}m"
+    whole = int(value)
+    for suffix, factor in sorted(table.items(), key=lambda pair: -pair[1]):
+        if whole and whole % factor == 0:
+            return f"{whole // factor}{suffix}"
+    return str(whole)
+
+
+def slice_causes(spec: Json) -> list[Cause]:
+    return [*_slice_head(spec), *_slice_devices(spec)]
+
+
+def _slice_head(spec: Json) -> Iterator[Cause]:
+    driver = spec.get("driver")
+    if not isinstance(driver, str) or len(driver) > 63 or not SUBDOMAIN.fullmatch(driver):
+        yield "spec.driver", f"Invalid value: {driver!r}"
+    pool = spec.get("pool") or {}
+    name = pool.get("name")
+    if (
+        not isinstance(name, str)
+        or len(name) > 253
+        or not all(SUBDOMAIN.fullmatch(part) for part in name.split("/"))
+    ):
+        yield "spec.pool.name", f"Invalid value: {name!r}"
+    if not isinstance(pool.get("generation"), int) or pool["generation"] < 0:
+        yield "spec.pool.generation", "must be a whole number of at least 0"
+    if not isinstance(pool.get("resourceSliceCount"), int) or pool["resourceSliceCount"] <= 0:
+        yield "spec.pool.resourceSliceCount", "must be greater than zero"
+    if (
+        sum(
+            spec.get(field) is not None
+            for field in ("nodeName", "nodeSelector", "allNodes", "perDeviceNodeSelection")
+        )
+        != 1
+    ):
+        yield (
+            "spec",
+            "exactly one of `nodeName`, `nodeSelector`, `allNodes`, `perDeviceNodeSelection` is required",
+        )
+
+
+def _slice_devices(spec: Json) -> Iterator[Cause]:
+    devices = spec.get("devices") or []
+    limit = DEVICES_WITH_TAINTS_MAX if any(device.get("taints") for device in devices) else DEVICES_MAX
+    if len(devices) > limit:
+        yield "spec.devices", f"Too many: {len(devices)}: must have at most {limit} items"
+    names: set[str] = set()
+    for index, device in enumerate(devices):
+        path = f"spec.devices[{index}]"
+        name = device.get("name", "")
+        if not LABEL.fullmatch(name):
+            yield f"{path}.name", f"Invalid value: {name!r}: must be a DNS label"
+        if name in names:
+            yield f"{path}.name", f"Duplicate value: {name!r}"
+        names.add(name)
+        yield from _properties(path, device)
+        yield from _taints(path, device.get("taints") or [])
+
+
+def _properties(path: str, device: Json) -> Iterator[Cause]:
+    attributes = device.get("attributes") or {}
+    capacity = device.get("capacity") or {}
+    count = len(attributes) + len(capacity)
+    if count > PROPERTIES_MAX:
+        yield path, f"Too many: {count}: must have at most {PROPERTIES_MAX} attributes and capacities"
+    for name, value in attributes.items():
+        where = f"{path}.attributes[{name}]"
+        if not _qualified(name):
+            yield where, f"Invalid value: {name!r}: not a qualified name"
+        yield from _attribute(where, value)
+    for name, value in capacity.items():
+        where = f"{path}.capacity[{name}]"
+        if not _qualified(name):
+            yield where, f"Invalid value: {name!r}: not a qualified name"
+        text = value.get("value") if isinstance(value, dict) else None
+        if not isinstance(text, str) or not QUANTITY.fullmatch(text):
+            yield where, f"Invalid value: {text!r}: not a quantity"
+
+
+def _qualified(name: str) -> bool:
+    domain, slash, identifier = name.rpartition("/")
+    if slash and (len(domain) > 63 or not SUBDOMAIN.fullmatch(domain)):
+        return False
+    return bool(IDENTIFIER.fullmatch(identifier))
+
+
+def _attribute(where: str, value: Any) -> Iterator[Cause]:
+    if not isinstance(value, dict) or len(value) != 1:
+        yield where, "exactly one value must be specified"
+        return
+    kind, content = next(iter(value.items()))
+    if kind == "bool":
+        good = isinstance(content, bool)
+    elif kind == "int":
+        good = isinstance(content, int) and not isinstance(content, bool) and -(2**63) <= content < 2**63
+    elif kind in ("string", "version"):
+        good = isinstance(content, str) and len(content.encode()) <= VALUE_BYTES_MAX
+        good = good and (kind == "string" or bool(SEMVER.fullmatch(content)))
+    else:
+        good = False
+    if not good:
+        yield f"{where}.{kind}", f"Invalid value: {content!r}"
+
+
+def _taints(path: str, taints: list[Json]) -> Iterator[Cause]:
+    if len(taints) > TAINTS_MAX:
+        yield f"{path}.taints", f"Too many: {len(taints)}: must have at most {TAINTS_MAX} items"
+    for index, taint in enumerate(taints):
+        where = f"{path}.taints[{index}]"
+        if not LABEL_NAME.fullmatch(taint.get("key") or ""):
+            yield f"{where}.key", f"Invalid value: {taint.get('key')!r}"
+        if not LABEL_VALUE.fullmatch(taint.get("value") or ""):
+            yield f"{where}.value", f"Invalid value: {taint.get('value')!r}"
+        if taint.get("effect") not in EFFECTS:
+            yield f"{where}.effect", f"Unsupported value: {taint.get('effect')!r}"
+
+
+def status_device_causes(claim: Json, entries: list[Json]) -> Iterator[Cause]:
+    """Checks of status.devices, after a merge."""
+    allocated = {
+        (result["driver"], result["pool"], result["device"], result.get("shareID"))
+        for result in _results(claim)
+    }
+    for index, entry in enumerate(entries):
+        path = f"status.devices[{index}]"
+        key = tuple(entry.get(field) for field in ("driver", "pool", "device", "shareID"))
+        if key not in allocated:
+            yield path, f"Invalid value: {key!r}: must be an allocated device in the claim"
+        yield from _conditions(path, entry.get("conditions") or [])
+        yield from _network(f"{path}.networkData", entry.get("networkData") or {})
+
+
+def _results(claim: Mapping[str, Any]) -> list[Json]:
+    allocation = (claim.get("status") or {}).get("allocation") or {}
+    results: list[Json] = (allocation.get("devices") or {}).get("results") or []
+    return results
+
+
+def _conditions(path: str, conditions: list[Json]) -> Iterator[Cause]:
+    if len(conditions) > CONDITIONS_MAX:
+        yield f"{path}.conditions", f"Too many: {len(conditions)}"
+    for index, condition in enumerate(conditions):
+        where = f"{path}.conditions[{index}]"
+        if not LABEL_NAME.fullmatch(condition.get("type") or ""):
+            yield f"{where}.type", "Invalid value"
+        if condition.get("status") not in ("True", "False", "Unknown"):
+            yield f"{where}.status", "Unsupported value"
+        if not REASON.fullmatch(condition.get("reason") or ""):
+            yield f"{where}.reason", f"Invalid value: {condition.get('reason')!r}"
+        if not re.fullmatch(
+            r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", condition.get("lastTransitionTime") or ""
+        ):
+            yield f"{where}.lastTransitionTime", "Required value"
+        if len(condition.get("message") or "") > 32768:
+            yield f"{where}.message", "Too long"
+
+
+def _network(path: str, data: Json) -> Iterator[Cause]:
+    if len((data.get("interfaceName") or "").encode()) > 256:
+        yield f"{path}.interfaceName", "Too long"
+    if len((data.get("hardwareAddress") or "").encode()) > 128:
+        yield f"{path}.hardwareAddress", "Too long"
+    ips = data.get("ips") or []
+    if len(ips) > IPS_MAX:
+        yield f"{path}.ips", f"Too many: {len(ips)}"
+    if len(set(ips)) != len(ips):
+        yield f"{path}.ips", "Duplicate value"
+    for index, text in enumerate(ips):
+        try:
+            good = str(ipaddress.ip_interface(text)) == text and "/" in text
+        except ValueError:
+            good = False
+        if not good:
+            yield f"{path}.ips[{index}]", f"Invalid value: {text!r}: must be in canonical form"

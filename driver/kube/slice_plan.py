@@ -1,0 +1,237 @@
+"""What to write so that the cluster's ResourceSlices say what this node offers. Pure.
+
+Invariant: an empty plan if and only if nothing differs. A pool is never seen complete with a mixture of old
+and new: when more than one slice changes, all move to a new generation; obsolete ones go first, new ones
+come last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from driver.kube.slice_device import same_device
+from driver.kube.wire import JsonObject, Malformed, child, children, needed_text, number, text
+
+API_VERSION = "resource.k8s.io/v1"
+DEVICES_MAX = 128
+DEVICES_WITH_TAINTS_MAX = 64
+INDEX_DIGITS = 5
+
+Adopted = Mapping[str, str]
+"""Fingerprint of devices as sent to fingerprint of what the server made of them (fields of features that
+are off are dropped): such a slice counts as unchanged, or it would be written for ever."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """Whose slices: the driver's on one node, in one pool named like the node."""
+
+    driver: str
+    node: str
+
+    @property
+    def name(self) -> str:
+        return self.node
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Existing:
+    """A slice of this driver and node as the cluster has it."""
+
+    name: str
+    uid: str
+    version: str
+    pool: str
+    generation: int
+    count: int
+    devices: tuple[JsonObject, ...]
+    raw: JsonObject = field(repr=False)
+
+    @property
+    def index(self) -> int | None:
+        """From the name's prefix; None for a name of another scheme."""
+        prefix, dash, _ = self.name.partition("-")
+        if not dash or len(prefix) < INDEX_DIGITS or set(prefix) - set("0123456789abcdef"):
+            return None
+        return int(prefix, 16)
+
+
+def parse_slice(raw: JsonObject) -> Existing:
+    """Malformed for an object that is no ResourceSlice. managedFields are not kept."""
+    metadata = {key: value for key, value in child(raw, "metadata").items() if key != "managedFields"}
+    spec = child(raw, "spec")
+    pool = child(spec, "pool")
+    return Existing(
+        name=needed_text(metadata, "name"),
+        uid=needed_text(metadata, "uid"),
+        version=needed_text(metadata, "resourceVersion"),
+        pool=text(pool, "name"),
+        generation=number(pool, "generation"),
+        count=number(pool, "resourceSliceCount"),
+        devices=tuple(children(spec, "devices")),
+        raw={**raw, "metadata": metadata},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """existing None: to be created. devices are as wanted; in body a taint that stays has its time."""
+
+    existing: Existing | None
+    devices: tuple[JsonObject, ...]
+    body: JsonObject
+
+
+@dataclass(frozen=True, slots=True)
+class SlicePlan:
+    """Writes in the order they are to be made: deletes, updates, creates. creates lack the owner, which
+    only they need."""
+
+    deletes: tuple[Existing, ...] = ()
+    updates: tuple[Write, ...] = ()
+    creates: tuple[Write, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.deletes or self.updates or self.creates)
+
+
+def plan_slices(
+    pool: Pool, existing: Sequence[Existing], devices: Sequence[JsonObject], adopted: Adopted
+) -> SlicePlan:
+    """existing: every slice of this driver and node; devices: in the order they are to be offered."""
+    generation = max((each.generation for each in existing if each.pool == pool.name), default=0)
+    chunks = lay_out(devices, sum(each.pool == pool.name for each in existing))
+    matched, obsolete = _match(pool, existing, generation, len(chunks))
+    changed = [
+        index
+        for index, each in matched.items()
+        if not _unchanged(pool, each, chunks[index], len(chunks), adopted)
+    ]
+    missing = [index for index in range(len(chunks)) if index not in matched]
+    if missing or len(changed) > 1:
+        changed = sorted(matched)
+        generation += 1
+    updates = tuple(
+        _update(pool, matched[index], chunks[index], generation, len(chunks)) for index in changed
+    )
+    creates = tuple(_create(pool, index, chunks[index], generation, len(chunks)) for index in missing)
+    return SlicePlan(tuple(obsolete), updates, creates)
+
+
+def lay_out(devices: Sequence[JsonObject], existing: int) -> list[list[JsonObject]]:
+    """Devices in slices, at least one. 128 to a slice, or 64 everywhere once any device has a taint; a
+    layout of 64 stays when the taint goes, so that a link that flaps never moves devices about."""
+    wide = -(-len(devices) // DEVICES_MAX)
+    narrow = -(-len(devices) // DEVICES_WITH_TAINTS_MAX)
+    tainted = any(device.get("taints") for device in devices)
+    size = DEVICES_WITH_TAINTS_MAX if tainted or wide < narrow <= existing else DEVICES_MAX
+    return [list(devices[start : start + size]) for start in range(0, len(devices), size)] or [[]]
+
+
+def fingerprint(devices: Sequence[JsonObject]) -> str:
+    data = json.dumps(list(devices), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(data.encode("utf-8", "replace")).hexdigest()
+
+
+def says(devices: Sequence[JsonObject], stored: Sequence[JsonObject]) -> bool:
+    """Whether stored devices are the wanted ones, in order."""
+    return len(devices) == len(stored) and all(map(same_device, devices, stored))
+
+
+def dropped_fields(devices: Sequence[JsonObject], stored: Sequence[JsonObject]) -> tuple[str, ...]:
+    """Names of device fields that were sent and not kept."""
+    names = {
+        key
+        for sent, kept in zip(devices, stored, strict=False)
+        for key, value in sent.items()
+        if value and not kept.get(key)
+    }
+    return tuple(sorted(names))
+
+
+def _match(
+    pool: Pool, existing: Sequence[Existing], generation: int, count: int
+) -> tuple[dict[int, Existing], list[Existing]]:
+    """The slice of each index, and those that are none."""
+    matched: dict[int, Existing] = {}
+    obsolete: list[Existing] = []
+    for each in sorted(existing, key=lambda one: one.name):
+        index = each.index
+        current = each.pool == pool.name and each.generation == generation
+        if not current or index is None or index >= count or index in matched or not _is_ours(pool, each):
+            obsolete.append(each)
+        else:
+            matched[index] = each
+    return matched, obsolete
+
+
+def _is_ours(pool: Pool, each: Existing) -> bool:
+    """Immutable fields as we would make them; what is otherwise cannot be mended, only replaced."""
+    spec = child(each.raw, "spec")
+    return text(spec, "driver") == pool.driver and text(spec, "nodeName") == pool.node
+
+
+_OWN_SPEC = frozenset({"driver", "pool", "nodeName", "devices"})
+
+
+def _unchanged(
+    pool: Pool, each: Existing, devices: Sequence[JsonObject], count: int, adopted: Adopted
+) -> bool:
+    spec = child(each.raw, "spec")
+    if each.count != count or any(value for key, value in spec.items() if key not in _OWN_SPEC):
+        return False
+    return says(devices, each.devices) or adopted.get(fingerprint(devices)) == fingerprint(each.devices)
+
+
+def _spec(pool: Pool, devices: Sequence[JsonObject], generation: int, count: int) -> JsonObject:
+    return {
+        "driver": pool.driver,
+        "nodeName": pool.node,
+        "pool": {"name": pool.name, "generation": generation, "resourceSliceCount": count},
+        "devices": list(devices),
+    }
+
+
+def _update(
+    pool: Pool, existing: Existing, devices: Sequence[JsonObject], generation: int, count: int
+) -> Write:
+    timed = list(_with_times(devices, existing.devices))
+    body = {**existing.raw, "spec": _spec(pool, timed, generation, count)}
+    return Write(existing, tuple(devices), body)
+
+
+def _with_times(devices: Sequence[JsonObject], before: Sequence[JsonObject]) -> Iterator[JsonObject]:
+    """A taint that stays keeps the time it was added."""
+    try:
+        times = {
+            (text(device, "name"), text(taint, "key"), text(taint, "value"), text(taint, "effect")): taint[
+                "timeAdded"
+            ]
+            for device in before
+            for taint in children(device, "taints")
+            if "timeAdded" in taint
+        }
+    except Malformed:
+        times = {}
+    for device in devices:
+        if not device.get("taints"):
+            yield device
+            continue
+        taints = []
+        for taint in children(device, "taints"):
+            key = (text(device, "name"), text(taint, "key"), text(taint, "value"), text(taint, "effect"))
+            taints.append({**taint, "timeAdded": times[key]} if key in times else taint)
+        yield {**device, "taints": taints}
+
+
+def _create(pool: Pool, index: int, devices: Sequence[JsonObject], generation: int, count: int) -> Write:
+    body = {
+        "apiVersion": API_VERSION,
+        "kind": "ResourceSlice",
+        "metadata": {"generateName": f"{index:0{INDEX_DIGITS}x}-{pool.driver}-{pool.node}-"},
+        "spec": _spec(pool, devices, generation, count),
+    }
+    return Write(None, tuple(devices), body)
