@@ -41,7 +41,7 @@ def parse_yaml(text: str, problems: Problems) -> Node | None:
         problems.add(Node(None), f"is {len(text)} characters long; at most {MAX_CHARACTERS} are read")
         return None
     try:
-        if _uses_aliases(text, problems):
+        if not _is_plain(text, problems):
             return None
         root = yaml.compose(text, Loader=_CoreLoader)
     except yaml.reader.ReaderError as error:
@@ -53,36 +53,36 @@ def parse_yaml(text: str, problems: Problems) -> Node | None:
         what = " ".join(part for part in (error.context, error.problem) if part)
         problems.add(Node(None, "", mark.line + 1 if mark else None), f"is not YAML: {what}")
         return None
-    except RecursionError:
-        problems.add(Node(None), f"is nested more than {MAX_DEPTH} levels deep")
-        return None
     if root is None:
         problems.add(Node(None, "", 1), "is empty")
         return None
-    return _node(root, "", problems, 0)
+    return _node(root, "", problems)
 
 
-def _uses_aliases(text: str, problems: Problems) -> bool:
+def _is_plain(text: str, problems: Problems) -> bool:
+    """Whether text has no aliases and no great depth. Looks at it as a stream: making the tree of a
+    text that is nested too deeply takes time that grows with the square of the depth."""
     before = len(problems)
+    depth = 0
     for event in yaml.parse(text, Loader=_CoreLoader):
+        place = Node(None, "", event.start_mark.line + 1 if event.start_mark else None)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            problems.add(place, f"is nested more than {MAX_DEPTH} levels deep")
+            break
         if isinstance(event, yaml.NodeEvent) and event.anchor is not None:
-            line = event.start_mark.line + 1 if event.start_mark else None
-            problems.add(
-                Node(None, "", line), f"uses an anchor or alias ({shown(event.anchor)}); write the value out"
-            )
-    return len(problems) > before
+            problems.add(place, f"uses an anchor or alias ({shown(event.anchor)}); write the value out")
+    return len(problems) == before
 
 
-def _node(raw: yaml.Node, path: str, problems: Problems, depth: int) -> Node:
+def _node(raw: yaml.Node, path: str, problems: Problems) -> Node:
     place = Node(None, path, raw.start_mark.line + 1)
-    if depth > MAX_DEPTH:
-        problems.add(place, f"is nested more than {MAX_DEPTH} levels deep")
-    elif isinstance(raw, yaml.MappingNode) and raw.tag == f"{_CORE}map":
-        return _mapping(raw, place, problems, depth)
+    if isinstance(raw, yaml.MappingNode) and raw.tag == f"{_CORE}map":
+        return _mapping(raw, place, problems)
     elif isinstance(raw, yaml.SequenceNode) and raw.tag == f"{_CORE}seq":
         items = enumerate(raw.value)
         return Node(
-            tuple(_node(item, child_path(path, index), problems, depth + 1) for index, item in items),
+            tuple(_node(item, child_path(path, index), problems) for index, item in items),
             path,
             place.line,
         )
@@ -93,7 +93,7 @@ def _node(raw: yaml.Node, path: str, problems: Problems, depth: int) -> Node:
     return place
 
 
-def _mapping(raw: yaml.MappingNode, place: Node, problems: Problems, depth: int) -> Node:
+def _mapping(raw: yaml.MappingNode, place: Node, problems: Problems) -> Node:
     children: dict[str, Node] = {}
     for key, value in raw.value:
         if not isinstance(key, yaml.ScalarNode):
@@ -103,7 +103,7 @@ def _mapping(raw: yaml.MappingNode, place: Node, problems: Problems, depth: int)
         if key.value in children:
             first = children[key.value].line
             problems.add(Node(None, path, key.start_mark.line + 1), f"is given twice (first in line {first})")
-        child = _node(value, path, problems, depth + 1)
+        child = _node(value, path, problems)
         # A problem of the value is best looked for at its key.
         children[key.value] = Node(child.value, path, key.start_mark.line + 1)
     return Node(children, place.path, place.line)
