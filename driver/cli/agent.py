@@ -10,7 +10,7 @@ import os
 from driver.settings import add_agent_arguments, settings_from
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("agent", help="run the node agent")
     add_agent_arguments(parser)
     parser.set_defaults(run=run)

@@ -1,0 +1,156 @@
+"""The devices a demo gives away: the best that this machine may spare, each with a wire to a peer.
+
+Invariant: a device is used only if nothing else uses it, and is put back as it was. A wire's far end
+stands in a network namespace of ours, so traffic never meets another network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyroute2 import IPRoute
+
+from kndsim.links import SimNetns, netns, private_host, veth_pair
+
+COMPARED = (
+    "IFLA_IFNAME",
+    "IFLA_MTU",
+    "IFLA_ADDRESS",
+    "IFLA_TXQLEN",
+    "IFLA_GROUP",
+    "IFLA_IFALIAS",
+    "IFLA_QDISC",
+    "IFLA_PROMISCUITY",
+    "IFLA_ALLMULTI",
+    "IFLA_GSO_MAX_SIZE",
+    "IFLA_GRO_MAX_SIZE",
+    "IFLA_XDP",
+    "IFLA_MASTER",
+)
+_SETTABLE_FLAGS = 0x1 | 0x80 | 0x100 | 0x200 | 0x1000
+
+
+class Backend(enum.StrEnum):
+    SRIOV = "sriov"
+    NETDEVSIM = "netdevsim"
+    VETH = "veth"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What is used, and why not something better."""
+
+    backend: Backend
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """A device to give away, by its name at home, and the peer at the other end."""
+
+    device: str
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Devices:
+    """wires: one per device. far: the netns of all peers. kind selects the devices in slices."""
+
+    wires: tuple[Wire, ...]
+    far: SimNetns
+    policy: str
+
+
+def choose(sysfs: Path = Path("/sys")) -> Choice:
+    """Look for idle SR-IOV, then netdevsim, else veth; says why the better ones are not used."""
+    physical = [
+        path for path in sorted((sysfs / "bus/pci/devices").glob("*")) if (path / "sriov_totalvfs").exists()
+    ]
+    reasons = ["no SR-IOV PF" if not physical else "its SR-IOV PFs are not wired to a peer of ours"]
+    if not (sysfs / "bus/netdevsim/new_device").exists():
+        reasons.append("no netdevsim in this kernel")
+    else:
+        reasons.append("netdevsim's ports carry no traffic to count")
+    return Choice(Backend.VETH, f"this machine has {', and '.join(reasons)}")
+
+
+@contextlib.contextmanager
+def make_veths(count: int) -> Iterator[Devices]:
+    """Pairs in a namespace of ours that plays the host: whatever happens, the machine is untouched."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(private_host())
+        far = stack.enter_context(netns())
+        far.netlink(lambda ipr: ipr.link("set", index=1, state="up"))
+        far.run(disable_ipv6)
+        wires = []
+        for number in range(count):
+            wire = Wire(f"port{number}", f"peer{number}")
+            stack.enter_context(veth_pair(wire.device, wire.peer, peer_where=far))
+            wires.append(wire)
+        yield Devices(tuple(wires), far, POLICY)
+
+
+POLICY = """\
+apiVersion: knd.internal/v1alpha1
+kind: NodePolicy
+netdevs:
+  - kinds: [veth]
+    names: ["port*"]
+claims:
+  allow: [interface.hardwareAddress]
+"""
+
+
+def disable_ipv6() -> None:
+    """In the calling thread's netns: neighbour discovery would be traffic nobody sent."""
+    for scope in ("all", "default"):
+        with contextlib.suppress(FileNotFoundError):
+            Path(f"/proc/sys/net/ipv6/conf/{scope}/disable_ipv6").write_text("1")
+
+
+def dump() -> Mapping[str, Mapping[str, Any]]:
+    """Every link of this netns as the kernel shows it, by ifindex: what "home as before" is judged by."""
+    with IPRoute() as ipr:
+        addresses: dict[int, list[str]] = {}
+        for address in ipr.get_addr():
+            addresses.setdefault(address["index"], []).append(str(address.get_attr("IFA_ADDRESS")))
+        return {
+            str(link["index"]): {
+                **{name: _plain(link.get_attr(name)) for name in COMPARED},
+                "flags": link["flags"] & _SETTABLE_FLAGS,
+                "altnames": sorted(_altnames(link)),
+                "addresses": sorted(addresses.get(link["index"], [])),
+            }
+            for link in ipr.get_links()
+        }
+
+
+def _altnames(link: Any) -> list[str]:
+    properties = link.get_attr("IFLA_PROP_LIST")
+    return [str(name) for name in properties.get_attrs("IFLA_ALT_IFNAME")] if properties is not None else []
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if value is not None and not isinstance(value, int | str) else value
+
+
+def changes(before: Mapping[str, Mapping[str, Any]], after: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One line per field that is not as it was."""
+    lines = []
+    for index in sorted(before.keys() | after.keys(), key=int):
+        old, new = before.get(index), after.get(index)
+        if old is None or new is None:
+            name = (old or new or {}).get("IFLA_IFNAME")
+            lines.append(f"link {index} ({name!r}) {'appeared' if old is None else 'is gone'}")
+            continue
+        lines += [
+            f"link {index} ({old['IFLA_IFNAME']!r}): {field} was {old[field]!r}, is {new[field]!r}"
+            for field in old
+            if old[field] != new[field]
+        ]
+    return lines
