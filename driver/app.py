@@ -108,6 +108,7 @@ class App:
         self._metrics = Metrics()
         self._observer = observer or StepObserver(self._metrics)
         self._stopping = asyncio.Event()
+        self._lifecycle: Lifecycle | None = None
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT. DriverError, BpfError or OSError if it cannot start."""
@@ -137,7 +138,7 @@ class App:
         lifecycle = self._make_lifecycle(stack, policy_file, boot_id, journal, ledger, hub)
         await lifecycle.start()
         stack.push_async_callback(self._stop_lifecycle, lifecycle)
-        hub.on_pods_changed = lifecycle.pods_changed
+        self._lifecycle = lifecycle
         await self._serve(stack, lifecycle, hub, policy_file)
 
     async def _serve(
@@ -165,7 +166,12 @@ class App:
             node=self._settings.node,
             kubeconfig=self._settings.kubeconfig,
             clock=self._clock,
+            on_pods_changed=self._pods_changed,
         )
+
+    def _pods_changed(self) -> None:
+        if self._lifecycle is not None:
+            self._lifecycle.pods_changed()
 
     def _make_lifecycle(
         self,

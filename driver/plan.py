@@ -28,6 +28,7 @@ class Act(enum.StrEnum):
     FOLD = "fold-counters"
     STRIP = "strip-tenant-state"
     MOVE_HOME = "move-home"
+    TIDY = "put-in-order"
     RESTORE = "restore-baseline"
     VERIFY = "verify-clean"
 
@@ -62,7 +63,7 @@ _HOMEWARD = (Act.DOWN, Act.STRIP, Act.MOVE_HOME, Act.RESTORE)
 
 def prepare(preparation: Preparation, hook: Hook) -> Plan:
     """Everything slow that needs no pod. clsact filters die in a move, so only tcx is armed here."""
-    steps = [Step(act=Act.RESTORE, budget=0.1)]
+    steps = [Step(act=Act.TIDY, budget=0.1)]
     if hook is Hook.TCX:
         steps.append(Step(act=Act.ARM, undo=(Act.DISARM,), budget=0.1))
     return Plan(

@@ -12,8 +12,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from bpf.accounting import Accounting
-from bpf.attach import TcxPrograms, detach_foreign
+from bpf.attach import TcxPrograms
+from bpf.foreign import detach_foreign, foreign_programs
 from bpf.layout import Hook
+from bpf.sys import LinkId
 from driver.errors import DriverError, NotNow
 from driver.model import Attachment, Preparation
 from driver.plan import Act
@@ -111,10 +113,11 @@ class NodeActs:
             Act.UP: link_up,
             Act.DOWN: link_down,
             Act.FOLD: self.fold,
-            Act.STRIP: strip,
+            Act.STRIP: self.strip,
             Act.MOVE_HOME: move_home,
-            Act.RESTORE: restore,
-            Act.VERIFY: verify,
+            Act.RESTORE: self.restore,
+            Act.TIDY: _tidy,
+            Act.VERIFY: self.verify,
         }
 
     def arm(self, target: Target) -> None:
@@ -145,6 +148,38 @@ class NodeActs:
     def fold(self, target: Target) -> None:
         assert target.attachment is not None
         self._fold(target.attachment, target.preparation)
+
+    def strip(self, target: Target) -> None:
+        """What would travel with the device: altnames (they may clash at home) and others' programs."""
+        link = target.find_in_pod()
+        if link is None or target.pod is None or target.pod_netns is None:
+            return
+        if link.altnames:
+            target.pod.remove_altnames(link.ifindex, link.altnames)
+        own = self._own_links()
+        run_in(target.pod_netns, lambda: detach_foreign(link.ifindex, own=own))
+
+    def restore(self, target: Target) -> None:
+        """Everything a pod could have left on the device, off; every compared field as it was."""
+        link = tidy(target)
+        if link is not None:
+            detach_foreign(link.ifindex, own=self._own_links())
+
+    def verify(self, target: Target) -> None:
+        """NotClean or Vanished unless the device is at home exactly as its baseline says."""
+        link = target.find_at_home()
+        if link is None:
+            raise Vanished(f"{target.device} did not come home")
+        problems = list(differences(link, target.preparation.baseline))
+        if target.home.addresses(link.ifindex):
+            problems.append("it has addresses")
+        if foreign_programs(link.ifindex, own=self._own_links()):
+            problems.append("programs of others are attached")
+        if problems:
+            raise NotClean(target.device, tuple(problems))
+
+    def _own_links(self) -> frozenset[LinkId]:
+        return self._programs.own_links() if self._programs is not None else frozenset()
 
 
 def move_in(target: Target) -> None:
@@ -190,18 +225,6 @@ def link_down(target: Target) -> None:
         target.pod.set_down(link.ifindex)
 
 
-def strip(target: Target) -> None:
-    """What would travel with the device: altnames (they may clash at home), XDP and foreign programs."""
-    link = target.find_in_pod()
-    if link is None or target.pod is None or target.pod_netns is None:
-        return
-    if link.altnames:
-        target.pod.remove_altnames(link.ifindex, link.altnames)
-    run_in(target.pod_netns, lambda: detach_foreign(link.ifindex))
-    if link.xdp_prog_ids:
-        target.pod.clear_xdp(link.ifindex)
-
-
 def move_home(target: Target) -> None:
     """Under its baseline name, or, where someone took that, under one of ours until it is free."""
     link = target.find_in_pod()
@@ -222,19 +245,22 @@ def stand_in_name(link: LinkInfo) -> IfName:
     return IfName(f"knd{link.ifindex}")
 
 
-def restore(target: Target) -> None:
-    """Put every compared field back that differs. Vanished if the device is nowhere."""
+def tidy(target: Target) -> LinkInfo | None:
+    """Down, and every compared field back that differs. Vanished if the device is nowhere; None if it is
+    still in its pod."""
     link = target.find_at_home()
     if link is None:
         if target.find_in_pod() is None:
             raise Vanished(f"{target.device} is neither in the host's network namespace nor in its pod's")
-        return
-    detach_foreign(link.ifindex)
-    if link.xdp_prog_ids:
-        target.home.clear_xdp(link.ifindex)
+        return None
     if link.up:
         target.home.set_down(link.ifindex)
     _restore_settings(target.home, link, target.preparation.baseline)
+    return link
+
+
+def _tidy(target: Target) -> None:
+    tidy(target)
 
 
 def _restore_settings(home: LinkSocket, link: LinkInfo, baseline: LinkSettings) -> None:
@@ -271,18 +297,6 @@ def _flags(settings: LinkSettings) -> LinkFlags:
         if value:
             flags |= flag
     return flags
-
-
-def verify(target: Target) -> None:
-    """NotClean or Vanished unless the device is at home exactly as its baseline says."""
-    link = target.find_at_home()
-    if link is None:
-        raise Vanished(f"{target.device} did not come home")
-    problems = list(differences(link, target.preparation.baseline))
-    if target.home.addresses(link.ifindex):
-        problems.append("it has addresses")
-    if problems:
-        raise NotClean(target.device, tuple(problems))
 
 
 @contextmanager

@@ -42,7 +42,8 @@ class Book:
         self._preparations = {p.key: p for p in state.preparations}
         self._attachments = {a.id: a for a in state.attachments}
         self._quarantines = {q.device: q for q in state.quarantines}
-        generations = [r.generation for r in (*state.preparations, *state.attachments)]
+        generations = [p.generation for p in state.preparations]
+        generations += [a.generation for a in state.attachments]
         self._generation = max(generations, default=0)
 
     # --- reading ------------------------------------------------------------------------------------

@@ -120,16 +120,17 @@ class Reconcile:
         self._projections.offer()
 
     def _resume_attachment(self, attachment: Attachment) -> Callable[[], object]:
-        def work() -> object:
+        def work() -> None:
             preparation = self._context.book.preparation(attachment.preparation)
             with self._homecoming.netns_of(attachment) as netns:
                 if preparation is None or netns is None or attachment.state is AttachmentState.DETACHING:
-                    return self._homecoming.bring_home(attachment)
-                if attachment.state is AttachmentState.ATTACHING:
-                    return self._homecoming.undo_attach(attachment, preparation, netns)
-                self._homecoming.hold(attachment, preparation, netns)
-                self._projections.publish_claim(attachment.preparation.claim_uid)
-                return self._projections.report_claim(attachment.preparation.claim_uid)
+                    self._homecoming.bring_home(attachment)
+                elif attachment.state is AttachmentState.ATTACHING:
+                    self._homecoming.undo_attach(attachment, preparation, netns)
+                else:
+                    self._homecoming.hold(attachment, preparation, netns)
+                    self._projections.publish_claim(attachment.preparation.claim_uid)
+                    self._projections.report_claim(attachment.preparation.claim_uid)
 
         return work
 

@@ -236,7 +236,7 @@ class Sandboxes:
             try:
                 for preparation in living:
                     attachment = self._attach_one(sandbox, preparation, netns, token)
-                    made.append((attachment, preparation))  # noqa: PERF401 - backed out below if one fails
+                    made.append((attachment, preparation))
                 self._confirm(made)
             except EXPECTED as error:
                 for attachment, preparation in reversed(made):

@@ -14,8 +14,7 @@ from driver.clock import Clock
 from driver.errors import DriverError
 from driver.journal.ledger import Ledger, UsageOwner
 from driver.lifecycle.book import Book
-from driver.metrics import PodSample
-from driver.model import Attachment, AttachmentState, Preparation
+from driver.model import Attachment, AttachmentState, PodSample, Preparation
 from hw.model import Direction
 
 log = logging.getLogger(__name__)

@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+AGENT = (sys.executable, "-m", "driver", "agent")
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
@@ -55,7 +56,7 @@ class AgentProcess:
         policy: Path,
         driver: str = "knd.internal",
         hook: str = "auto",
-        entry: Sequence[str] = (sys.executable, "-m", "driver", "agent"),
+        entry: Sequence[str] = AGENT,
         extra: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
     ) -> None:

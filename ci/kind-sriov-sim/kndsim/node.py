@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from kndsim.agent import AgentProcess
+from kndsim.agent import AGENT, AgentProcess
 from kndsim.api import SimApi
 from kndsim.kubelet import SimKubelet
 from kndsim.kubelet_model import PrepareFailed, SimClaim, SimDevice
@@ -140,7 +140,7 @@ class SimNode:
             policy=self.policy_file,
             hook=self._hook,
             extra=self._agent_flags,
-            **({"entry": self._entry} if self._entry is not None else {}),
+            entry=self._entry or AGENT,
         )
         stack.callback(self.agent.kill)
 
@@ -254,7 +254,7 @@ class SimNode:
         command, *rest = arguments
         flags = [f"--root={self.root}", f"--driver={self.driver}"]
         return subprocess.run(
-            [*self.agent.entry[:-1], command, *flags, *rest],
+            [*AGENT[:-1], command, *flags, *rest],
             capture_output=True,
             text=True,
             check=False,

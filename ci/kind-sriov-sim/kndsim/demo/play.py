@@ -166,7 +166,7 @@ async def _start(node: SimNode, name: str, count: int, say: Say) -> SimPod:
 
 
 def _ports(devices: Devices, pods: Sequence[SimPod]) -> list[Port]:
-    ports = []
+    ports: list[Port] = []
     for pod in pods:
         assert pod.sandbox is not None
         assert pod.sandbox.netns_path is not None
