@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import struct
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from bpf import layout, sys
-from bpf.errors import BpffsMissing, CallRefused, LayoutMismatch
+from bpf.errors import BpfError, BpffsMissing, CallRefused, LayoutMismatch
 from bpf.layout import Cell, Slot, TrafficKind
 from bpf.program import CompiledPrograms
 
@@ -29,6 +29,11 @@ BATCH_BYTES = 4 << 20
 _KEY = struct.Struct("=I")
 _LANES = struct.Struct(f"={layout.VALUE_BYTES // 8}Q")
 _ZEROS = bytes(layout.VALUE_BYTES)
+_TRIAL_FRAME = bytes.fromhex(
+    # Ethernet, IPv4 with DSCP 40, UDP to port 4791.
+    "020000000001020000000002080045a0001c00000000401100000a0000010a000002040012b700080000"
+)
+_TRIAL_CLASS = 5
 _DSCP_DEFAULT = tuple(dscp >> 3 for dscp in range(layout.DSCPS))
 _PCP_DEFAULT = tuple(range(layout.PCPS))
 
@@ -53,12 +58,20 @@ class Accounting:
         """Reopen the maps pinned under pins, or make and pin them.
 
         slots counts for new maps only: pinned ones keep their size, see capacity. BpffsMissing if pins is not
-        on a bpffs, LayoutMismatch if what is pinned there is not ours, CallRefused.
+        on a bpffs, LayoutMismatch if what is pinned there is not ours, CallRefused; BpfError if the programs
+        do not count what they should on this kernel.
         """
         make_pin_directory(pins)
+        _try_out(programs)
         with contextlib.ExitStack() as stack:
-            counters = stack.enter_context(_open_counters(pins / "acct", slots))
-            classes = stack.enter_context(_open_classes(pins / "classes"))
+            counters = stack.enter_context(
+                _reopen(pins / "acct", sys.MapType.PERCPU_ARRAY, layout.VALUE_BYTES)
+                or _pinned(pins / "acct", lambda: _make_counters(slots))
+            )
+            classes = stack.enter_context(
+                _reopen(pins / "classes", sys.MapType.ARRAY, layout.CLASSES_BYTES)
+                or _pinned(pins / "classes", _make_classes)
+            )
             capacity = sys.map_info(counters).max_entries
             opened = cls(counters=counters, classes=classes, programs=programs, capacity=capacity)
             stack.pop_all()
@@ -123,13 +136,43 @@ class Accounting:
         that has succeeded the hook keeps the program and the descriptor is to be closed.
         """
         self._check(slot)
-        maps: Mapping[str, int] = {"acct": self._counters.fd, "classes": self._classes.fd}
-        code = self._programs.programs[direction].specialise(slot, maps)
-        return sys.prog_load(sys.ProgramType.SCHED_CLS, code, name=PROGRAM_NAMES[direction])
+        return _load(self._programs, slot, direction, self._counters, self._classes)
 
     def _check(self, slot: Slot) -> None:
         if not 0 <= slot < self._capacity:
             raise ValueError(f"slot {slot} is outside 0..{self._capacity - 1}")
+
+
+def _load(
+    programs: CompiledPrograms, slot: Slot, direction: int, counters: sys.MapFd, classes: sys.MapFd
+) -> sys.ProgramFd:
+    maps: Mapping[str, int] = {"acct": counters.fd, "classes": classes.fd}
+    code = programs.programs[direction].specialise(slot, maps)
+    return sys.prog_load(sys.ProgramType.SCHED_CLS, code, name=PROGRAM_NAMES[direction])
+
+
+def _try_out(programs: CompiledPrograms) -> None:
+    """Run both programs once on maps of their own, before any pod depends on them: a few milliseconds."""
+    with contextlib.ExitStack() as stack:
+        counters = stack.enter_context(_make_counters(1))
+        classes = stack.enter_context(_make_classes())
+        for direction in range(layout.DIRECTIONS):
+            program = stack.enter_context(_load(programs, Slot(0), direction, counters, classes))
+            # Once out and twice in, so that a mix-up shows.
+            sys.prog_test_run(program, _TRIAL_FRAME, repeat=direction + 1)
+        values = bytearray(layout.VALUE_BYTES * sys.possible_cpus())
+        sys.map_lookup_elem(counters, _KEY.pack(0), values)
+    found = _cells(values, 0, sys.possible_cpus())
+    size = len(_TRIAL_FRAME)
+    expected = tuple(
+        Cell(way, _TRIAL_CLASS, TrafficKind.ROCE, size * (way + 1), way + 1)
+        for way in range(layout.DIRECTIONS)
+    )
+    if found != expected:
+        raise BpfError(
+            f"the compiled BPF programs miscount on this kernel: a trial gave {found} and not {expected}; "
+            "remove the program cache so that they are compiled anew, and report it if it stays so"
+        )
 
 
 def make_pin_directory(path: Path) -> None:
@@ -186,29 +229,18 @@ def _pack_classes(dscp: Sequence[int], pcp: Sequence[int], flags: int) -> bytes:
     return bytes(dscp) + bytes(pcp) + _KEY.pack(flags)
 
 
-def _open_counters(path: Path, slots: int) -> sys.MapFd:
-    existing = _reopen(path, sys.MapType.PERCPU_ARRAY, layout.VALUE_BYTES)
-    if existing is not None:
-        return existing
-    with contextlib.ExitStack() as stack:
-        made = stack.enter_context(
-            sys.map_create(
-                sys.MapType.PERCPU_ARRAY,
-                key_size=_KEY.size,
-                value_size=layout.VALUE_BYTES,
-                max_entries=slots,
-                name="knd_acct",
-            )
-        )
-        sys.obj_pin(made, path)
-        stack.pop_all()
-        return made
+def _make_counters(slots: int) -> sys.MapFd:
+    return sys.map_create(
+        sys.MapType.PERCPU_ARRAY,
+        key_size=_KEY.size,
+        value_size=layout.VALUE_BYTES,
+        max_entries=slots,
+        name="knd_acct",
+    )
 
 
-def _open_classes(path: Path) -> sys.MapFd:
-    existing = _reopen(path, sys.MapType.ARRAY, layout.CLASSES_BYTES)
-    if existing is not None:
-        return existing
+def _make_classes() -> sys.MapFd:
+    """With the default classes in it, so that a map that gets pinned is never an empty one."""
     with contextlib.ExitStack() as stack:
         made = stack.enter_context(
             sys.map_create(
@@ -220,8 +252,14 @@ def _open_classes(path: Path) -> sys.MapFd:
                 name="knd_classes",
             )
         )
-        # Filled before it is pinned, so that a pinned map is never the empty one.
         sys.map_update_elem(made, _KEY.pack(0), _pack_classes(_DSCP_DEFAULT, _PCP_DEFAULT, layout.PCP_WINS))
+        stack.pop_all()
+        return made
+
+
+def _pinned(path: Path, make: Callable[[], sys.MapFd]) -> sys.MapFd:
+    with contextlib.ExitStack() as stack:
+        made = stack.enter_context(make())
         sys.obj_pin(made, path)
         stack.pop_all()
         return made

@@ -37,6 +37,8 @@ def _flags(directory: Path) -> list[str]:
         "KIND_ROCE": layout.TrafficKind.ROCE.value,
         "CELL_BYTES": layout.CELL_BYTES,
         "VALUE_BYTES": layout.VALUE_BYTES,
+        "DSCPS": layout.DSCPS,
+        "PCP_WINS": layout.PCP_WINS,
         "CLASSES_BYTES": layout.CLASSES_BYTES,
         "SLOT_SENTINEL": program.SLOT_SENTINEL,
         "PSEUDO_MAP_FD": program.PSEUDO_MAP_FD,

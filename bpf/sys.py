@@ -40,7 +40,6 @@ class Command(enum.IntEnum):
     PROG_LOAD = 5
     OBJ_PIN = 6
     OBJ_GET = 7
-    PROG_ATTACH = 8
     PROG_DETACH = 9
     PROG_TEST_RUN = 10
     PROG_GET_FD_BY_ID = 13
@@ -296,12 +295,6 @@ def prog_get_fd_by_id(program: ProgramId) -> ProgramFd:
     return ProgramFd(_call(Command.PROG_GET_FD_BY_ID, what, "=III", program, 0, 0)[0])
 
 
-def prog_attach(program: ProgramFd, ifindex: int, where: AttachType) -> None:
-    """Attach at a tcx hook without a link."""
-    args = (ifindex, program.fd, where, 0, 0, 0, 0)
-    _call(Command.PROG_ATTACH, f"attaching a BPF program to interface {ifindex}", "=IIIIIIQ", *args)
-
-
 def prog_detach(program: ProgramFd, ifindex: int, where: AttachType) -> None:
     """Take a program off a tcx hook that was attached without a link."""
     args = (ifindex, program.fd, where, 0, 0, 0, 0)
@@ -393,8 +386,13 @@ def map_info(map_fd: MapFd) -> MapInfo:
     return MapInfo(type=kind, key_size=key_size, value_size=value_size, max_entries=max_entries)
 
 
+def prog_info(program: ProgramFd) -> bytes:
+    """The start of struct bpf_prog_info, as the kernel fills it; zeros where it knows less."""
+    return _info(program, 232)
+
+
 def prog_id(program: ProgramFd) -> ProgramId:
-    return ProgramId(struct.unpack_from("=II", _info(program, 64))[1])
+    return ProgramId(struct.unpack_from("=II", prog_info(program))[1])
 
 
 def link_info(link: LinkFd) -> LinkInfo:

@@ -38,6 +38,8 @@ struct classes {
 _Static_assert(sizeof(struct cell) == KND_CELL_BYTES, "struct cell differs from bpf/layout.py");
 _Static_assert(sizeof(struct record) == KND_VALUE_BYTES, "struct record differs from bpf/layout.py");
 _Static_assert(sizeof(struct classes) == KND_CLASSES_BYTES, "struct classes differs from bpf/layout.py");
+_Static_assert(__builtin_offsetof(struct classes, pcp) == KND_DSCPS, "struct classes differs from bpf/layout.py");
+_Static_assert(CLASSES_PCP_WINS == KND_PCP_WINS, "a flag differs from bpf/layout.py");
 _Static_assert(KIND_ROCE == KND_KIND_ROCE && KIND_ROCE + 1 == KND_KINDS, "kinds differ from bpf/layout.py");
 _Static_assert(KND_CLASSES == 8 && KND_KINDS == 4, "the masks in account() need these sizes");
 
