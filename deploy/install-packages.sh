@@ -25,5 +25,5 @@ fi
 export DEBIAN_FRONTEND=noninteractive
 echo "installing Debian packages: ${missing[*]}"
 # A fresh machine has no index, an old one a stale index: both are mended by one update.
-apt-get update -q
-"${install[@]}" -q </dev/null
+apt-get update -qq
+"${install[@]}" -qq -o Dpkg::Use-Pty=0 </dev/null

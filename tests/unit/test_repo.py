@@ -115,7 +115,7 @@ def test_nothing_is_left_for_later() -> None:
 
 
 def test_no_file_names_the_machine_it_was_written_on() -> None:
-    paths = "|".join(("/wo" + "rk/", "/ro" + "ot/", "/ho" + "me/[a-z]"))
+    paths = "|".join(("/wo" + "rk/", "/roo" + "t/", "/ho" + "me/[a-z]"))
     hosts = "|".join((r"pypi\." + "org", r"deb\.debian\." + "org", "pythonhosted" + r"\."))
     licences = {"LICENSE", "LICENSES"}
     ours = [path for path in tracked() if path.parts[0] not in licences]
