@@ -167,7 +167,8 @@ def test_c_helpers_compile_without_a_warning(tmp_path: Path) -> None:
 
 
 def test_test_files_can_be_told_apart() -> None:
-    names = Counter(path.name for path in tracked() if path.parts[0] == "tests" and path.suffix == ".py")
+    tests = [path for path in written(".py") if path.parts[0] == "tests"]
+    names = Counter(path.name for path in tests if path.name != "conftest.py")
     none(name for name, times in names.items() if times > 1)
     # A package below tests/ would shadow the product's package of that name.
     none(str(path) for path in tracked() if path.parts[0] == "tests" and path.name == "__init__.py")
