@@ -144,12 +144,12 @@ class Trunk:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._writer.close()
-        try:
-            async with asyncio.timeout(CLOSE_SECONDS):
-                await self._writer.wait_closed()
-        except (OSError, TimeoutError):
-            # The peer reset it or does not read what is still buffered; either way it is over.
+        closing = asyncio.ensure_future(self._writer.wait_closed())
+        await asyncio.wait({closing}, timeout=CLOSE_SECONDS)
+        if not closing.done():
+            # The peer does not read what is still buffered for it.
             self._writer.transport.abort()
+        await asyncio.gather(closing, return_exceptions=True)
 
     def _take(self, data: bytes, received: float) -> None:
         for chunk in self._demux.feed(data):

@@ -109,12 +109,14 @@ class Peer:
         """Drop the plugin."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
-        try:
-            async with asyncio.timeout(1.0):
-                await self._writer.wait_closed()
-        except (OSError, TimeoutError):
-            # It was gone already, or does not read what is left for it.
+        # A task that is cancelled before it has begun runs no finally.
+        self._writer.close()
+        closing = asyncio.ensure_future(self._writer.wait_closed())
+        await asyncio.wait({closing}, timeout=1.0)
+        if not closing.done():
+            # The plugin does not read what is left for it.
             self._writer.transport.abort()
+        await asyncio.gather(closing, return_exceptions=True)
 
     async def _read(self) -> None:
         try:

@@ -1,0 +1,682 @@
+"""The plugin's conversation with a runtime: handshake, events, errors, loss and return.
+
+Invariant: the runtime's end is either the strict simulated runtime or bytes written by hand, over a unix
+socket; no network namespace is needed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import re
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from driver.errors import NotNow, Refusal
+from driver.model import PodRef, PodUid, Sandbox, SandboxId
+from driver.nri import api, session
+from driver.nri.plugin import Backoff, NriPlugin
+from driver.nri.ttrpc import Code, Request, Response
+from driver.pb.nri.v1 import api_pb2 as pb
+from kndsim.runtime import HookOutcome, PodSpec, Runtime, RuntimeMode, SimSandbox
+from tests.unit import nri_vectors as vectors
+from tests.unit.nri_support import (
+    FAST,
+    BareEnd,
+    RecordingHandler,
+    RecordingObserver,
+    SystemClock,
+    bare_runtime,
+    open_files,
+    run,
+    running,
+    until,
+)
+
+MODES = list(RuntimeMode)
+
+
+def plugin_for(socket: Path, handler: RecordingHandler, **options: object) -> NriPlugin:
+    return NriPlugin(socket=socket, handler=handler, clock=SystemClock(), **{"backoff": FAST, **options})
+
+
+def sim_sandbox(name: str = "p", id_: str = "sb1", netns: str | None = "/run/netns/x") -> SimSandbox:
+    pod = PodSpec(namespace="ns", name=name, uid=f"uid-{name}")
+    return SimSandbox(id=id_, pod=pod, netns_path=Path(netns) if netns else None, pid=42)
+
+
+def sandbox(name: str = "p", id_: str = "sb1", netns: str | None = "/run/netns/x", pid: int = 42) -> Sandbox:
+    return Sandbox(
+        id=SandboxId(id_),
+        pod=PodRef("ns", name, PodUid(f"uid-{name}")),
+        netns_path=Path(netns) if netns else None,
+        pid=pid,
+    )
+
+
+@dataclass
+class World:
+    runtime: Runtime
+    plugin: NriPlugin
+    handler: RecordingHandler
+    observer: RecordingObserver
+
+
+@contextlib.asynccontextmanager
+async def world(
+    root: Path, mode: RuntimeMode = RuntimeMode.POD_RPC, **options: float
+) -> AsyncIterator[World]:
+    """A plugin that is connected to a simulated runtime."""
+    handler, observer = RecordingHandler(), RecordingObserver()
+    async with Runtime(root, mode, **options) as runtime:  # type: ignore[arg-type]
+        plugin = plugin_for(runtime.socket, handler, observer=observer)
+        async with running(plugin):
+            await runtime.wait_plugin()
+            await until(lambda: plugin.connected)
+            yield World(runtime, plugin, handler, observer)
+        assert runtime.violations == ()
+
+
+@dataclass
+class Hand:
+    plugin: NriPlugin
+    handler: RecordingHandler
+    arrivals: asyncio.Queue[BareEnd]
+
+
+@contextlib.asynccontextmanager
+async def by_hand(root: Path, **options: object) -> AsyncIterator[Hand]:
+    """A plugin, and what it connects to as bytes."""
+    handler = RecordingHandler()
+    plugin = plugin_for(root / "nri.sock", handler, **options)
+    async with bare_runtime(root / "nri.sock") as arrivals, running(plugin):
+        yield Hand(plugin, handler, arrivals)
+
+
+# --- handshake --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_handshake_completes_in_either_order(short_tmp: Path, mode: RuntimeMode, eager: bool) -> None:
+    async def test() -> None:
+        handler = RecordingHandler()
+        async with Runtime(short_tmp, mode, eager=eager) as runtime:
+            plugin = plugin_for(runtime.socket, handler, name="knd", index="10")
+            assert not plugin.connected
+            async with running(plugin):
+                await runtime.wait_plugin()
+                await until(lambda: plugin.connected and handler.of("synchronize"))
+                (peer,) = runtime.plugins
+                assert (peer.name, peer.index, peer.events) == ("knd", "10", 0xF)
+            assert not plugin.connected
+            assert runtime.violations == runtime.refused == ()
+        name, version = runtime._nri._settings.name
+        assert handler.calls == [("connected", name, version), ("synchronize", [], {}), ("lost",)]
+
+    run(test())
+
+
+def test_golden_bytes_of_a_runtime_lead_to_golden_answers(short_tmp: Path) -> None:
+    async def test() -> None:
+        async with by_hand(short_tmp, name="pyplug") as hand:
+            end = await hand.arrivals.get()
+            stream, request = await end.request()
+            assert (stream, request.service, request.method) == (1, api.RUNTIME_SERVICE, "RegisterPlugin")
+            end.send(vectors.CONFIGURE + vectors.REGISTER_OK)
+            assert await end.response() == (1, Response(b"\x10\x0f"))
+            end.send(vectors.SYNCHRONIZE)
+            assert await end.response() == (3, Response())
+            await until(lambda: hand.plugin.connected)
+            end.send(vectors.RUN)
+            assert await end.response() == (5, Response())
+        golden = Sandbox(
+            id=SandboxId("sb1"),
+            pod=PodRef("ns", "p", PodUid("u1")),
+            netns_path=Path("/var/run/netns/cni-1"),
+            pid=42,
+        )
+        assert hand.handler.calls == [
+            ("connected", "containerd", "v2.1.0"),
+            ("synchronize", [golden], {}),
+            ("run", golden),
+            ("lost",),
+        ]
+
+    run(test())
+
+
+def configure(**fields: int | str) -> Request:
+    message = pb.ConfigureRequest(**fields)  # type: ignore[arg-type]
+    return Request(service=api.PLUGIN_SERVICE, method="Configure", payload=message.SerializeToString())
+
+
+def synchronize(*pods: pb.PodSandbox, more: bool = False) -> Request:
+    message = pb.SynchronizeRequest(pods=pods, more=more)
+    return Request(service=api.PLUGIN_SERVICE, method="Synchronize", payload=message.SerializeToString())
+
+
+async def shake_hands(end: BareEnd, **fields: int | str) -> None:
+    await end.request()
+    end.answer(1)
+    end.call(1, configure(**fields))
+    await end.response()
+    end.call(3, synchronize())
+    assert await end.response() == (3, Response())
+
+
+def call(method: str, message: pb.RunPodSandboxRequest | pb.StateChangeEvent, nano: int = 0) -> Request:
+    payload = message.SerializeToString()
+    return Request(service=api.PLUGIN_SERVICE, method=method, payload=payload, timeout_nano=nano)
+
+
+@pytest.mark.parametrize(
+    ("configured", "timeout_nano", "budget"),
+    [(0, 0, 1.7), (10_000, 0, 9.7), (1000, 0, 0.8), (10_000, 4_000_000_000, 3.7), (-5, 0, 1.7)],
+)
+def test_deadlines_come_from_configure_and_from_the_call(
+    short_tmp: Path, configured: int, timeout_nano: int, budget: float
+) -> None:
+    async def test() -> None:
+        async with by_hand(short_tmp) as hand:
+            end = await hand.arrivals.get()
+            await shake_hands(end, request_timeout=configured)
+            before = SystemClock().monotonic()
+            message = pb.RunPodSandboxRequest(pod=pb.PodSandbox(id="sb1"))
+            end.call(5, call("RunPodSandbox", message, timeout_nano))
+            await end.response()
+            after = SystemClock().monotonic()
+        (deadline,) = hand.handler.deadlines
+        assert before + budget <= deadline <= after + budget
+
+    run(test())
+
+
+def test_a_split_synchronize_is_merged_into_one_list(short_tmp: Path) -> None:
+    async def test() -> None:
+        async with by_hand(short_tmp) as hand:
+            end = await hand.arrivals.get()
+            await end.request()
+            end.answer(1)
+            more = Response(pb.SynchronizeResponse(more=True).SerializeToString())
+            for stream, name in ((1, "a"), (3, "b")):
+                end.call(stream, synchronize(pb.PodSandbox(id=name), more=True))
+                assert await end.response() == (stream, more)
+                assert not hand.plugin.connected
+            end.call(5, synchronize(pb.PodSandbox(id="c")))
+            assert await end.response() == (5, Response())
+            await until(lambda: hand.handler.of("synchronize"))
+        ((_, sandboxes, _),) = hand.handler.of("synchronize")
+        assert [sandbox.id for sandbox in sandboxes] == ["a", "b", "c"]
+
+    run(test())
+
+
+def test_parts_of_a_connection_that_broke_are_forgotten(short_tmp: Path) -> None:
+    async def test() -> None:
+        async with by_hand(short_tmp) as hand:
+            end = await hand.arrivals.get()
+            await end.request()
+            end.call(1, synchronize(pb.PodSandbox(id="old"), more=True))
+            await end.response()
+            await end.close()
+            await shake_hands(await hand.arrivals.get())
+            await until(lambda: hand.handler.of("synchronize"))
+        assert hand.handler.of("synchronize") == [("synchronize", [], {})]
+
+    run(test())
+
+
+def test_the_list_of_sandboxes_comes_with_their_live_containers(short_tmp: Path) -> None:
+    states = [
+        pb.CONTAINER_UNKNOWN,
+        pb.CONTAINER_CREATED,
+        pb.CONTAINER_PAUSED,
+        pb.CONTAINER_RUNNING,
+        pb.CONTAINER_STOPPED,
+    ]
+    message = pb.SynchronizeRequest(
+        pods=[pb.PodSandbox(id="a"), pb.PodSandbox(name="without id"), pb.PodSandbox(id="b")],
+        containers=[
+            pb.Container(name=f"c{number}", pod_sandbox_id="a", state=state)
+            for number, state in enumerate(states)
+        ],
+    )
+    inventory = api.Inventory()
+    inventory.add(message)
+    assert [sandbox.id for sandbox in inventory.sandboxes] == ["a", "b"]
+    assert inventory.containers == {"a": ["c1", "c2", "c3"]}
+
+
+def test_a_slow_synchronize_of_the_handler_holds_nothing_up(short_tmp: Path) -> None:
+    async def test() -> None:
+        go = asyncio.Event()
+
+        class Slow(RecordingHandler):
+            async def synchronize(self, sandboxes: object, containers: object) -> None:
+                await go.wait()
+                raise OSError(5, "and fails at last")
+
+        handler = Slow()
+        runtime = Runtime(short_tmp, RuntimeMode.POD_RPC)
+        async with runtime, running(plugin_for(runtime.socket, handler)):
+            await runtime.wait_plugin()
+            record = await runtime.send_event(pb.RUN_POD_SANDBOX, sim_sandbox())
+            assert record.outcome is HookOutcome.OK
+            go.set()
+
+    run(test())
+
+
+def test_a_runtime_that_never_synchronizes_is_left_and_tried_again(
+    short_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "SYNCHRONIZE_SECONDS", 0.05)
+
+    async def test() -> None:
+        async with by_hand(short_tmp) as hand:
+            first = await hand.arrivals.get()
+            await first.request()
+            first.answer(1)
+            first.call(1, configure())
+            await first.response()
+            with pytest.raises(EOFError):
+                await first.next()
+            await shake_hands(await hand.arrivals.get())
+            await until(lambda: hand.plugin.connected)
+            # Once synchronized the watchdog is off.
+            assert hand.plugin._session is not None
+            assert hand.plugin._session._watchdog is not None
+            assert hand.plugin._session._watchdog.when() is None
+        assert [entry[0] for entry in hand.handler.calls] == ["connected", "synchronize", "lost"]
+
+    run(test())
+
+
+def test_a_refused_registration_is_said_once_and_not_repeated_hotly(
+    short_tmp: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test() -> None:
+        async with by_hand(short_tmp, backoff=Backoff(first=0.001, most=0.001, refused=60)) as hand:
+            end = await hand.arrivals.get()
+            await end.request()
+            end.send(vectors.REFUSED)
+            with pytest.raises(EOFError):
+                await end.next()
+            await until(lambda: "trying again" in caplog.text)
+
+    run(test())
+    (record,) = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert "must be 2 digits" in record.getMessage()
+    waiting = re.search(r"trying again in ([0-9.]+) s", record.getMessage())
+    assert waiting is not None
+    assert float(waiting[1]) >= 30
+
+
+@pytest.mark.parametrize("index", ["1", "100", "x1", "", "\u0661\u0662"])
+def test_an_index_that_no_runtime_takes_is_refused_at_once(index: str) -> None:
+    with pytest.raises(ValueError, match="two digits"):
+        plugin_for(Path("/x"), RecordingHandler(), index=index)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a b"])
+def test_a_name_that_no_runtime_takes_is_refused_at_once(name: str) -> None:
+    with pytest.raises(ValueError, match="name"):
+        plugin_for(Path("/x"), RecordingHandler(), name=name)
+
+
+# --- events -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pod_events_reach_the_handler_alike_however_they_travel(short_tmp: Path, mode: RuntimeMode) -> None:
+    async def test() -> None:
+        async with world(short_tmp, mode) as w:
+            for event in (pb.RUN_POD_SANDBOX, pb.STOP_POD_SANDBOX, pb.REMOVE_POD_SANDBOX):
+                record = await w.runtime.send_event(event, sim_sandbox())
+                assert record.outcome is HookOutcome.OK
+        run_call, stop_call, remove_call = w.handler.calls[2:5]
+        assert run_call == ("run", sandbox())
+        bare = sandbox(netns=None, pid=0)
+        assert stop_call == ("stop", bare if mode is RuntimeMode.STATE_CHANGE else sandbox())
+        assert remove_call == ("remove", bare)
+
+    run(test())
+
+
+@pytest.mark.parametrize("event", [0, 5, 6, 7, 9, 11, 13, 15, 99])
+def test_other_state_changes_are_answered_and_not_acted_on(short_tmp: Path, event: int) -> None:
+    async def test() -> None:
+        async with by_hand(short_tmp) as hand:
+            end = await hand.arrivals.get()
+            await shake_hands(end)
+            change = pb.StateChangeEvent(event=event, pod=pb.PodSandbox(id="x"))  # type: ignore[arg-type]
+            end.call(5, call("StateChange", change))
+            assert await end.response() == (5, Response())
+        assert [entry[0] for entry in hand.handler.calls] == ["connected", "synchronize", "lost"]
+
+    run(test())
+
+
+def test_every_call_of_the_service_has_an_answer(short_tmp: Path) -> None:
+    async def test() -> None:
+        async with by_hand(short_tmp) as hand:
+            end = await hand.arrivals.get()
+            await shake_hands(end)
+            for number, method in enumerate(sorted(api.EMPTY_METHODS)):
+                end.call(5 + 2 * number, Request(service=api.PLUGIN_SERVICE, method=method, payload=b""))
+                assert (await end.response())[1] == Response()
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("service", "method", "payload", "code", "text"),
+    [
+        ("nri.pkg.api.v1alpha1.Plugin", "Foo", b"", Code.UNIMPLEMENTED, "method Foo"),
+        ("other.Service", "Configure", b"", Code.UNIMPLEMENTED, "service other.Service"),
+        ("nri.pkg.api.v1alpha1.Plugin", "RunPodSandbox", b"\xff", Code.INTERNAL, "error unmarshalling"),
+        ("nri.pkg.api.v1alpha1.Plugin", "Synchronize", b"\x0a\xff", Code.INTERNAL, "error unmarshalling"),
+        ("nri.pkg.api.v1alpha1.Plugin", "RunPodSandbox", b"", Code.INVALID_ARGUMENT, "RunPodSandbox: the"),
+        ("nri.pkg.api.v1alpha1.Plugin", "CreateContainer", b"", Code.INVALID_ARGUMENT, "CreateContainer:"),
+        ("nri.pkg.api.v1alpha1.Plugin", "StopPodSandbox", b"", Code.OK, ""),
+        ("nri.pkg.api.v1alpha1.Plugin", "RemovePodSandbox", b"", Code.OK, ""),
+    ],
+)
+def test_bad_calls_get_a_clear_answer_and_the_next_one_is_served(
+    short_tmp: Path, service: str, method: str, payload: bytes, code: Code, text: str
+) -> None:
+    async def test() -> None:
+        async with by_hand(short_tmp) as hand:
+            end = await hand.arrivals.get()
+            await shake_hands(end)
+            end.call(5, Request(service=service, method=method, payload=payload))
+            stream, response = await end.response()
+            assert (stream, response.code) == (5, code)
+            assert response.text.startswith(text)
+            assert len(hand.handler.calls) == 2
+            end.call(7, Request(service=api.PLUGIN_SERVICE, method="StopContainer", payload=b""))
+            assert await end.response() == (7, Response())
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("namespaces", "path"),
+    [
+        ([], None),
+        ([("network", "")], None),
+        ([("network", "relative/path")], None),
+        ([("network", "/a\0b")], None),
+        ([("net", "/run/netns/x")], None),
+        ([("pid", "/p"), ("network", "/run/netns/x")], Path("/run/netns/x")),
+    ],
+)
+def test_the_netns_is_the_network_entry_or_nothing(
+    namespaces: list[tuple[str, str]], path: Path | None
+) -> None:
+    linux = pb.LinuxPodSandbox(namespaces=[pb.LinuxNamespace(type=t, path=p) for t, p in namespaces])
+    made = api.sandbox_of(pb.PodSandbox(id="x", linux=linux))
+    assert made is not None
+    assert made.netns_path == path
+    assert made.pod == PodRef("", "", PodUid(""))
+
+
+def test_odd_orders_of_events_are_all_ok(short_tmp: Path) -> None:
+    async def test() -> None:
+        async with world(short_tmp, RuntimeMode.CRIO) as w:
+            first, second = sim_sandbox(id_="one"), sim_sandbox(id_="two", netns=None)
+            for event, box in [
+                (pb.STOP_POD_SANDBOX, first),
+                (pb.RUN_POD_SANDBOX, first),
+                (pb.RUN_POD_SANDBOX, second),
+                (pb.STOP_POD_SANDBOX, first),
+                (pb.STOP_POD_SANDBOX, first),
+                (pb.REMOVE_POD_SANDBOX, second),
+                (pb.REMOVE_POD_SANDBOX, second),
+            ]:
+                assert (await w.runtime.send_event(event, box)).outcome is HookOutcome.OK
+        assert [(kind, box.id) for kind, box in w.handler.calls[2:-1]] == [
+            ("stop", "one"),
+            ("run", "one"),
+            ("run", "two"),
+            ("stop", "one"),
+            ("stop", "one"),
+            ("remove", "two"),
+            ("remove", "two"),
+        ]
+
+    run(test())
+
+
+@pytest.mark.parametrize("error", [NotNow("not yet home"), ValueError("bug"), Refusal("X", "not yet home")])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_failed_hook_costs_that_event_alone(short_tmp: Path, mode: RuntimeMode, error: Exception) -> None:
+    async def fail(sandbox: Sandbox, deadline: float) -> None:
+        raise error
+
+    async def test() -> None:
+        async with world(short_tmp, mode) as w:
+            w.handler.behaviours["bad"] = fail
+            record = await w.runtime.send_event(pb.RUN_POD_SANDBOX, sim_sandbox("bad"))
+            assert record.outcome is HookOutcome.ERROR
+            assert str(error) in record.detail
+            for event in (pb.STOP_POD_SANDBOX, pb.REMOVE_POD_SANDBOX):
+                record = await w.runtime.send_event(event, sim_sandbox("bad"))
+                assert record.outcome is HookOutcome.OK
+            record = await w.runtime.send_event(pb.RUN_POD_SANDBOX, sim_sandbox("good"))
+            assert record.outcome is HookOutcome.OK
+            assert w.plugin.connected
+        outcome = "error" if isinstance(error, ValueError) else "refused"
+        assert [(event, seen) for event, _, seen in w.observer.done] == [
+            ("RunPodSandbox", outcome),
+            ("StopPodSandbox", outcome),
+            ("RemovePodSandbox", outcome),
+            ("RunPodSandbox", "ok"),
+        ]
+
+    run(test())
+
+
+def test_create_container_is_refused_with_the_handlers_words(short_tmp: Path) -> None:
+    async def refuse(sandbox: Sandbox, deadline: float) -> None:
+        raise Refusal("NotAttached", "the device is held by pod other/p")
+
+    async def test() -> None:
+        async with world(short_tmp) as w:
+            w.handler.behaviours["claimed"] = refuse
+            record = await w.runtime.send_event(pb.CREATE_CONTAINER, sim_sandbox("claimed"), container="init")
+            assert record.outcome is HookOutcome.ERROR
+            assert record.detail == "the device is held by pod other/p"
+            record = await w.runtime.send_event(pb.CREATE_CONTAINER, sim_sandbox("plain"), container="main")
+            assert record.outcome is HookOutcome.OK
+        assert w.handler.calls[2:4] == [
+            ("create", sandbox("claimed"), "init"),
+            ("create", sandbox("plain"), "main"),
+        ]
+
+    run(test())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_stuck_handler_is_an_error_in_time_and_no_loss(short_tmp: Path, mode: RuntimeMode) -> None:
+    async def test() -> None:
+        go = asyncio.Event()
+
+        async def stuck(sandbox: Sandbox, deadline: float) -> None:
+            await go.wait()
+
+        async with world(short_tmp, mode, request_timeout=0.3) as w:
+            w.handler.behaviours["stuck"] = stuck
+            record = await w.runtime.send_event(pb.RUN_POD_SANDBOX, sim_sandbox("stuck"))
+            assert record.outcome is HookOutcome.ERROR
+            assert record.seconds < 0.3
+            record = await w.runtime.send_event(pb.STOP_POD_SANDBOX, sim_sandbox("stuck"))
+            assert record.outcome is HookOutcome.OK
+            assert w.plugin.connected
+            go.set()
+        assert [seen for _, _, seen in w.observer.done] == ["late", "late"]
+
+    run(test())
+
+
+def test_a_pod_without_claims_costs_next_to_nothing_and_no_log(
+    short_tmp: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test() -> None:
+        async with world(short_tmp) as w:
+            caplog.clear()
+            for number in range(50):
+                await w.runtime.send_event(pb.RUN_POD_SANDBOX, sim_sandbox(id_=f"sb{number}"))
+        seconds = sorted(seconds for _, seconds, _ in w.observer.done)
+        assert seconds[len(seconds) // 2] < 0.01
+        assert [record for record in caplog.records if record.levelno > logging.DEBUG] == []
+
+    run(test())
+
+
+# --- loss and return --------------------------------------------------------------------------------
+
+
+def test_the_runtime_may_come_after_the_plugin(short_tmp: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        runtime = Runtime(short_tmp, RuntimeMode.POD_RPC)
+        handler = RecordingHandler()
+        async with running(plugin_for(runtime.socket, handler)):
+            await until(lambda: "no container runtime with NRI" in caplog.text)
+            assert handler.calls == []
+            async with runtime:
+                await runtime.wait_plugin()
+
+    run(test())
+    absent = [record for record in caplog.records if "no container runtime with NRI" in record.getMessage()]
+    assert len([record for record in absent if record.levelno == logging.WARNING]) == 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_restarted_runtime_gets_the_whole_handshake_again(short_tmp: Path, mode: RuntimeMode) -> None:
+    async def test() -> None:
+        async with world(short_tmp, mode) as w:
+            await w.runtime.restart()
+            await until(lambda: len(w.handler.of("synchronize")) == 2)
+            assert w.plugin.connected
+            record = await w.runtime.send_event(pb.RUN_POD_SANDBOX, sim_sandbox())
+            assert record.outcome is HookOutcome.OK
+        kinds = [entry[0] for entry in w.handler.calls]
+        assert kinds == ["connected", "synchronize", "lost", "connected", "synchronize", "run", "lost"]
+
+    run(test())
+
+
+def test_a_hook_outlives_the_connection_that_asked_for_it(short_tmp: Path) -> None:
+    async def test() -> None:
+        go, ended = asyncio.Event(), []
+
+        async def slow(sandbox: Sandbox, deadline: float) -> None:
+            await go.wait()
+            ended.append(sandbox.id)
+
+        async with world(short_tmp) as w:
+            w.handler.behaviours["slow"] = slow
+            sending = asyncio.create_task(w.runtime.send_event(pb.RUN_POD_SANDBOX, sim_sandbox("slow")))
+            await until(lambda: w.handler.of("run"))
+            await w.runtime.drop_plugins()
+            assert (await sending).outcome is HookOutcome.ABSENT
+            await until(lambda: len(w.handler.of("connected")) == 2)
+            assert ended == []
+            go.set()
+            await until(lambda: ended)
+
+    run(test())
+
+
+def test_being_cancelled_answers_the_event_in_hand_first(short_tmp: Path) -> None:
+    async def test() -> None:
+        go = asyncio.Event()
+
+        async def slow(sandbox: Sandbox, deadline: float) -> None:
+            await go.wait()
+
+        handler = RecordingHandler(behaviours={"slow": slow})
+        async with Runtime(short_tmp, RuntimeMode.POD_RPC) as runtime:
+            plugin = plugin_for(runtime.socket, handler)
+            async with running(plugin) as task:
+                await runtime.wait_plugin()
+                sending = asyncio.create_task(runtime.send_event(pb.RUN_POD_SANDBOX, sim_sandbox("slow")))
+                await until(lambda: handler.of("run"))
+                task.cancel()
+                await until(lambda: handler.of("lost"))
+                assert not plugin.connected
+                go.set()
+                assert (await sending).outcome is HookOutcome.OK
+
+    run(test())
+
+
+def test_a_shutdown_call_is_answered_and_the_connection_closed(short_tmp: Path) -> None:
+    async def test() -> None:
+        async with by_hand(short_tmp) as hand:
+            end = await hand.arrivals.get()
+            await shake_hands(end)
+            end.call(5, Request(service=api.PLUGIN_SERVICE, method="Shutdown", payload=b""))
+            assert await end.response() == (5, Response())
+            with pytest.raises(EOFError):
+                await end.next()
+            await shake_hands(await hand.arrivals.get())
+
+    run(test())
+
+
+def test_a_runtime_that_speaks_nonsense_is_left_and_tried_again(short_tmp: Path) -> None:
+    async def test() -> None:
+        async with by_hand(short_tmp) as hand:
+            end = await hand.arrivals.get()
+            end.send(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            await end.request()
+            with pytest.raises(EOFError):
+                await end.next()
+            await shake_hands(await hand.arrivals.get())
+            await until(lambda: hand.plugin.connected)
+
+    run(test())
+
+
+@pytest.mark.parametrize(("failures", "most"), [(1, 0.1), (2, 0.2), (3, 0.4), (7, 5.0), (10**6, 5.0)])
+def test_waits_double_up_to_their_limit_and_are_never_in_step(failures: int, most: float) -> None:
+    waits = [Backoff().wait(failures) for _ in range(50)]
+    assert all(most / 2 <= wait <= most for wait in waits)
+    assert len(set(waits)) > 1
+
+
+def test_10_000_events_with_drops_leave_tasks_and_descriptors_as_they_were(short_tmp: Path) -> None:
+    rng = random.Random(3)
+
+    async def some_time(sandbox: Sandbox, deadline: float) -> None:
+        await asyncio.sleep(rng.choice([0, 0, 0, 0.0005]))
+
+    async def test() -> None:
+        async with world(short_tmp, RuntimeMode.POD_RPC) as w:
+            w.handler.behaviours["p"] = some_time
+            tasks, files = len(asyncio.all_tasks()), open_files()
+            for round_ in range(10):
+                await asyncio.gather(
+                    *(
+                        w.runtime.send_event(rng.choice([1, 2, 3, 4]), sim_sandbox(id_=f"{round_}-{n}"))
+                        for n in range(1000)
+                    )
+                )
+                w.handler.calls.clear()
+                w.handler.deadlines.clear()
+                await w.runtime.drop_plugins()
+                await w.runtime.wait_plugin()
+            await until(lambda: w.plugin.connected and len(asyncio.all_tasks()) <= tasks)
+            assert open_files() == files
+            assert all(record.outcome is HookOutcome.OK for record in w.runtime.log)
+            assert len(w.runtime.log) == 10_000
+
+    run(test(), seconds=50)
