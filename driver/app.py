@@ -9,41 +9,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from bpf.accounting import Accounting
-from bpf.attach import TcxPrograms, probe_tcx
-from bpf.cache import ProgramCache
-from bpf.layout import Hook
-from driver.cdi import CdiProjection, LiveFiles
+from driver.assembly import Outside, assemble, make_folders
 from driver.clock import Clock, SystemClock
-from driver.errors import DriverError
-from driver.execute.actions import NodeActs
-from driver.execute.engine import Engine, Observer, Point
-from driver.journal.ledger import Ledger
-from driver.journal.store import Journal
+from driver.execute.engine import Observer, Point
 from driver.kube.hub import KubeHub
 from driver.kubelet.plugin import KubeletPlugin, make_plugin_dir
 from driver.kubelet.takeover import TakeoverLock
-from driver.lifecycle.book import Book
-from driver.lifecycle.context import Context
 from driver.lifecycle.core import Lifecycle
-from driver.lifecycle.devices import Devices
-from driver.lifecycle.usage import Usage
-from driver.lifecycle.workers import DeviceWorkers
 from driver.metrics import Metrics, MetricsServer
-from driver.model import BootId, PoolName
 from driver.nri.plugin import NriPlugin
-from driver.policy import NodePolicy, PolicyFile
-from driver.qos import class_maps
-from driver.settings import HookChoice, Settings
+from driver.policy import PolicyFile
+from driver.settings import Settings
 from hw.monitor import LinkMonitor
-from hw.netns import host_netns
-from hw.sysfs import Sysfs
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +60,7 @@ class Parts:
     kubelet: KubeletPlugin
     nri: NriPlugin
     hub: KubeHub
+    netns_check: Path
 
     def unready(self) -> tuple[str, ...]:
         """Every reason why a pod could not be given a device now, one sentence each; empty is ready."""
@@ -93,6 +78,8 @@ class Parts:
             reasons.append("the node is being compared with the journal")
         if gate.policy_problem:
             reasons.append(f"policy: {gate.policy_problem}")
+        if not os.access(self.netns_check, os.X_OK):
+            reasons.append(f"{self.netns_check} is missing: containers with a claim would not start")
         return tuple(reasons)
 
 
@@ -122,24 +109,34 @@ class App:
             log.info("stopping: attached devices stay in their pods")
 
     async def _start(self, stack: AsyncExitStack) -> None:
-        for folder in (self._paths.state, self._paths.run):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folders(self._settings)
         make_plugin_dir(self._paths)
         lock = stack.enter_context(TakeoverLock(self._paths, self._clock))
         await lock.acquire(self._clock.monotonic() + TAKEOVER_PATIENCE)
-
         policy_file = PolicyFile(self._settings.policy)
-        boot_id = read_boot_id(self._paths.proc)
-        journal = stack.enter_context(
-            Journal.open(self._paths.journal, mirror=self._paths.run / "mirror", boot_id=boot_id)
-        )
-        ledger = stack.enter_context(Ledger.open(self._paths.ledger))
         hub = await stack.enter_async_context(self._make_hub())
-        lifecycle = self._make_lifecycle(stack, policy_file, boot_id, journal, ledger, hub)
-        await lifecycle.start()
-        stack.push_async_callback(self._stop_lifecycle, lifecycle)
-        self._lifecycle = lifecycle
-        await self._serve(stack, lifecycle, hub, policy_file)
+        sync_stack = stack.enter_context(ExitStack())
+        outside = Outside(
+            claims=hub.claims,
+            pods=hub.pods,
+            statuses=hub.statuses,
+            events=hub.events,
+            slices=hub.slices,
+            telemetry=self._metrics,
+            observer=self._observer,
+        )
+        made = assemble(sync_stack, self._settings, policy_file, self._clock, outside)
+        self._metrics.watch_pods(made.usage.samples)
+        self._metrics.watch_recovery(lambda: made.lifecycle.gate.recovery)
+        self._metrics.watch_published(lambda: hub.slices_published)
+        self._metrics.watch_api_requests(lambda: hub.requests)
+        self._metrics.watch_devices(made.lifecycle.device_counts)
+        monitor = stack.enter_context(LinkMonitor())
+        await made.lifecycle.start()
+        stack.push_async_callback(self._stop_lifecycle, made.lifecycle)
+        self._lifecycle = made.lifecycle
+        await stack.enter_async_context(background(watch_links(made.lifecycle, monitor), "links"))
+        await self._serve(stack, made.lifecycle, hub, policy_file)
 
     async def _serve(
         self, stack: AsyncExitStack, lifecycle: Lifecycle, hub: KubeHub, policy_file: PolicyFile
@@ -150,14 +147,13 @@ class App:
         kubelet = KubeletPlugin(
             paths=self._paths, handler=lifecycle, clock=self._clock, observer=self._metrics
         )
-        parts = Parts(lifecycle, kubelet, nri, hub)
+        parts = Parts(lifecycle, kubelet, nri, hub, self._paths.netns_check)
         server = stack.enter_context(
             MetricsServer(self._metrics, port=self._settings.metrics_port, unready=parts.unready)
         )
         log.info("metrics on http://127.0.0.1:%d/metrics", server.port)
         await stack.enter_async_context(kubelet)
         await stack.enter_async_context(background(nri.run(), "nri"))
-        await stack.enter_async_context(background(watch_links(lifecycle), "links"))
         await stack.enter_async_context(background(watch_policy(lifecycle, policy_file), "policy"))
 
     def _make_hub(self) -> KubeHub:
@@ -173,91 +169,14 @@ class App:
         if self._lifecycle is not None:
             self._lifecycle.pods_changed()
 
-    def _make_lifecycle(
-        self,
-        stack: AsyncExitStack,
-        policy_file: PolicyFile,
-        boot_id: BootId,
-        journal: Journal,
-        ledger: Ledger,
-        hub: KubeHub,
-    ) -> Lifecycle:
-        def policy() -> NodePolicy:
-            return policy_file.current
-
-        programs = ProgramCache(self._paths.program_cache).ensure()
-        accounting = stack.enter_context(
-            Accounting.open(self._paths.pins, programs, slots=self._settings.slots)
-        )
-        classes = class_maps(policy().classes)
-        accounting.set_classes(classes.dscp, classes.pcp)
-        hook = self._choose_hook(policy())
-        tcx = TcxPrograms(self._paths.pins, accounting) if hook is Hook.TCX else None
-        book = Book(journal, slots=self._settings.slots)
-        usage = Usage(
-            book=book,
-            ledger=ledger,
-            accounting=accounting,
-            clock=self._clock,
-            hook=hook,
-            class_names=classes.names,
-        )
-        acts = NodeActs(hook=hook, accounting=accounting, programs=tcx, fold=usage.fold)
-        self._metrics.watch_pods(usage.samples)
-        return Lifecycle(
-            Context(
-                driver=self._paths.driver,
-                pool=PoolName(self._settings.node),
-                boot_id=boot_id,
-                paths=self._paths,
-                clock=self._clock,
-                hook=hook,
-                policy=policy,
-                host_netns=stack.enter_context(host_netns(proc=self._paths.proc)),
-                book=book,
-                ledger=ledger,
-                engine=Engine(journal=journal, acts=acts.table(), clock=self._clock, observer=self._observer),
-                workers=DeviceWorkers(self._clock),
-                devices=Devices(Sysfs(self._paths.sysfs), policy),
-                accounting=accounting,
-                programs=tcx,
-                cdi=CdiProjection(self._paths),
-                live=LiveFiles(self._paths),
-                claims=hub.claims,
-                pods=hub.pods,
-                statuses=hub.statuses,
-                events=hub.events,
-                slices=hub.slices,
-                telemetry=self._metrics,
-            ),
-            journal,
-            usage,
-        )
-
-    def _choose_hook(self, policy: NodePolicy) -> Hook:
-        """The flag wins over the policy; auto asks the kernel by a trial attach."""
-        wanted = self._settings.hook if self._settings.hook is not HookChoice.AUTO else policy.hook
-        if wanted == HookChoice.CLSACT:
-            return Hook.CLSACT
-        found = probe_tcx()
-        if wanted == HookChoice.TCX and found is not Hook.TCX:
-            raise DriverError("tcx was asked for and this kernel has none: use --hook clsact or auto")
-        log.info("counting at %s", found)
-        return found
-
     async def _stop_lifecycle(self, lifecycle: Lifecycle) -> None:
         await lifecycle.stop(self._clock.monotonic() + STOP_PATIENCE)
 
 
-def read_boot_id(proc: Path) -> BootId:
-    return BootId((proc / "sys/kernel/random/boot_id").read_text().strip())
-
-
-async def watch_links(lifecycle: Lifecycle) -> None:
+async def watch_links(lifecycle: Lifecycle, monitor: LinkMonitor) -> None:
     """Feed link events to the lifecycle; several that come together are one look."""
-    with LinkMonitor() as monitor:
-        async for changed in monitor:
-            await lifecycle.links_changed(changed)
+    async for changed in monitor:
+        await lifecycle.links_changed(changed)
 
 
 async def watch_policy(lifecycle: Lifecycle, policy_file: PolicyFile) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from bpf.layout import Slot
 from driver import claimconfig, plan
@@ -242,6 +243,11 @@ class Claims:
                     preparation.key.device, "it did not come home in time", self._context.clock.wall()
                 )
         self._projections.offer()
+
+    async def release_all(self) -> None:
+        """Take back every preparation of this node."""
+        for preparation in self._context.book.preparations():
+            await self._context.workers.run([preparation.key.device], partial(self.finish, [preparation]))
 
     def finish(self, preparations: Sequence[Preparation]) -> None:
         """In a worker: home from every pod, programs off, and the record closed if nothing is open.

@@ -70,6 +70,31 @@ class Lifecycle:
         self._homecoming.close()
         self._context.workers.close()
 
+    def device_counts(self) -> Mapping[str, int]:
+        """Devices by what they are now, for the gauge."""
+        book = self._context.book
+        devices = self._context.devices.current()
+        held = {p.key.device for p in book.preparations()}
+        return {
+            "offered": sum(not d.withheld for d in devices.values()),
+            "withheld": sum(bool(d.withheld) for d in devices.values()),
+            "prepared": len(held),
+            "attached": len({a.preparation.device for a in book.attachments()}),
+            "quarantined": len(book.quarantines()),
+        }
+
+    def attached_pods(self) -> tuple[str, ...]:
+        """Pods that have devices of ours, as namespace/name."""
+        pods = {a.pod for a in self._context.book.attachments()}
+        return tuple(sorted(f"{pod.namespace}/{pod.name}" for pod in pods))
+
+    async def release_all(self) -> tuple[str, ...]:
+        """Take every claim back, whatever lives; returns what did not come home, a sentence each."""
+        await self._claims.release_all()
+        left = [f"{p.key.device} did not come home" for p in self._context.book.preparations()]
+        left += [f"{q.device}: {q.reason}" for q in self._context.book.quarantines().values()]
+        return tuple(left)
+
     async def links_changed(self, changed: frozenset[IfIndex] | None) -> None:
         """None: events were lost, look at everything."""
         context = self._context

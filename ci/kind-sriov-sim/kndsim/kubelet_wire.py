@@ -7,6 +7,7 @@ one peer's restart or back-off never shows on another's.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +29,7 @@ from kndsim.kubelet_model import (
     Version,
 )
 
+_POLL = 0.01
 _OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -70,7 +72,11 @@ class Connection:
 
     async def dial(self, timeout: float) -> None:
         """TimeoutError if nothing accepts in time."""
-        await asyncio.wait_for(self._channel.channel_ready(), timeout)
+        deadline = time.monotonic() + timeout
+        while not self._up():
+            if time.monotonic() >= deadline:
+                raise TimeoutError
+            await asyncio.sleep(_POLL)
 
     async def call(self, service: str, method: str, request: bytes, timeout: float) -> bytes:
         """Request and reply as bytes; CallFailed if there is no reply."""
@@ -85,11 +91,15 @@ class Connection:
         """Keep the connection up and tell of every change between connected and not; never returns."""
         connected = False
         while True:
-            state = self._channel.get_state(try_to_connect=True)
-            if (state is grpc.ChannelConnectivity.READY) != connected:
+            if self._up() != connected:
                 connected = not connected
                 changed(connected)
-            await self._channel.wait_for_state_change(state)
+            await asyncio.sleep(_POLL)
+
+    def _up(self) -> bool:
+        # Polled: gRPC's own wait leaves, when cancelled, a completion that outlives the event loop.
+        state = self._channel.get_state(try_to_connect=True)
+        return state is grpc.ChannelConnectivity.READY
 
 
 def _same(raw: bytes) -> bytes:

@@ -75,15 +75,23 @@ def socket_in(netns: Path, version: int) -> socket.socket:
     return made[0]
 
 
+def open_sinks(flows: list[Flow]) -> list[socket.socket]:
+    """A bound socket for every place that flows go to, never read: a full buffer drops quietly, where a
+    closed port would answer with ICMP, which nobody counted."""
+    sinks = []
+    for receiver, destination, port in sorted({(f.receiver, f.destination, f.port) for f in flows}):
+        sink = socket_in(receiver, 6 if ":" in destination else 4)
+        sink.bind((destination, port))
+        sinks.append(sink)
+    return sinks
+
+
 class Sender:
-    """One flow's sockets and count. The receiver is bound and never read: a full buffer drops quietly,
-    where a closed port would answer with ICMP, which nobody counted."""
+    """One flow's socket and count."""
 
     def __init__(self, flow: Flow) -> None:
         self.flow = flow
         self.frames = 0
-        self._receiver = socket_in(flow.receiver, flow.version)
-        self._receiver.bind((flow.destination, flow.port))
         self._socket = socket_in(flow.sender, flow.version)
         if flow.version == 6:
             self._socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_TCLASS, flow.dscp << 2)
@@ -99,7 +107,6 @@ class Sender:
 
     def close(self) -> None:
         self._socket.close()
-        self._receiver.close()
 
 
 def main() -> None:
@@ -107,6 +114,7 @@ def main() -> None:
         Flow(**{**item, "sender": Path(item["sender"]), "receiver": Path(item["receiver"])})
         for item in json.loads(sys.stdin.readline())
     ]
+    sinks = open_sinks(flows)
     senders = [Sender(flow) for flow in flows]
     print(json.dumps({"ready": len(senders)}), flush=True)
     try:
@@ -121,8 +129,8 @@ def main() -> None:
             if command != "mark":
                 return
     finally:
-        for sender in senders:
-            sender.close()
+        for closing in (*senders, *sinks):
+            closing.close()
 
 
 def report(senders: list[Sender]) -> dict[str, object]:

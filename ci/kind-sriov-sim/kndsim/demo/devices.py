@@ -15,7 +15,7 @@ from typing import Any
 
 from pyroute2 import IPRoute
 
-from kndsim.links import SimNetns, netns, private_host, veth_pair
+from kndsim.links import SimNetns, in_thread, netns, private_host, veth_pair
 
 COMPARED = (
     "IFLA_IFNAME",
@@ -115,6 +115,11 @@ def disable_ipv6() -> None:
 
 def dump() -> Mapping[str, Mapping[str, Any]]:
     """Every link of this netns as the kernel shows it, by ifindex: what "home as before" is judged by."""
+    # pyroute2 runs an event loop of its own, which a thread that runs one already does not allow.
+    return in_thread(_dump)
+
+
+def _dump() -> Mapping[str, Mapping[str, Any]]:
     with IPRoute() as ipr:
         addresses: dict[int, list[str]] = {}
         for address in ipr.get_addr():

@@ -1,0 +1,141 @@
+"""Putting the lifecycle together on this node: journal, ledger, maps, programs; for the agent and cleanup.
+
+Invariant: the caller holds the TakeoverLock: two of these on one root would write one journal.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from bpf.accounting import Accounting
+from bpf.attach import TcxPrograms, probe_tcx
+from bpf.cache import ProgramCache
+from bpf.layout import Hook
+from driver.cdi import CdiProjection, LiveFiles
+from driver.clock import Clock
+from driver.errors import DriverError
+from driver.execute.actions import NodeActs
+from driver.execute.engine import Engine, Observer
+from driver.journal.ledger import Ledger
+from driver.journal.store import Journal
+from driver.lifecycle.book import Book
+from driver.lifecycle.context import Context, Telemetry
+from driver.lifecycle.core import Lifecycle
+from driver.lifecycle.devices import Devices
+from driver.lifecycle.ports import ClaimReader, EventSink, PodDirectory, SlicePublisher, StatusWriter
+from driver.lifecycle.usage import Usage
+from driver.lifecycle.workers import DeviceWorkers
+from driver.model import BootId, PoolName
+from driver.policy import NodePolicy, PolicyFile
+from driver.qos import class_maps
+from driver.settings import HookChoice, Settings
+from hw.netns import host_netns
+from hw.sysfs import Sysfs
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outside:
+    """The cluster's side of the lifecycle's ports, and who listens."""
+
+    claims: ClaimReader
+    pods: PodDirectory
+    statuses: StatusWriter
+    events: EventSink
+    slices: SlicePublisher
+    telemetry: Telemetry
+    observer: Observer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assembly:
+    """What was put together; closed with the stack it was made on."""
+
+    lifecycle: Lifecycle
+    context: Context
+    usage: Usage
+    journal: Journal
+
+
+def assemble(
+    stack: ExitStack, settings: Settings, policy_file: PolicyFile, clock: Clock, outside: Outside
+) -> Assembly:
+    """DriverError, BpfError, HwError or OSError, each a sentence, if this node cannot do it."""
+    paths = settings.paths
+    boot_id = read_boot_id(paths.proc)
+    journal = stack.enter_context(Journal.open(paths.journal, mirror=paths.run / "mirror", boot_id=boot_id))
+    ledger = stack.enter_context(Ledger.open(paths.ledger))
+    programs = ProgramCache(paths.program_cache).ensure()
+    accounting = stack.enter_context(Accounting.open(paths.pins, programs, slots=settings.slots))
+    classes = class_maps(policy_file.current.classes)
+    accounting.set_classes(classes.dscp, classes.pcp)
+    hook = choose_hook(settings.hook, policy_file.current)
+    tcx = TcxPrograms(paths.pins, accounting) if hook is Hook.TCX else None
+    book = Book(journal, slots=settings.slots)
+    usage = Usage(
+        book=book,
+        ledger=ledger,
+        accounting=accounting,
+        clock=clock,
+        hook=hook,
+        class_names=classes.names,
+    )
+    acts = NodeActs(hook=hook, accounting=accounting, programs=tcx, fold=usage.fold)
+
+    def policy() -> NodePolicy:
+        return policy_file.current
+
+    context = Context(
+        driver=paths.driver,
+        pool=PoolName(settings.node),
+        boot_id=boot_id,
+        paths=paths,
+        clock=clock,
+        hook=hook,
+        policy=policy,
+        host_netns=stack.enter_context(host_netns(proc=paths.proc)),
+        book=book,
+        ledger=ledger,
+        engine=Engine(journal=journal, acts=acts.table(), clock=clock, observer=outside.observer),
+        workers=DeviceWorkers(clock),
+        devices=Devices(Sysfs(paths.sysfs), policy),
+        accounting=accounting,
+        programs=tcx,
+        cdi=CdiProjection(paths),
+        live=LiveFiles(paths),
+        claims=outside.claims,
+        pods=outside.pods,
+        statuses=outside.statuses,
+        events=outside.events,
+        slices=outside.slices,
+        telemetry=outside.telemetry,
+    )
+    return Assembly(
+        lifecycle=Lifecycle(context, journal, usage), context=context, usage=usage, journal=journal
+    )
+
+
+def choose_hook(flag: HookChoice, policy: NodePolicy) -> Hook:
+    """The flag wins over the policy; auto asks the kernel by a trial attach."""
+    wanted = flag if flag is not HookChoice.AUTO else HookChoice(policy.hook.value)
+    if wanted is HookChoice.CLSACT:
+        return Hook.CLSACT
+    found = probe_tcx()
+    if wanted is HookChoice.TCX and found is not Hook.TCX:
+        raise DriverError("tcx was asked for and this kernel has none: use --hook clsact or auto")
+    log.info("counting at %s", found)
+    return found
+
+
+def read_boot_id(proc: Path) -> BootId:
+    return BootId((proc / "sys/kernel/random/boot_id").read_text().strip())
+
+
+def make_folders(settings: Settings) -> None:
+    """The root-only folders everything else is in."""
+    for folder in (settings.paths.state, settings.paths.run):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
