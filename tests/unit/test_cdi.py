@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from driver.cdi import CdiEntry, CdiProjection, LiveFiles, cdi_id
@@ -223,6 +223,7 @@ def test_no_interface_name_adds_to_the_environment(ifname: str) -> None:
         entry(ifname=ifname)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40))
 def test_any_uid_that_is_taken_is_a_plain_file_name(text: str) -> None:
     try:

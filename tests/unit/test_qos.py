@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bpf.layout import CLASSES
@@ -90,6 +90,7 @@ def test_a_class_that_cannot_be_is_not_made(changes: dict[str, object], words: s
         replace(GOLD, **changes)  # type: ignore[arg-type]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, CLASSES - 1), min_size=DSCPS + PCPS, max_size=DSCPS + PCPS))
 def test_any_partition_of_the_marks_comes_back_as_its_map(owners: list[int]) -> None:
     dscp, pcp = owners[:DSCPS], owners[DSCPS:]
