@@ -96,20 +96,23 @@ class DraService:
             if stuck:
                 _log.error("%d calls of kubelet's did not end when cancelled", len(stuck))
 
-    async def _prepare(self, wire: Sequence[WireClaim], context: _Context) -> PrepareAnswers:
+    async def _prepare(self, wire: Sequence[WireClaim] | None, context: _Context) -> PrepareAnswers:
         call: _Call[tuple[PreparedDevice, ...]] = self._handler.prepare
         return await self._serve(PREPARE, call, wire, context)
 
-    async def _unprepare(self, wire: Sequence[WireClaim], context: _Context) -> UnprepareAnswers:
+    async def _unprepare(self, wire: Sequence[WireClaim] | None, context: _Context) -> UnprepareAnswers:
         call: _Call[None] = self._handler.unprepare
         return await self._serve(UNPREPARE, call, wire, context)
 
     async def _serve(
-        self, method: str, call: _Call[_T], wire: Sequence[WireClaim], context: _Context
+        self, method: str, call: _Call[_T], wire: Sequence[WireClaim] | None, context: _Context
     ) -> dict[ClaimUid, _T | ClaimFailed]:
         started = self._clock.monotonic()
         outcome = Outcome.CANCELLED
         try:
+            if wire is None:
+                outcome = Outcome.FAILED
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"not a {method} request")
             batch = read_batch(wire)
             answers: dict[ClaimUid, _T | ClaimFailed] = dict(batch.failed)
             late = False

@@ -12,7 +12,7 @@ from typing import Protocol
 class Outcome(enum.StrEnum):
     OK = "ok"
     FAILED = "failed"
-    """At least one claim failed, or kubelet refused the registration."""
+    """At least one claim failed, the request made no sense, or kubelet refused the registration."""
     LATE = "late"
     """Answered at the deadline while the work goes on."""
     CANCELLED = "cancelled"

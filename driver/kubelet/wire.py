@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from google.protobuf.message import DecodeError
+
 from driver.kubelet.batch import WireClaim
 from driver.lifecycle.ports import ClaimFailed
 from driver.model import ClaimUid, PreparedDevice
@@ -23,14 +25,33 @@ UnprepareAnswers = Mapping[ClaimUid, ClaimFailed | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dialect:
-    """One version of the service. service is its full gRPC name, version how it is advertised."""
+    """One version of the service. service is its full gRPC name, version how it is advertised.
+
+    The read functions give None for what is not a request of theirs.
+    """
 
     service: str
     version: str
-    read_prepare: Callable[[bytes], Sequence[WireClaim]]
+    read_prepare: Callable[[bytes], Sequence[WireClaim] | None]
     write_prepare: Callable[[PrepareAnswers], bytes]
-    read_unprepare: Callable[[bytes], Sequence[WireClaim]]
+    read_unprepare: Callable[[bytes], Sequence[WireClaim] | None]
     write_unprepare: Callable[[UnprepareAnswers], bytes]
+
+
+_Request = (
+    v1.NodePrepareResourcesRequest
+    | v1.NodeUnprepareResourcesRequest
+    | v1beta1.NodePrepareResourcesRequest
+    | v1beta1.NodeUnprepareResourcesRequest
+)
+
+
+def _claims(request: _Request, raw: bytes) -> Sequence[WireClaim] | None:
+    try:
+        request.ParseFromString(raw)
+    except DecodeError:
+        return None
+    return request.claims
 
 
 def _write_prepare(
@@ -67,17 +88,17 @@ DIALECTS = (
     Dialect(
         service=v1.DESCRIPTOR.services_by_name["DRAPlugin"].full_name,
         version="v1.DRAPlugin",
-        read_prepare=lambda raw: v1.NodePrepareResourcesRequest.FromString(raw).claims,
+        read_prepare=lambda raw: _claims(v1.NodePrepareResourcesRequest(), raw),
         write_prepare=lambda answers: _write_prepare(v1.NodePrepareResourcesResponse(), answers),
-        read_unprepare=lambda raw: v1.NodeUnprepareResourcesRequest.FromString(raw).claims,
+        read_unprepare=lambda raw: _claims(v1.NodeUnprepareResourcesRequest(), raw),
         write_unprepare=lambda answers: _write_unprepare(v1.NodeUnprepareResourcesResponse(), answers),
     ),
     Dialect(
         service=v1beta1.DESCRIPTOR.services_by_name["DRAPlugin"].full_name,
         version="v1beta1.DRAPlugin",
-        read_prepare=lambda raw: v1beta1.NodePrepareResourcesRequest.FromString(raw).claims,
+        read_prepare=lambda raw: _claims(v1beta1.NodePrepareResourcesRequest(), raw),
         write_prepare=lambda answers: _write_prepare(v1beta1.NodePrepareResourcesResponse(), answers),
-        read_unprepare=lambda raw: v1beta1.NodeUnprepareResourcesRequest.FromString(raw).claims,
+        read_unprepare=lambda raw: _claims(v1beta1.NodeUnprepareResourcesRequest(), raw),
         write_unprepare=lambda answers: _write_unprepare(v1beta1.NodeUnprepareResourcesResponse(), answers),
     ),
 )

@@ -201,17 +201,30 @@ def test_an_exception_of_the_handler_is_every_claims_error_and_the_server_lives(
     assert [record.levelno for record in mine] == [level]
 
 
-def test_a_request_that_is_not_protobuf_fails_alone(short_tmp: Path) -> None:
+@pytest.mark.parametrize("service", [V1, V1BETA1])
+@pytest.mark.parametrize("method", ["NodePrepareResources", "NodeUnprepareResources"])
+@pytest.mark.parametrize(
+    "raw", [b"\xff\xff\xff\xff", b"\x0a\x7f", b"\x0a\x02\x12\x05", b"\x0a\x04\x12\x02\xff\xfe"]
+)
+def test_a_request_that_is_not_protobuf_is_refused_and_the_server_lives(
+    short_tmp: Path, service: str, method: str, raw: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen = Seen()
+
     async def run() -> None:
-        async with plugin_at(short_tmp, ScriptedHandler()), kubelet_ends(short_tmp) as ends:
-            with pytest.raises(grpc.aio.AioRpcError):
-                await raw_call(short_tmp, V1, "NodePrepareResources", b"\xff\xff\xff\xff")
+        async with plugin_at(short_tmp, ScriptedHandler(), seen), kubelet_ends(short_tmp) as ends:
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await raw_call(short_tmp, service, method, raw)
+            assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert refused.value.details() == f"not a {method} request"
             response = await ends.v1.NodePrepareResources(
                 v1.NodePrepareResourcesRequest(claims=[claim("u1")]), timeout=10
             )
             assert len(response.claims["u1"].devices) == 1
 
     asyncio.run(run())
+    assert seen.calls == [(method, "failed"), ("NodePrepareResources", "ok")]
+    assert not caplog.records
 
 
 def test_the_handlers_deadline_leaves_time_for_the_answer(short_tmp: Path) -> None:

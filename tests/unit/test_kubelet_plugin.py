@@ -319,6 +319,33 @@ def test_a_file_in_the_way_is_refused_and_nothing_is_left_behind(short_tmp: Path
     assert list(paths.plugin_dir.iterdir()) == []
 
 
+def test_a_start_that_fails_half_way_leaves_no_socket_behind(
+    short_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = Paths(root=short_tmp)
+    make_server = grpc.aio.server
+
+    def broken_server() -> grpc.aio.Server:
+        server = make_server()
+
+        async def start() -> None:
+            assert len(list(paths.plugin_dir.iterdir())) == 1
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(server, "start", start)
+        return server
+
+    monkeypatch.setattr(grpc.aio, "server", broken_server)
+
+    async def run() -> None:
+        async with plugin_at(short_tmp, ScriptedHandler()):
+            pass
+
+    with pytest.raises(DriverError, match=r"cannot be put in place \(No space left on device\)"):
+        asyncio.run(run())
+    assert list(paths.plugin_dir.iterdir()) == []
+
+
 def test_a_registry_that_cannot_be_made_is_refused_with_its_path(short_tmp: Path) -> None:
     paths = Paths(root=short_tmp)
     paths.kubelet_registry.parent.mkdir(parents=True)

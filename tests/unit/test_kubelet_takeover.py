@@ -163,6 +163,22 @@ def test_a_program_that_the_agent_starts_does_not_get_the_lock(paths: Paths) -> 
     assert str(paths.takeover_lock) not in open_files
 
 
+def test_release_frees_the_lock_even_while_a_copy_of_its_file_is_open(paths: Paths) -> None:
+    with TakeoverLock(paths, Clock()) as lock, TakeoverLock(paths, Clock()) as other:
+        assert lock.try_acquire()
+        (fd,) = (
+            int(link.name)
+            for link in Path("/proc/self/fd").iterdir()
+            if os.path.lexists(link) and os.readlink(link) == str(paths.takeover_lock)
+        )
+        copy = os.dup(fd)
+        try:
+            lock.release()
+            assert other.try_acquire()
+        finally:
+            os.close(copy)
+
+
 def test_a_lock_that_cannot_be_opened_says_what_to_do(tmp_path: Path) -> None:
     paths = Paths(root=tmp_path)
     with TakeoverLock(paths, Clock()) as lock, pytest.raises(DriverError, match="check that kubelet's root"):

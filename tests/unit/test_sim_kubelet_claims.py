@@ -280,6 +280,17 @@ def test_a_restart_forgets_what_is_prepared_but_not_who_holds_what(short_tmp: Pa
     asyncio.run(run())
 
 
+def test_a_restart_without_checkpoint_knows_no_claim(short_tmp: Path) -> None:
+    async def run() -> None:
+        async with kubelet_with(short_tmp, FakePlugin()) as kubelet:
+            await kubelet.prepare(DRIVER, [C1])
+            (kubelet.root / "dra_manager_state").unlink()
+            await kubelet.restart()
+            assert not kubelet.holds("u1")
+
+    asyncio.run(run())
+
+
 def test_the_checkpoint_is_kubelets_file(short_tmp: Path) -> None:
     async def run() -> None:
         async with kubelet_with(short_tmp, FakePlugin()) as kubelet:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -220,14 +221,23 @@ def test_slices_stay_when_the_driver_is_back_within_the_grace(
     short_tmp: Path, wait_until_async: WaitUntilAsync
 ) -> None:
     slices = Slices()
-    patient = KubeletTiming(scale=1.0, first_back_off=0.01)
+    timing = KubeletTiming(scale=0.05)
+    other = FakePlugin(info={"name": "other.example"})
 
     async def run() -> None:
-        async with SimKubelet(short_tmp, node="node-a", timing=patient, slices=slices) as kubelet:
-            for _ in range(2):
-                async with serving(kubelet, FakePlugin()):
-                    await kubelet.wait_registered(DRIVER)
-                await wait_until_async(lambda: kubelet.plugin(DRIVER) is None)
+        kubelet = SimKubelet(short_tmp, node="node-a", timing=timing, slices=slices)
+        async with kubelet, AsyncExitStack() as stack:
+            async with serving(kubelet, FakePlugin()):
+                await kubelet.wait_registered(DRIVER)
+            await kubelet.wait_deregistered(DRIVER)
+            async with serving(kubelet, FakePlugin()):
+                await kubelet.wait_registered(DRIVER)
+                await stack.enter_async_context(serving(kubelet, other, "other"))
+                await kubelet.wait_registered("other.example")
+                # The other goes later for good: when its grace is over, the first one's would be too.
+                await stack.aclose()
+                wiped = ("node-a", "other.example")
+                await wait_until_async(lambda: wiped in slices.wiped)
 
     asyncio.run(run())
-    assert slices.wiped == [("node-a", None)]
+    assert slices.wiped == [("node-a", None), ("node-a", "other.example")]
