@@ -241,6 +241,8 @@ class HwDevice:
     pf_name: IfName | None = None
     pf_eswitch: EswitchMode | None = None
     speed_mbps: int | None = None
+    total_vfs: int | None = None
+    """VFs that a PF can have; None where it is not capable of SR-IOV."""
     withheld: str = ""
 
 

@@ -33,6 +33,7 @@ _RTMGRP_LINK = 1
 _RTMGRP_IPV4_IFADDR = 0x10
 _RTMGRP_IPV6_IFADDR = 0x100
 _GROUPS = _RTMGRP_LINK | _RTMGRP_IPV4_IFADDR | _RTMGRP_IPV6_IFADDR
+_NETLINK_KOBJECT_UEVENT = 15
 _UEVENT_GROUP = 1
 _SO_RCVBUFFORCE = 33
 _BUFFER_BYTES = 4 * 1024 * 1024
@@ -57,7 +58,7 @@ class LinkMonitor:
         self._uevents: socket.socket | None = None
         if uevents:
             try:
-                self._uevents = _listen(socket.NETLINK_KOBJECT_UEVENT, _UEVENT_GROUP)
+                self._uevents = _listen(_NETLINK_KOBJECT_UEVENT, _UEVENT_GROUP)
             except OSError as error:
                 log.warning("changes of RDMA devices and of drivers are not heard of: %s", error)
 

@@ -46,7 +46,8 @@ def open_netlink(
 ) -> socket.socket:
     """A bound netlink socket of the namespace (None: of this process).
 
-    groups is a mask of multicast groups to join. BadNetns if it does not turn out to be there: the check is on the socket itself, by cookie.
+    groups is a mask of multicast groups to join. BadNetns if the socket does not turn out to be there:
+    the check is on the socket itself, by cookie.
     """
     if netns is None:
         sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)

@@ -42,21 +42,26 @@ def write_tree(root: Path, text: str) -> Path:
 
 
 def vf_farm(pfs: int, vfs_per_pf: int) -> str:
-    """The text of a node with many VFs, for measuring: one root complex, switch and PF per eight functions."""
+    """The text of a node with many VFs, for measuring. Each PF is below a switch of its own."""
     lines: list[str] = []
     for pf in range(pfs):
         bus = f"{0x20 + pf:02x}"
         chain = f"pci0000:{bus}/0000:{bus}:00.0/1000:{bus}:00.0/1000:{bus}:01.0"
-        pf_address = f"0000:{bus}:02.0"
-        common = "numa_node=0 driver=mlx5_core"
-        lines.append(f"pci {chain}/{pf_address} = 0x020000 0x15b3 0x101b sriov_totalvfs={vfs_per_pf} {common}")
-        lines.append(f"netdev {pf_address} pf{pf} speed=100000 dev_port=0")
+        of_pf = f"0000:{bus}:02.0"
+        facts = "numa_node=0 driver=mlx5_core"
+        lines += (
+            f"pci {chain}/{of_pf} = 0x020000 0x15b3 0x101b sriov_totalvfs={vfs_per_pf} {facts}",
+            f"netdev {of_pf} pf{pf} speed=100000 dev_port=0",
+        )
         for vf in range(vfs_per_pf):
-            address = f"0001:{bus}:{vf // 8:02x}.{vf % 8}"
-            lines.append(f"pci {chain}/{address} = 0x020000 0x15b3 0x101c iommu_group={pf * 200 + vf} {common}")
-            lines.append(f"netdev {address} pf{pf}v{vf} speed=-1 dev_port=0")
-            lines.append(f"vf {pf_address} {vf} {address}")
-            lines.append(f"rdma mlx5_{pf * 1000 + vf} {address} ports/1/link_layer=Ethernet node_guid=1:2:3:4")
+            number = pf * 1000 + vf
+            of_vf = f"0001:{bus}:{vf // 8:02x}.{vf % 8}"
+            lines += (
+                f"pci {chain}/{of_vf} = 0x020000 0x15b3 0x101c iommu_group={number} {facts}",
+                f"netdev {of_vf} pf{pf}v{vf} speed=-1 dev_port=0",
+                f"vf {of_pf} {vf} {of_vf}",
+                f"rdma mlx5_{number} {of_vf} ports/1/link_layer=Ethernet node_guid=1:2:3:4",
+            )
     return "\n".join(lines)
 
 

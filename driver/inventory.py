@@ -1,0 +1,277 @@
+"""The devices of this node as the driver speaks of them: named, described, offered or withheld.
+
+Invariant: pure. A name depends on the hardware's place and nothing else; what is published of a device
+fits the API's limits whatever the device says of itself; a device that makes trouble costs itself only
+and is a sentence in problems.
+
+Attributes: always `kind`, `rdma`, `virtual`, `ebpf`, so that no selector aborts on an absent one; the
+standard `resource.kubernetes.io/` ones where known; what the policy adds; then OPTIONAL in its order,
+as many as fit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from driver.model import AttributeValue, Device, DeviceName
+from hw.model import (
+    DeviceKind,
+    HwDevice,
+    Identity,
+    LinkInfo,
+    LinkSettings,
+    NetdevsimIdentity,
+    PciIdentity,
+    SoftwareIdentity,
+    check_ifname,
+)
+
+STANDARD_DOMAIN = "resource.kubernetes.io"
+ATTRIBUTE_LIMIT = 32
+"""Of the API, for attributes and capacities of a device together."""
+OPTIONAL_LIMIT = 16
+POLICY_LIMIT = 6
+STRING_LIMIT = 64
+"""Bytes of a string attribute."""
+
+OPTIONAL = (
+    "ifName",
+    "pfName",
+    "pfPciAddress",
+    "vfIndex",
+    "rdmaDevice",
+    "rdmaLinkLayer",
+    "linkType",
+    "linkSpeed",
+    "pcieSwitch",
+    "kernelDriver",
+    "vendor",
+    "product",
+    "eswitchMode",
+    "mtu",
+    "mac",
+    "nodeGuid",
+    "firmware",
+)
+"""In the order in which they get a place: what selects a device first, what only describes it last."""
+
+_LINK_TYPES = {1: "ethernet", 32: "infiniband"}
+_UNITS = ((1_000_000, "T"), (1_000, "G"))
+
+
+class DevicePolicy(Protocol):
+    """What inventory asks of the node policy."""
+
+    def selects(self, link: LinkInfo) -> bool:
+        """Whether a netdev that is not hardware is to be offered."""
+
+    def attributes_for(self, device: HwDevice, name: str) -> Mapping[str, AttributeValue]:
+        """Extra attributes of a device; name is its name in slices."""
+
+    def withheld(self, device: HwDevice, name: str) -> str:
+        """Why the policy keeps it from the cluster, a sentence; "" if it does not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """Devices by name, sorted, withheld ones included; problems are sentences for the log."""
+
+    by_name: Mapping[DeviceName, Device] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class InventoryDiff:
+    """What is new, what is gone, and what is the same device but described otherwise (as it is now)."""
+
+    added: tuple[Device, ...] = ()
+    removed: tuple[DeviceName, ...] = ()
+    changed: tuple[Device, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.removed or self.changed)
+
+
+def build(devices: Iterable[HwDevice], policy: DevicePolicy, previous: Inventory | None = None) -> Inventory:
+    """Merge what the backends found. previous: a speed that a port does not say while its link is down
+    is taken from there, so that a flap is not a change of the device."""
+    found: dict[DeviceName, Device] = {}
+    problems: list[str] = []
+    dropped: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
+    for device in devices:
+        if isinstance(device.identity, SoftwareIdentity) and not _selected(device, policy):
+            continue
+        try:
+            made, without = _device(device, policy, previous)
+        except ValueError as error:
+            problems.append(f"{device.identity} is left out: {error}")
+            continue
+        if made.name in found:
+            problems.append(f"{made.name} is there twice; the one found later is left out")
+            continue
+        found[made.name] = made
+        if without:
+            dropped[without].append(made.name)
+    for without, names in sorted(dropped.items()):
+        problems.append(
+            f"{len(names)} devices (the first is {min(names)}) are published without "
+            f"{', '.join(without)}: a device has room for {ATTRIBUTE_LIMIT} attributes and capacities"
+        )
+    return Inventory({name: found[name] for name in sorted(found)}, tuple(problems))
+
+
+def diff(old: Inventory, new: Inventory) -> InventoryDiff:
+    """What changed from old to new."""
+    before, after = old.by_name, new.by_name
+    return InventoryDiff(
+        added=tuple(device for name, device in after.items() if name not in before),
+        removed=tuple(name for name in before if name not in after),
+        changed=tuple(device for name, device in after.items() if name in before and before[name] != device),
+    )
+
+
+def name_of(identity: Identity) -> DeviceName:
+    """The device's name in slices, a DNS label. ValueError where none can be made."""
+    match identity:
+        case PciIdentity():
+            text = "pci-" + re.sub(r"[:.]", "-", identity.address)
+            text += f"-p{identity.port}" if identity.port else ""
+        case NetdevsimIdentity(vf_index=None):
+            text = f"nsim-{identity.bus_id}-port-{identity.port}"
+        case NetdevsimIdentity():
+            pf = f"-pf-{identity.port}" if identity.port else ""
+            text = f"nsim-{identity.bus_id}{pf}-vf-{identity.vf_index}"
+        case SoftwareIdentity():
+            text = f"{identity.kind.replace('_', '-')}-{identity.ifindex}"
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", text):
+        raise ValueError(f"{text!a} cannot be a device name")
+    return DeviceName(text)
+
+
+def _selected(device: HwDevice, policy: DevicePolicy) -> bool:
+    return device.link is not None and policy.selects(device.link)
+
+
+def _device(
+    device: HwDevice, policy: DevicePolicy, previous: Inventory | None
+) -> tuple[Device, tuple[str, ...]]:
+    """The device, and the names of attributes that found no place."""
+    name = name_of(device.identity)
+    speed = device.speed_mbps or _last_speed(name, previous)
+    capacities = _capacities(device, speed)
+    attributes, without = _attributes(device, speed, policy.attributes_for(device, name), len(capacities))
+    return Device(
+        name=name,
+        kind=device.kind,
+        identity=device.identity,
+        ifindex=device.link.ifindex if device.link else None,
+        settings=LinkSettings.of(device.link) if device.link else None,
+        attributes=attributes,
+        capacities=capacities,
+        withheld=device.withheld or _bad_name(device) or policy.withheld(device, name),
+        dies_with_netns=isinstance(device.identity, SoftwareIdentity),
+    ), without
+
+
+def _bad_name(device: HwDevice) -> str:
+    """Its name is a default in pods and goes into status and metrics."""
+    if device.link is None:
+        return ""
+    try:
+        check_ifname(device.link.name)
+    except ValueError as error:
+        return f"{error}; give it another name"
+    return ""
+
+
+def _last_speed(name: DeviceName, previous: Inventory | None) -> int | None:
+    known = previous.by_name.get(name) if previous is not None else None
+    speed = known.attributes.get("linkSpeed") if known is not None else None
+    return speed if isinstance(speed, int) else None
+
+
+def _attributes(
+    device: HwDevice, speed: int | None, extra: Mapping[str, AttributeValue], capacities: int
+) -> tuple[Mapping[str, AttributeValue], tuple[str, ...]]:
+    attributes: dict[str, AttributeValue] = {
+        "kind": device.kind.value,
+        "rdma": device.rdma is not None,
+        "virtual": device.pci is None,
+        "ebpf": device.link is not None or device.kind is not DeviceKind.RDMA,
+        **_standard(device),
+    }
+    added = {key: value for key, value in extra.items() if key not in attributes and key not in OPTIONAL}
+    kept = dict(list(added.items())[:POLICY_LIMIT])
+    room = min(OPTIONAL_LIMIT, ATTRIBUTE_LIMIT - capacities - len(attributes) - len(kept))
+    optional = {key: value for key, value in _optional(device, speed).items() if value not in (None, "")}
+    ordered = [key for key in OPTIONAL if key in optional]
+    attributes.update({key: value for key in ordered[:room] if (value := optional[key]) is not None})
+    attributes.update(kept)
+    without = (*ordered[room:], *(key for key in extra if key not in kept))
+    clamped = {key: _clamp(value) if isinstance(value, str) else value for key, value in attributes.items()}
+    return clamped, without
+
+
+def _standard(device: HwDevice) -> dict[str, AttributeValue]:
+    pci = device.pci
+    if pci is None:
+        return {}
+    values: dict[str, AttributeValue | None] = {
+        "pciBusID": pci.address,
+        "pcieRoot": pci.pcie_root,
+        "numaNode": pci.numa_node,
+    }
+    return {f"{STANDARD_DOMAIN}/{key}": value for key, value in values.items() if value is not None}
+
+
+def _optional(device: HwDevice, speed: int | None) -> dict[str, AttributeValue | None]:
+    """By the names in OPTIONAL; None where not known."""
+    link, pci, rdma, identity = device.link, device.pci, device.rdma, device.identity
+    vf = identity if isinstance(identity, PciIdentity | NetdevsimIdentity) else None
+    return {
+        "ifName": link.name if link else None,
+        "pfName": device.pf_name,
+        "pfPciAddress": identity.pf if isinstance(identity, PciIdentity) else None,
+        "vfIndex": vf.vf_index if vf else None,
+        "rdmaDevice": rdma.name if rdma else None,
+        "rdmaLinkLayer": rdma.link_layer if rdma else None,
+        "linkType": _LINK_TYPES.get(link.link_type, "other") if link else None,
+        "linkSpeed": speed,
+        "pcieSwitch": pci.pcie_switch if pci else None,
+        "kernelDriver": pci.driver if pci else None,
+        "vendor": pci.vendor if pci else None,
+        "product": pci.product if pci else None,
+        "eswitchMode": device.pf_eswitch.value if device.pf_eswitch else None,
+        "mtu": link.mtu if link else None,
+        "mac": (link.permanent_mac or link.mac) if link else None,
+        "nodeGuid": rdma.node_guid if rdma else None,
+        "firmware": rdma.firmware if rdma else None,
+    }
+
+
+def _capacities(device: HwDevice, speed: int | None) -> Mapping[str, str]:
+    """bandwidth in bits per second; vfs is how many a PF can have."""
+    capacities: dict[str, str] = {}
+    if speed:
+        capacities["bandwidth"] = _quantity(speed)
+    if device.total_vfs:
+        capacities["vfs"] = str(device.total_vfs)
+    return capacities
+
+
+def _quantity(mbps: int) -> str:
+    """Megabits per second as a Kubernetes quantity in its canonical form: `25G`, `2500M`."""
+    for size, unit in _UNITS:
+        if mbps % size == 0:
+            return f"{mbps // size}{unit}"
+    return f"{mbps}M"
+
+
+def _clamp(value: str) -> str:
+    """Cut to the API's limit; what is not printable ASCII is escaped, since others may have chosen it."""
+    plain = "".join(char if char.isascii() and char.isprintable() else ascii(char)[1:-1] for char in value)
+    return plain[:STRING_LIMIT]
