@@ -37,7 +37,7 @@ class Machine:
         commands = self.folder / "bin"
         script(
             commands / "dpkg-query",
-            f'for it in {installed}; do [ "$4" = "$it" ] && echo -n install ok installed && exit; done; exit 1',
+            f'case " {installed} " in *" $4 "*) echo -n install ok installed ;; *) exit 1 ;; esac',
         )
         script(commands / "id", f"echo {user}")
         if apt:
