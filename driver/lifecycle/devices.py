@@ -27,18 +27,17 @@ class Devices:
         self._sysfs = sysfs
         self._policy = policy
         self._lock = threading.Lock()
-        self._current: Mapping[DeviceName, Device] = {}
-        self._problems: tuple[str, ...] = ()
+        self._current = inventory.Inventory()
 
     def current(self) -> Mapping[DeviceName, Device]:
-        return self._current
+        return self._current.by_name
 
     def get(self, name: DeviceName) -> Device | None:
-        return self._current.get(name)
+        return self.current().get(name)
 
     def ifindex_of(self, name: DeviceName) -> IfIndex | None:
         """Where the device was last seen at home, or the index it keeps for life; a hint, to be verified."""
-        device = self._current.get(name)
+        device = self.get(name)
         if device is None:
             return None
         if device.ifindex is None and isinstance(device.identity, SoftwareIdentity):
@@ -49,20 +48,19 @@ class Devices:
         """Look at everything again; returns what changed."""
         with self._lock, LinkSocket(None) as links:
             found = scan(self._sysfs, links.dump(), uplinks_of(links))
-            new = inventory.build(found, self._policy())
+            old = self._current
+            new = inventory.build(found, self._policy(), old)
             for problem in new.problems:
-                if problem not in self._problems:
+                if problem not in old.problems:
                     log.warning("%s", problem)
-            changes = inventory.diff(inventory.Inventory(self._current, self._problems), new)
-            self._current = new.by_name
-            self._problems = new.problems
-            return changes
+            self._current = new
+            return inventory.diff(old, new)
 
     def concerned(self, changed: frozenset[IfIndex]) -> bool:
         """Whether links that changed could change the picture. Most link events of a node are the
         CNI's veths coming and going; one of those costs one look-up each, not a scan."""
         policy = self._policy()
-        by_index = {d.ifindex: d for d in self._current.values() if d.ifindex is not None}
+        by_index = {d.ifindex: d for d in self.current().values() if d.ifindex is not None}
         with LinkSocket(None) as links:
             for ifindex in changed:
                 known = by_index.get(ifindex)

@@ -129,8 +129,10 @@ def main() -> None:
             if command != "mark":
                 return
     finally:
-        for closing in (*senders, *sinks):
-            closing.close()
+        for sender in senders:
+            sender.close()
+        for sink in sinks:
+            sink.close()
 
 
 def report(senders: list[Sender]) -> dict[str, object]:
