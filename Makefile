@@ -14,27 +14,23 @@ SIM := ci/kind-sriov-sim
 WHEELHOUSE ?=
 export WHEELHOUSE
 
-.PHONY: help setup setup-test test demo bench check generate lock wheelhouse clean
+.PHONY: help setup test demo bench check generate lock wheelhouse clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name text; do \
 		printf '  make %-12s %s\n' "$$name" "$$text"; done
 
 setup:
-	@deploy/install-packages.sh deploy/debian-packages.txt
-	@deploy/make-venv.sh
-
-setup-test:
 	@deploy/install-packages.sh deploy/debian-packages.txt deploy/debian-packages-test.txt
 	@deploy/make-venv.sh
 
-test: setup-test ## all tests this machine can run (as root: all of them)
+test: setup ## all tests this machine can run (as root: all of them)
 	@$(BIN)/pytest $(PYTEST_ARGS)
 
 demo: setup ## the real agent against a simulated node: a pod gets a NIC and gives it back
 	@PYTHONPATH=$(SIM) $(BIN)/python -m kndsim.demo $(DEMO_ARGS)
 
-bench: setup-test ## the budgets, measured: prints ratios, judges nothing
+bench: setup ## the budgets, measured: prints ratios, judges nothing
 	@for script in tests/bench/[!_]*.py; do echo "== $$script"; PYTHONPATH=$(SIM) $(BIN)/python "$$script"; done
 
 CHECKS := check-lint check-format check-types check-layers check-spelling check-shell check-repo
@@ -42,7 +38,7 @@ CHECKS := check-lint check-format check-types check-layers check-spelling check-
 
 check: $(CHECKS) ## linters, types, layers, house rules (`make -k check` goes on after a failure)
 
-$(CHECKS): setup-test
+$(CHECKS): setup
 
 check-lint:
 	@$(BIN)/ruff check .
