@@ -1,0 +1,491 @@
+"""tcx links through a device's life: moves, renames, restarts, crashes, tenants, other people's programs."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import struct
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from bpf import attach as attach_module
+from bpf import foreign, sys, xdp
+from bpf.accounting import Accounting
+from bpf.attach import TcxPrograms, detach_foreign, foreign_programs, probe_tcx
+from bpf.cache import ProgramCache
+from bpf.errors import Ambiguous, BpfError, BpffsMissing, CallRefused
+from bpf.foreign import ForeignHook
+from bpf.layout import Hook, Slot, TrafficKind
+from kndsim.links import SimNetns, netns, private_host, veth_pair
+from tests.bpf.bpffs import mounted_bpffs
+from tests.kernel.bpf_traffic import Sender, send_frames
+
+NAME = "pci-0000-3b-00-2"
+BPF_PROG_ATTACH = 8
+SLOT, OTHER_SLOT = Slot(3), Slot(4)
+PASS_XDP = struct.pack("=BBhiBBhi", 0xB7, 0, 0, 2, 0x95, 0, 0, 0)
+NEXT_TCX = struct.pack("=BBhiBBhi", 0xB7, 0, 0, -1, 0x95, 0, 0, 0)
+
+
+@dataclass(slots=True)
+class Node:
+    """A private host with one device, whose peer plays the wire."""
+
+    host: SimNetns
+    pins: Path
+    accounting: Accounting
+    tcx: TcxPrograms
+    device: int
+    wire: int
+
+    def packets(self, slot: Slot = SLOT) -> tuple[int, int]:
+        """(egress, ingress) frames that are no IP: the kernel's own IPv6 chatter is left out."""
+        cells = [cell for cell in self.accounting.read(slot) if cell.kind is TrafficKind.OTHER]
+        egress, ingress = (
+            sum(cell.packets for cell in cells if cell.direction == direction) for direction in (0, 1)
+        )
+        return egress, ingress
+
+    def assert_counted(self, egress: int, ingress: int, slot: Slot = SLOT, other: int = 0) -> None:
+        """The receiving side of a veth may run a little after the sender has returned. other: packets in
+        the other slot, each way."""
+        deadline = time.monotonic() + 5
+        while self.packets(slot) < (egress, ingress) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert self.packets(slot) == (egress, ingress)
+        assert self.packets(OTHER_SLOT if slot == SLOT else SLOT) == (other, other)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> ProgramCache:
+    folder = tmp_path_factory.mktemp("programs")
+    return ProgramCache(folder, prebuilt=folder / "none")
+
+
+@pytest.fixture
+def node(cache: ProgramCache) -> Iterator[Node]:
+    programs = cache.ensure()
+    with (
+        private_host() as host,
+        mounted_bpffs() as bpffs,
+        veth_pair("kdev", "kwire") as (device, wire),
+        Accounting.open(bpffs / "knd/v1", programs, slots=8) as accounting,
+    ):
+        tcx = TcxPrograms(bpffs / "knd/v1", accounting)
+        made = Node(host, bpffs / "knd/v1", accounting, tcx, device, wire)
+        link_up(host, device)
+        link_up(host, wire)
+        yield made
+
+
+def link_up(where: SimNetns, ifindex: int) -> None:
+    where.netlink(lambda ipr: ipr.link("set", index=ifindex, state="up"))
+
+
+def both_ways(node: Node, count: int, where: SimNetns | None = None, name: str = "kdev") -> None:
+    """count frames out of the device and count into it; where: the netns that the device is in."""
+    send_frames(where or node.host, name, count)
+    send_frames(node.host, "kwire", count)
+
+
+def test_both_directions_are_counted_as_the_pod_sees_them(node: Node) -> None:
+    node.tcx.attach(NAME, node.device, SLOT)
+    send_frames(node.host, "kdev", 3)
+    send_frames(node.host, "kwire", 5)
+    node.assert_counted(3, 5)
+    pair = node.tcx.state(NAME)
+    assert pair is not None
+    assert pair.complete
+    assert {half.ifindex for half in (pair.egress, pair.ingress) if half} == {node.device}
+
+
+def test_counting_goes_on_through_moves_and_renames(node: Node) -> None:
+    node.tcx.attach(NAME, node.device, SLOT)
+    both_ways(node, 10)
+    node.assert_counted(10, 10)
+    with netns() as pod:
+        node.host.netlink(lambda ipr: ipr.link("set", index=node.device, net_ns_fd=pod.fd))
+        link_up(pod, node.device)
+        both_ways(node, 10, pod)
+        node.assert_counted(20, 20)
+        pod.netlink(lambda ipr: ipr.link("set", index=node.device, state="down"))
+        pod.netlink(lambda ipr: ipr.link("set", index=node.device, ifname="net1"))
+        link_up(pod, node.device)
+        both_ways(node, 10, pod, "net1")
+        node.assert_counted(30, 30)
+        pod.netlink(lambda ipr: ipr.link("set", index=node.device, net_ns_fd=node.host.fd))
+        link_up(node.host, node.device)
+        both_ways(node, 10, name="net1")
+        node.assert_counted(40, 40)
+
+
+def test_counting_outlives_the_agent_and_goes_on_with_the_next(node: Node, cache: ProgramCache) -> None:
+    node.tcx.attach(NAME, node.device, SLOT)
+    before = node.tcx.state(NAME)
+    node.accounting.close()
+    both_ways(node, 4)
+    with Accounting.open(node.pins, cache.ensure()) as again:
+        node.accounting, node.tcx = again, TcxPrograms(node.pins, again)
+        node.assert_counted(4, 4)
+        assert node.tcx.names() == {NAME}
+        assert node.tcx.repoint_all({NAME: SLOT}) == frozenset()
+        both_ways(node, 4)
+        node.assert_counted(8, 8)
+        after = node.tcx.state(NAME)
+    assert before is not None
+    assert before.egress is not None
+    assert after is not None
+    assert after.egress is not None
+    assert after.egress.link == before.egress.link, "re-pointed, not attached again"
+    assert after.egress.program != before.egress.program
+
+
+def test_repointing_reaches_devices_in_pods_and_names_what_is_wanting(node: Node) -> None:
+    node.tcx.attach(NAME, node.device, SLOT)
+    with netns() as pod:
+        node.host.netlink(lambda ipr: ipr.link("set", index=node.device, net_ns_fd=pod.fd))
+        link_up(pod, node.device)
+        assert node.tcx.repoint_all({NAME: OTHER_SLOT, "never-seen": SLOT}) == {"never-seen"}
+        both_ways(node, 6, pod)
+        node.assert_counted(6, 6, OTHER_SLOT)
+
+
+def test_attaching_again_never_counts_twice(node: Node) -> None:
+    for slot in (SLOT, SLOT, OTHER_SLOT):
+        node.tcx.attach(NAME, node.device, slot)
+        hooks = (sys.AttachType.TCX_EGRESS, sys.AttachType.TCX_INGRESS)
+        assert [len(sys.prog_query(node.device, hook)) for hook in hooks] == [1, 1]
+    both_ways(node, 3)
+    node.assert_counted(3, 3, OTHER_SLOT)
+
+
+def test_detaching_takes_both_off_wherever_the_device_is_and_may_be_repeated(node: Node) -> None:
+    node.tcx.attach(NAME, node.device, SLOT)
+    with netns() as pod:
+        node.host.netlink(lambda ipr: ipr.link("set", index=node.device, net_ns_fd=pod.fd))
+        link_up(pod, node.device)
+        node.tcx.detach(NAME)
+        both_ways(node, 2, pod)
+        node.assert_counted(0, 0)
+    node.tcx.detach(NAME)
+    assert node.tcx.names() == frozenset()
+    assert node.tcx.state(NAME) is None
+
+
+def test_a_detached_program_counts_no_more_though_others_hold_its_link(node: Node) -> None:
+    node.tcx.attach(NAME, node.device, SLOT)
+    with sys.obj_get_link(node.pins / "links" / f"{NAME}-eg"):
+        node.tcx.detach(NAME)
+        both_ways(node, 2)
+    node.assert_counted(0, 0)
+
+
+def test_root_in_the_pod_cannot_take_the_programs_off(node: Node) -> None:
+    node.tcx.attach(NAME, node.device, SLOT)
+    with netns() as pod:
+        node.host.netlink(lambda ipr: ipr.link("set", index=node.device, net_ns_fd=pod.fd))
+        link_up(pod, node.device)
+
+        def attack(ipr: IPRoute) -> None:
+            ipr.tc("add", "clsact", index=node.device)
+            ipr.tc("del", "clsact", index=node.device)
+            for hook in (sys.AttachType.TCX_EGRESS, sys.AttachType.TCX_INGRESS):
+                (entry,) = sys.prog_query(node.device, hook)
+                with (
+                    sys.prog_get_fd_by_id(entry.program) as program,
+                    pytest.raises(CallRefused, match=r"EBUSY|EINVAL|EPERM|ENOENT"),
+                ):
+                    sys.prog_detach(program, node.device, hook)
+
+        pod.netlink(attack)
+        both_ways(node, 5, pod)
+        node.assert_counted(5, 5)
+
+
+# --- what a crash or a vanished device leaves -------------------------------------------------------
+
+
+def half_gone(node: Node) -> None:
+    (node.pins / "links" / f"{NAME}-in").unlink()
+
+
+def other_half_gone(node: Node) -> None:
+    (node.pins / "links" / f"{NAME}-eg").unlink()
+
+
+def detached_not_unpinned(node: Node) -> None:
+    with sys.obj_get_link(node.pins / "links" / f"{NAME}-eg") as link:
+        sys.link_detach(link)
+
+
+@pytest.mark.parametrize("crash", [half_gone, other_half_gone, detached_not_unpinned])
+def test_attach_heals_what_a_crash_left(node: Node, crash: Callable[[Node], None]) -> None:
+    node.tcx.attach(NAME, node.device, SLOT)
+    crash(node)
+    pair = node.tcx.state(NAME)
+    assert pair is not None
+    assert not pair.complete
+    assert node.tcx.names() == {NAME}
+    assert node.tcx.repoint_all({NAME: SLOT}) == {NAME}
+    node.tcx.attach(NAME, node.device, SLOT)
+    both_ways(node, 7)
+    node.assert_counted(7, 7)
+    node.tcx.detach(NAME)
+    assert not any((node.pins / "links").iterdir())
+
+
+@pytest.mark.parametrize("crash", [half_gone, other_half_gone, detached_not_unpinned])
+def test_detach_clears_what_a_crash_left(node: Node, crash: Callable[[Node], None]) -> None:
+    node.tcx.attach(NAME, node.device, SLOT)
+    crash(node)
+    node.tcx.detach(NAME)
+    assert not any((node.pins / "links").iterdir())
+
+
+def test_a_device_made_anew_under_the_same_name_is_attached_anew(node: Node) -> None:
+    with veth_pair("kold", "koldw") as (old, _):
+        node.tcx.attach(NAME, old, SLOT)
+    pair = node.tcx.state(NAME)
+    assert pair is not None
+    assert (pair.egress is not None and pair.egress.ifindex, pair.complete) == (0, False)
+    node.tcx.attach(NAME, node.device, SLOT)
+    both_ways(node, 2)
+    node.assert_counted(2, 2)
+
+
+def test_a_link_on_another_device_of_the_same_number_is_not_taken_for_ours(node: Node) -> None:
+    """The device of that name is in a pod; meant is another one that has its number here."""
+    node.tcx.attach(NAME, node.device, SLOT)
+    with netns() as pod:
+        node.host.netlink(lambda ipr: ipr.link("set", index=node.device, net_ns_fd=pod.fd))
+
+        def twin(ipr: IPRoute) -> None:
+            ipr.link("add", ifname="ktwin", kind="veth", index=node.device, peer={"ifname": "ktwinw"})
+
+        node.host.netlink(twin)
+        try:
+            for name in ("ktwin", "ktwinw"):
+                link_up(node.host, node.host.link_index(name) or 0)
+            node.tcx.attach(NAME, node.device, OTHER_SLOT)
+            send_frames(node.host, "ktwin", 4)
+            node.assert_counted(4, 0, OTHER_SLOT)
+        finally:
+            node.host.netlink(lambda ipr: ipr.link("del", ifname="ktwin"))
+
+
+def test_a_failure_half_way_leaves_nothing(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = sys.obj_pin, []
+
+    def second_pin_fails(thing: sys.Fd, path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            raise CallRefused("pinning", errno.ENOSPC)
+        real(thing, path)
+
+    monkeypatch.setattr(attach_module.sys, "obj_pin", second_pin_fails)
+    with pytest.raises(CallRefused, match="ENOSPC"):
+        node.tcx.attach(NAME, node.device, SLOT)
+    both_ways(node, 3)
+    node.assert_counted(0, 0)
+    assert not any((node.pins / "links").iterdir())
+
+
+def test_a_failure_half_way_puts_the_old_programs_back(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    node.tcx.attach(NAME, node.device, SLOT)
+    real, calls = sys.link_update, []
+
+    def second_update_fails(link: sys.LinkFd, program: sys.ProgramFd) -> None:
+        calls.append(link)
+        if len(calls) == 2:
+            raise CallRefused("replacing", errno.ENOMEM)
+        real(link, program)
+
+    monkeypatch.setattr(attach_module.sys, "link_update", second_update_fails)
+    with pytest.raises(CallRefused, match="ENOMEM"):
+        node.tcx.attach(NAME, node.device, OTHER_SLOT)
+    both_ways(node, 3)
+    node.assert_counted(3, 3)
+
+
+def test_attaching_leaks_no_descriptor(node: Node) -> None:
+    def descriptors() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    node.tcx.attach(NAME, node.device, SLOT)
+    before = descriptors()
+    for slot in (SLOT, OTHER_SLOT):
+        node.tcx.attach(NAME, node.device, slot)
+        node.tcx.repoint_all({NAME: slot})
+        node.tcx.state(NAME)
+    node.tcx.detach(NAME)
+    with pytest.raises(CallRefused, match="ENODEV"):
+        node.tcx.attach(NAME, 4_000_000, SLOT)
+    assert descriptors() == before
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "../x", "a/b", "x" * 201])
+def test_a_name_that_cannot_be_a_pin_is_refused(node: Node, name: str) -> None:
+    for use in (lambda: node.tcx.attach(name, node.device, SLOT), lambda: node.tcx.detach(name)):
+        with pytest.raises(ValueError, match="cannot name a BPF pin"):
+            use()
+
+
+def test_something_else_at_a_pins_place_is_named_and_left(node: Node) -> None:
+    path = node.pins / "links" / f"{NAME}-eg"
+    with sys.map_create(sys.MapType.ARRAY, key_size=4, value_size=4, max_entries=1, name="odd") as odd:
+        sys.obj_pin(odd, path)
+    with pytest.raises(BpfError, match=str(path)):
+        node.tcx.state(NAME)
+    assert path.exists()
+
+
+def test_links_are_not_kept_where_no_bpffs_is(node: Node, tmp_path: Path) -> None:
+    with pytest.raises(BpffsMissing):
+        TcxPrograms(tmp_path / "pins", node.accounting)
+
+
+def test_the_probe_finds_tcx_and_touches_no_link_here(node: Node) -> None:
+    loopback = [
+        (hook, sys.prog_query(1, hook)) for hook in (sys.AttachType.TCX_EGRESS, sys.AttachType.TCX_INGRESS)
+    ]
+    names = node.host.link_names()
+    assert probe_tcx() is Hook.TCX
+    assert node.host.link_names() == names
+    assert all(not found for _, found in loopback)
+    assert not sys.prog_query(1, sys.AttachType.TCX_INGRESS)
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_kernel_without_tcx_is_told_by_its_refusal(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def refuse(*_args: object) -> sys.LinkFd:
+        raise CallRefused("attaching", code)
+
+    monkeypatch.setattr(attach_module.sys, "link_create", refuse)
+    assert probe_tcx() is Hook.CLSACT
+
+
+# --- other people's programs ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tcx_program() -> Iterator[sys.ProgramFd]:
+    with sys.prog_load(sys.ProgramType.SCHED_CLS, NEXT_TCX, name="tenant") as program:
+        yield program
+
+
+@pytest.fixture
+def xdp_program() -> Iterator[sys.ProgramFd]:
+    with sys.prog_load(sys.ProgramType.XDP, PASS_XDP, name="tenant") as program:
+        yield program
+
+
+def attach_without_link(program: sys.ProgramFd, ifindex: int, where: sys.AttachType) -> None:
+    packed = struct.pack("=IIIIIIQ", ifindex, program.fd, where, 0, 0, 0, 0)
+    sys._bpf(BPF_PROG_ATTACH, ctypes.create_string_buffer(packed, len(packed)))
+
+
+def attach_xdp_by_netlink(ipr: IPRoute, program: sys.ProgramFd, ifindex: int) -> None:
+    ipr.link("set", index=ifindex, xdp={"attrs": [("IFLA_XDP_FD", program.fd), ("IFLA_XDP_FLAGS", 2)]})
+
+
+def test_what_a_tenant_left_is_taken_off_and_ours_stays(
+    node: Node, tcx_program: sys.ProgramFd, xdp_program: sys.ProgramFd
+) -> None:
+    """The tenant pins its links in a bpffs of its own, so that they outlive it."""
+    node.tcx.attach(NAME, node.device, SLOT)
+    with mounted_bpffs() as theirs, netns() as pod:
+        node.host.netlink(lambda ipr: ipr.link("set", index=node.device, net_ns_fd=pod.fd))
+        link_up(pod, node.device)
+
+        def settle_in() -> None:
+            for hook in (sys.AttachType.TCX_EGRESS, sys.AttachType.TCX_INGRESS):
+                with sys.link_create(tcx_program, node.device, hook) as link:
+                    sys.obj_pin(link, theirs / hook.name.lower())
+            with sys.prog_load(sys.ProgramType.SCHED_CLS, NEXT_TCX, name="second") as second:
+                attach_without_link(second, node.device, sys.AttachType.TCX_EGRESS)
+            flags = sys.XDP_FLAGS_SKB_MODE
+            with sys.link_create(xdp_program, node.device, sys.AttachType.XDP, flags=flags) as link:
+                sys.obj_pin(link, theirs / "xdp")
+
+        pod.run(settle_in)
+        own = node.tcx.own_links()
+        found = pod.run(lambda: foreign_programs(node.device, own=own))
+        assert [program.hook for program in found] == [
+            ForeignHook.TCX_EGRESS,
+            ForeignHook.TCX_EGRESS,
+            ForeignHook.TCX_INGRESS,
+            ForeignHook.XDP,
+        ]
+        assert sorted(len(program.links) for program in found) == [0, 1, 1, 1]
+        assert pod.run(lambda: detach_foreign(node.device, own=own)) == found
+        assert pod.run(lambda: foreign_programs(node.device, own=own)) == ()
+        assert pod.run(lambda: detach_foreign(node.device, own=own)) == ()
+        both_ways(node, 3, pod)
+        node.assert_counted(3, 3)
+
+
+def test_xdp_attached_by_netlink_is_taken_off(node: Node, xdp_program: sys.ProgramFd) -> None:
+    node.host.netlink(lambda ipr: attach_xdp_by_netlink(ipr, xdp_program, node.device))
+    (found,) = detach_foreign(node.device, own=frozenset())
+    assert (found.hook, found.program, found.links) == (ForeignHook.XDP, sys.prog_id(xdp_program), ())
+    assert xdp.attached_programs(node.device) == {}
+
+
+def test_another_pods_xdp_of_the_same_number_and_program_is_never_hit(
+    node: Node, xdp_program: sys.ProgramFd
+) -> None:
+    with netns() as pod:
+
+        def twin(ipr: IPRoute) -> None:
+            ipr.link("add", ifname="ktwin", kind="veth", index=node.device, peer={"ifname": "ktwinw"})
+
+        pod.netlink(twin)
+        flags = sys.XDP_FLAGS_SKB_MODE
+
+        def link() -> sys.LinkFd:
+            return sys.link_create(xdp_program, node.device, sys.AttachType.XDP, flags=flags)
+
+        with pod.run(link) as theirs:
+            node.host.netlink(lambda ipr: attach_xdp_by_netlink(ipr, xdp_program, node.device))
+            detach_foreign(node.device, own=frozenset())
+            assert xdp.attached_programs(node.device) == {}
+            assert sys.link_info(theirs).ifindex == node.device, "the one by netlink was meant"
+            with link() as here:
+                with pytest.raises(Ambiguous, match="2 links could be its own"):
+                    detach_foreign(node.device, own=frozenset())
+                assert sys.link_info(theirs).ifindex == node.device
+                assert sys.link_info(here).ifindex == node.device
+
+
+def test_a_device_that_is_gone_is_an_error_with_its_number(node: Node) -> None:
+    with pytest.raises((CallRefused, OSError), match=r"4000000|No such device"):
+        detach_foreign(4_000_000, own=frozenset())
+
+
+def test_a_kernel_without_tcx_has_only_xdp_to_list(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: object) -> tuple[sys.Attached, ...]:
+        raise CallRefused("listing", errno.EINVAL)
+
+    monkeypatch.setattr(foreign.sys, "prog_query", refuse)
+    assert foreign_programs(node.device, own=frozenset()) == ()
+
+
+def test_root_in_the_pod_cannot_replace_an_xdp_link_either(node: Node, xdp_program: sys.ProgramFd) -> None:
+    """The kernel's rule that telling links from netlink's programs rests on."""
+    flags = sys.XDP_FLAGS_SKB_MODE
+    with (
+        sys.link_create(xdp_program, node.device, sys.AttachType.XDP, flags=flags),
+        pytest.raises(NetlinkError, match="Device or resource busy"),
+    ):
+        node.host.netlink(lambda ipr: attach_xdp_by_netlink(ipr, xdp_program, node.device))
+
+
+def test_the_sender_knows_what_it_sent(node: Node) -> None:
+    with Sender(node.host, "kdev") as sender:
+        assert sender.send(b"\x02" * 12 + b"\x08\x06" + bytes(28), 3) == 3
