@@ -292,41 +292,47 @@ def record(
     becomes a problem of the object.
     """
     constants = header or {}
-    attributes = {key.name: attribute for attribute, key in keys_of(cls).items()}
-    keys = {key.name: key for key in keys_of(cls).values()}
-    required = [*constants, *(name for name in keys if attributes[name] in _required(cls))]
+    keys = {key.name: (attribute, key) for attribute, key in keys_of(cls).items()}
+    required = [*constants, *(name for name, (attribute, _) in keys.items() if attribute in _required(cls))]
+
+    def read_value(name: str, child: Node, problems: Problems) -> object:
+        if name in keys:
+            return keys[name][1].kind.decode(child, problems)
+        if name in later:
+            problems.add(child, "is not supported by this version")
+        elif name not in constants:
+            problems.add(child, _unknown(name, [*constants, *keys]))
+        elif child.value != constants[name]:
+            problems.add(child, f"must be {constants[name]!r}, not {child.describe()}")
+        return None
 
     def decode(node: Node, problems: Problems) -> T | None:
         if not isinstance(node.value, Mapping):
             problems.add(node, f"must be an object, not {node.describe()}")
             return None
         before = len(problems)
-        values: dict[str, object] = {}
-        for name, child in node.value.items():
-            if name in keys:
-                values[attributes[name]] = keys[name].kind.decode(child, problems)
-            elif name in constants:
-                if child.value != constants[name]:
-                    problems.add(child, f"must be {constants[name]!r}, not {child.describe()}")
-            elif name in later:
-                problems.add(child, "is not supported by this version")
-            else:
-                problems.add(child, _unknown(name, [*constants, *keys]))
+        found = {name: read_value(name, child, problems) for name, child in node.value.items()}
         for name in required:
-            if name not in node.value:
+            if name not in found:
                 problems.add(node, f"needs {name}" + (f": {constants[name]}" if name in constants else ""))
         if len(problems) > before:
             return None
         try:
-            return cls(**values)
+            return cls(**{keys[name][0]: value for name, value in found.items() if name in keys})
         except ValueError as error:
             problems.add(node, str(error))
             return None
 
+    return Kind(decode, _record_schema(constants, [key for _, key in keys.values()], required))
+
+
+def _record_schema(
+    constants: Mapping[str, str], keys: Sequence[Key[Any]], required: Sequence[str]
+) -> JsonSchema:
     properties: dict[str, object] = {name: {"const": value} for name, value in constants.items()}
-    properties |= {key.name: {"description": key.doc, **key.kind.schema} for key in keys.values()}
+    properties |= {key.name: {"description": key.doc, **key.kind.schema} for key in keys}
     schema: dict[str, object] = {"type": "object", "properties": properties, "additionalProperties": False}
-    return Kind(decode, schema | ({"required": required} if required else {}))
+    return schema | ({"required": list(required)} if required else {})
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:

@@ -4,13 +4,14 @@ Invariant: pure. What goes in is text from the API server, what comes out is dri
 a ConfigError with every problem and its field path.
 """
 
-from driver.claimconfig.resolve import DEFAULT_LIMITS, ClaimLimits, MtuBounds, check_together, resolve
+from driver.claimconfig.resolve import DEFAULT_LIMITS, ClaimLimits, check_together, resolve
 from driver.claimconfig.sections import (
     API_VERSION,
     FIELDS,
     GUARDED_FIELDS,
     KIND,
     FieldPath,
+    MtuBounds,
     decode,
     json_schema,
 )

@@ -2,7 +2,7 @@
 
 Invariant: default < DeviceClass < claim, field by field, later entries win within a source; lists are
 replaced whole. A claim never changes what its DeviceClass lists under `fixed`, sets no field that the
-node policy keeps from claims, and stays within the policy's bounds. The API server's order of entries
+node policy keeps from claims, and stays within the bounds of both. The API server's order of entries
 is kept. Everything wrong with any entry is reported at once; nothing is silently left out.
 """
 
@@ -16,14 +16,14 @@ from driver.claimconfig.sections import (
     FIELD_PATH,
     FIELDS,
     GUARDED_FIELDS,
-    MTU,
-    MTU_MAX,
-    MTU_MIN,
+    KERNEL_BOUNDS,
+    MTU_FIELD,
     RESERVED_NAMES,
     SECTIONS,
     Document,
     FieldPath,
     InterfaceSection,
+    MtuBounds,
     decode,
 )
 from driver.errors import ConfigError, FieldProblem
@@ -34,17 +34,6 @@ from hw.model import IfName
 S = TypeVar("S")
 
 _WHO = {ConfigSource.CLASS: "the DeviceClass", ConfigSource.CLAIM: "the claim"}
-_MTU = FieldPath("interface.mtu")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MtuBounds:
-    minimum: Annotated[int, Key("minimum", MTU, "Least MTU a claim may set.")] = MTU_MIN
-    maximum: Annotated[int, Key("maximum", MTU, "Greatest MTU a claim may set.")] = MTU_MAX
-
-    def __post_init__(self) -> None:
-        if self.minimum > self.maximum:
-            raise ValueError(f"minimum {self.minimum} is above maximum {self.maximum}")
 
 
 _PATHS = listing(FIELD_PATH, maximum=len(FIELDS))
@@ -63,7 +52,7 @@ class ClaimLimits:
     ] = ()
     deny: Annotated[tuple[FieldPath, ...], Key("deny", _PATHS, "Fields that claims may not set here.")] = ()
     mtu: Annotated[MtuBounds, Key("mtu", record(MtuBounds), "Bounds of interface.mtu in claims.")] = (
-        MtuBounds()
+        KERNEL_BOUNDS
     )
 
     def __post_init__(self) -> None:
@@ -94,15 +83,19 @@ def resolve(device: AllocatedDevice, configs: Sequence[OpaqueConfig], limits: Cl
 
     values: dict[FieldPath, object] = {}
     fixed: set[FieldPath] = set()
+    bounds = [(limits.mtu, "on this node (node policy, claims.mtu)")]
     for document in _documents(from_class, ConfigSource.CLASS, problems):
         values |= document.given()
         fixed.update(document.fixed)
+        if document.bounds is not None:
+            bounds.append((document.bounds.mtu, "(in the DeviceClass, bounds.mtu)"))
     by_class = dict(values)
     for document in _documents(from_claim, ConfigSource.CLAIM, problems):
-        if document.fixed:
-            problems.append(FieldProblem("fixed", "only a DeviceClass can fix fields (in the claim)"))
+        problems.extend(_presumption(document))
         given = document.given()
         problems.extend(_overreach(given, by_class, fixed, limits))
+        if (mtu := given.get(MTU_FIELD)) is not None and mtu != by_class.get(MTU_FIELD):
+            problems.extend(_out_of_bounds(cast(int, mtu), bounds))
         values |= given
     if problems:
         raise ConfigError(tuple(dict.fromkeys(problems)))
@@ -121,6 +114,22 @@ def _documents(
             yield document
 
 
+def _presumption(document: Document) -> Iterator[FieldProblem]:
+    """What only a DeviceClass may say, said by a claim."""
+    if document.fixed:
+        yield FieldProblem("fixed", "only a DeviceClass can fix fields (in the claim)")
+    if document.bounds is not None:
+        yield FieldProblem("bounds", "only a DeviceClass can bound fields (in the claim)")
+
+
+def _out_of_bounds(mtu: int, bounds: Sequence[tuple[MtuBounds, str]]) -> Iterator[FieldProblem]:
+    for allowed, whose in bounds:
+        if not allowed.minimum <= mtu <= allowed.maximum:
+            yield FieldProblem(
+                MTU_FIELD, f"must be {allowed.minimum} to {allowed.maximum}, not {mtu} {whose}"
+            )
+
+
 def _overreach(
     given: Mapping[FieldPath, object],
     by_class: Mapping[FieldPath, object],
@@ -135,12 +144,6 @@ def _overreach(
             yield FieldProblem(field, "is fixed by the DeviceClass and cannot be set by a claim")
         elif not limits.settable(field):
             yield FieldProblem(field, "cannot be set by a claim on this node (node policy, claims)")
-        elif field == _MTU and not limits.mtu.minimum <= cast(int, value) <= limits.mtu.maximum:
-            yield FieldProblem(
-                field,
-                f"must be {limits.mtu.minimum} to {limits.mtu.maximum} on this node (node policy, "
-                f"claims.mtu), not {value}",
-            )
 
 
 def build(values: Mapping[FieldPath, object]) -> NicConfig:

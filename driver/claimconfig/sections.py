@@ -161,6 +161,9 @@ GUARDED_FIELDS = _declared(guarded_only=True)
 """Fields that could hurt others: taken from claims only where the node policy allows it."""
 
 
+MTU_FIELD = FieldPath("interface.mtu")
+
+
 def _field_path(value: str) -> FieldPath:
     if value not in FIELDS:
         raise ValueError(f"{shown(value)} is not a field; the fields are {', '.join(sorted(FIELDS))}")
@@ -168,6 +171,26 @@ def _field_path(value: str) -> FieldPath:
 
 
 FIELD_PATH: Kind[FieldPath] = text(_field_path, {"enum": sorted(FIELDS)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MtuBounds:
+    minimum: Annotated[int, Key("minimum", MTU, "Least MTU of a claim.")] = MTU_MIN
+    maximum: Annotated[int, Key("maximum", MTU, "Greatest MTU of a claim.")] = MTU_MAX
+
+    def __post_init__(self) -> None:
+        if self.minimum > self.maximum:
+            raise ValueError(f"minimum {self.minimum} is above maximum {self.maximum}")
+
+
+KERNEL_BOUNDS = MtuBounds()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """Between what the claims of a DeviceClass may choose. The class's own values are not bound."""
+
+    mtu: Annotated[MtuBounds, Key("mtu", record(MtuBounds), "Bounds of interface.mtu in claims.")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,6 +205,10 @@ class Document:
             "In a DeviceClass: fields that claims cannot change, whether the class sets them or not.",
         ),
     ] = ()
+    bounds: Annotated[
+        Bounds | None,
+        Key("bounds", record(Bounds), "In a DeviceClass: what claims must stay within."),
+    ] = None
     interface: Annotated[
         InterfaceSection | None,
         Key(

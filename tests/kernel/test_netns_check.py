@@ -15,6 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from driver.cdi import CdiEntry, CdiProjection, LiveFiles
+from driver.model import ClaimUid, DeviceName, PoolName, PreparationKey
+from driver.paths import Paths
+from hw.model import IfName, NetnsCookie
+
 SOURCE = Path(__file__).parents[2] / "deploy/netns-check"
 READ_COOKIE = (
     "import socket; "
@@ -158,6 +163,35 @@ def test_a_cookie_that_only_begins_or_ends_alike_is_another(
 ) -> None:
     live.write_text(other.format(c=container.cookie) + "\n")
     assert "are not attached" in refusal(check(helper, state(container.pid), live))
+
+
+def test_the_hook_in_a_claims_spec_lets_the_container_of_its_live_file_start(
+    helper: Path, container: Container, tmp_path: Path
+) -> None:
+    paths = Paths(root=tmp_path)
+    uid = ClaimUid("0a1b2c3d-0000-4000-8000-000000000001")
+    key = PreparationKey(uid, PoolName("node"), DeviceName("veth-5"))
+    LiveFiles(paths).write(uid, [NetnsCookie(container.cookie)])
+    CdiProjection(paths).write(uid, [CdiEntry(key=key, ifname=IfName("net1"))])
+    (spec,) = paths.cdi.iterdir()
+    (hook,) = json.loads(spec.read_text())["containerEdits"]["hooks"]
+    assert hook["path"] == str(paths.netns_check)
+
+    def run_hook() -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(
+            hook["args"],
+            executable=helper,
+            input=state(container.pid),
+            capture_output=True,
+            timeout=30,
+            check=False,
+        )
+
+    assert run_hook().returncode == 0
+    LiveFiles(paths).write(uid, [NetnsCookie(container.cookie + 1)])
+    assert "are not attached" in refusal(run_hook())
+    LiveFiles(paths).remove(uid)
+    assert "are not attached" in refusal(run_hook())
 
 
 # --- the live file ----------------------------------------------------------------------------------

@@ -177,6 +177,25 @@ def test_policy_bounds_the_mtu_of_claims_and_not_of_classes() -> None:
     assert resolve(nic(), [of_class(interface={"mtu": 9000})], limits).interface.mtu == 9000
 
 
+def test_a_class_bounds_the_mtu_of_claims_beside_the_policy() -> None:
+    bounded = of_class(bounds={"mtu": {"minimum": 4000, "maximum": 9000}}, interface={"mtu": 1500})
+    limits = ClaimLimits(mtu=MtuBounds(maximum=5000))
+    assert resolve(nic(), [bounded], limits).interface.mtu == 1500
+    assert resolve(nic(), [bounded, of_claim(interface={"mtu": 4000})], limits).interface.mtu == 4000
+    # The class's own value stays legal when a claim repeats it.
+    assert resolve(nic(), [bounded, of_claim(interface={"mtu": 1500})], limits).interface.mtu == 1500
+    assert problems(bounded, of_claim(interface={"mtu": 3999}), limits=limits) == {
+        "interface.mtu": "must be 4000 to 9000, not 3999 (in the DeviceClass, bounds.mtu)"
+    }
+    assert (
+        "node policy" in problems(bounded, of_claim(interface={"mtu": 5001}), limits=limits)["interface.mtu"]
+    )
+
+
+def test_only_a_class_can_bound_fields() -> None:
+    assert "only a DeviceClass" in problems(of_claim(bounds={"mtu": {"minimum": 68}}))["bounds"]
+
+
 def test_limits_that_contradict_themselves_cannot_be_made() -> None:
     field = FieldPath("interface.mtu")
     with pytest.raises(ValueError, match="both allowed and denied"):

@@ -12,6 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from driver import inventory
 from driver.claimconfig import FieldPath
 from driver.errors import ConfigError
 from driver.policy import (
@@ -22,7 +23,7 @@ from driver.policy import (
     load_policy,
     policy_schema,
 )
-from driver.policy.rules import POLICY_ATTRIBUTES
+from driver.policy.rules import OWN_ATTRIBUTES, POLICY_ATTRIBUTES
 from driver.qos import DEFAULT_CLASSES
 from hw.model import (
     DeviceKind,
@@ -167,6 +168,12 @@ def test_attributes_keep_their_types() -> None:
     assert found == {"a": True, "b": 1, "c": "yes", "d": "yes", "e": "1", "f": "02:00:00:00:00:01"}
     assert type(found["a"]) is bool
     assert type(found["b"]) is int
+
+
+def test_a_policy_cannot_replace_what_the_driver_itself_publishes() -> None:
+    always = {"kind", "rdma", "virtual", "ebpf"}
+    assert always | set(inventory.OPTIONAL) <= OWN_ATTRIBUTES
+    assert POLICY_ATTRIBUTES == inventory.POLICY_LIMIT
 
 
 def test_a_policy_has_no_more_attributes_than_there_are_places() -> None:
