@@ -8,8 +8,6 @@ from driver.journal.records import (
     Quarantine,
     StepPhase,
     StepRecord,
-    attachment_owner,
-    preparation_owner,
 )
 from driver.journal.store import Journal
 
@@ -22,6 +20,4 @@ __all__ = [
     "Quarantine",
     "StepPhase",
     "StepRecord",
-    "attachment_owner",
-    "preparation_owner",
 ]

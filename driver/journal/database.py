@@ -80,8 +80,6 @@ def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
         check_same_thread=False,
     )
     try:
-        if not read_only:
-            connection.execute("PRAGMA journal_mode = WAL")
         connection.execute(f"PRAGMA journal_size_limit = {_WAL_LIMIT_BYTES}")
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.execute("PRAGMA trusted_schema = OFF")
@@ -102,6 +100,7 @@ def create(path: Path, schema: Schema, fill: Callable[[sqlite3.Connection], None
     os.close(os.open(building, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
     with contextlib.closing(connect(building)) as connection:
         connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA journal_mode = WAL")
         connection.execute(f"PRAGMA application_id = {schema.application_id}")
         with transaction(connection):
             _migrate(connection, schema, 0)
@@ -129,6 +128,7 @@ def check(connection: sqlite3.Connection, schema: Schema) -> None:
 
 def migrate(connection: sqlite3.Connection, schema: Schema) -> None:
     """Bring a checked file to this release's version; later versions stay as they are."""
+    connection.execute("PRAGMA journal_mode = WAL")
     if _version(connection) < schema.version:
         with transaction(connection, durable=True):
             _migrate(connection, schema, _version(connection))
@@ -153,8 +153,15 @@ def _version(connection: sqlite3.Connection) -> int:
     return version
 
 
-def check_pages(connection: sqlite3.Connection) -> None:
-    """Damaged if pages, rows or indexes do not fit together. Reads the whole file."""
+def check_pages(connection: sqlite3.Connection, path: Path) -> None:
+    """Damaged if pages, rows or indexes do not fit together or some are cut off. Reads the whole file."""
+    if not unclean(path):
+        # A log may hold the pages that the file lacks; without one it must be as long as it says.
+        (pages,) = connection.execute("PRAGMA page_count").fetchone()
+        (page_size,) = connection.execute("PRAGMA page_size").fetchone()
+        size = path.stat().st_size
+        if size < pages * page_size:
+            raise Damaged(f"is cut off: it has {size} of {pages * page_size} bytes")
     (answer,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
     if answer != "ok":
         raise Damaged(f"is corrupt: {answer}")
@@ -217,7 +224,7 @@ def exists(path: Path) -> bool:
 
 
 def unclean(path: Path) -> bool:
-    """Whether the last process to write path did not close it. Ask before connecting."""
+    """Whether the last process to write path did not close it, or one writes it now."""
     return _has_content(_beside(path, "-wal"))
 
 

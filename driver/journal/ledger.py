@@ -331,25 +331,25 @@ def _examine(path: Path) -> sqlite3.Connection | database.Damaged | None:
         return database.Damaged("is empty")
     database.make_private(path)
     suspect = database.unclean(path) or _suspicion(path).exists()
-    connection = database.connect(path)
-    try:
-        database.check(connection, LEDGER)
-        if suspect:
-            database.check_pages(connection)
-        database.migrate(connection, LEDGER)
-    except database.Damaged as error:
-        connection.close()
-        return error
-    except database.TooNew as error:
-        connection.close()
-        raise LedgerUnusable(f"the usage ledger {path} {error}") from error
-    except sqlite3.Error as error:
-        connection.close()
-        if not database.is_damage(error):
-            raise
-        return database.Damaged(f"is corrupt: {error}")
-    _suspicion(path).unlink(missing_ok=True)
-    return connection
+    with contextlib.ExitStack() as stack:
+        try:
+            connection = database.connect(path)
+            stack.callback(connection.close)
+            database.check(connection, LEDGER)
+            if suspect:
+                database.check_pages(connection, path)
+            database.migrate(connection, LEDGER)
+            _suspicion(path).unlink(missing_ok=True)
+            stack.pop_all()
+            return connection
+        except database.Damaged as error:
+            return error
+        except database.TooNew as error:
+            raise LedgerUnusable(f"the usage ledger {path} {error}") from error
+        except sqlite3.Error as error:
+            if not database.is_damage(error):
+                raise
+            return database.Damaged(f"is corrupt: {error}")
 
 
 def _make(path: Path, lost: str, wall: float) -> sqlite3.Connection:

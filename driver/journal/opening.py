@@ -6,6 +6,7 @@ when the process dies in the middle of replacing it; the bad file is kept.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sqlite3
@@ -64,23 +65,24 @@ def _examine(path: Path) -> Opened | database.Damaged | None:
     if path.stat().st_size == 0:
         return database.Damaged("is empty")
     database.make_private(path)
-    connection = database.connect(path)
-    try:
-        database.check(connection, JOURNAL)
-        database.check_pages(connection)
-        database.migrate(connection, JOURNAL)
-        return Opened(connection, read_contents(connection))
-    except database.Damaged as error:
-        connection.close()
-        return error
-    except database.TooNew as error:
-        connection.close()
-        raise JournalUnusable(f"the journal {path} {error}") from error
-    except sqlite3.Error as error:
-        connection.close()
-        if not database.is_damage(error):
-            raise
-        return database.Damaged(f"is corrupt: {error}")
+    with contextlib.ExitStack() as stack:
+        try:
+            connection = database.connect(path)
+            stack.callback(connection.close)
+            database.check(connection, JOURNAL)
+            database.check_pages(connection, path)
+            database.migrate(connection, JOURNAL)
+            contents = read_contents(connection)
+            stack.pop_all()
+            return Opened(connection, contents)
+        except database.Damaged as error:
+            return error
+        except database.TooNew as error:
+            raise JournalUnusable(f"the journal {path} {error}") from error
+        except sqlite3.Error as error:
+            if not database.is_damage(error):
+                raise
+            return database.Damaged(f"is corrupt: {error}")
 
 
 def _contradiction(path: Path, contents: Contents, testimony: Testimony) -> str:

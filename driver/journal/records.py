@@ -1,7 +1,7 @@
 """What the journal keeps, and what it fails with.
 
-Invariant: frozen values only; nothing here touches a file. A step's owner is the text that the two
-functions below make, so that dropping a record drops exactly its own steps.
+Invariant: frozen values only; nothing here touches a file. A record's key is also the owner of its
+steps, so that dropping a record drops exactly its own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from driver.errors import DriverError, NotNow
 from driver.journal import codec
-from driver.model import Attachment, AttachmentId, DeviceName, Preparation, PreparationKey
+from driver.model import Attachment, DeviceName, Preparation, attachment_owner, preparation_owner
 
 
 class JournalUnusable(DriverError):
@@ -61,17 +61,6 @@ class JournalState:
     recovery: str = ""
 
 
-def preparation_owner(key: PreparationKey) -> str:
-    """The owner of a preparation's steps, as driver.plan names it."""
-    share = f"/{key.share_id}" if key.share_id else ""
-    return f"preparation/{key.claim_uid}/{key.pool}/{key.device}{share}"
-
-
-def attachment_owner(attachment: AttachmentId) -> str:
-    """The owner of an attachment's steps, as driver.plan names it."""
-    return f"attachment/{attachment}"
-
-
 class RecordKind(enum.StrEnum):
     PREPARATION = "preparation"
     ATTACHMENT = "attachment"
@@ -87,12 +76,8 @@ class Record:
 
     kind: RecordKind
     key: str
+    """Also the owner of its steps."""
     body: str
-
-
-def preparation_key(key: PreparationKey) -> str:
-    """The key as text. It is written to disk: a field that is added later must not change it."""
-    return codec.canonical([key.claim_uid, key.pool, key.device, key.share_id or ""])
 
 
 def to_record(value: RecordValue) -> Record:
@@ -102,9 +87,9 @@ def to_record(value: RecordValue) -> Record:
 
 def _kind_and_key(value: RecordValue) -> tuple[RecordKind, str]:
     if isinstance(value, Preparation):
-        return RecordKind.PREPARATION, preparation_key(value.key)
+        return RecordKind.PREPARATION, preparation_owner(value.key)
     if isinstance(value, Attachment):
-        return RecordKind.ATTACHMENT, str(value.id)
+        return RecordKind.ATTACHMENT, attachment_owner(value.id)
     return RecordKind.QUARANTINE, str(value.device)
 
 

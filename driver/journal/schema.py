@@ -71,7 +71,7 @@ def read_contents(connection: sqlite3.Connection) -> Contents:
             record = Record(RecordKind(kind), key, body)
             records.append((record, from_record(record)))
         except ValueError as error:
-            raise database.Damaged(f"has a {kind} that cannot be read: {error}") from error
+            raise database.Damaged(f"holds a record ({kind}) that cannot be read: {error}") from error
     return Contents(meta, tuple(records))
 
 

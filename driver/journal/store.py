@@ -35,14 +35,20 @@ from driver.journal.records import (
     RecordValue,
     StepPhase,
     StepRecord,
-    attachment_owner,
     collect,
-    preparation_key,
-    preparation_owner,
     to_record,
 )
 from driver.journal.schema import Meta, put_record, read_steps, write_meta
-from driver.model import Attachment, AttachmentId, BootId, DeviceName, Preparation, PreparationKey
+from driver.model import (
+    Attachment,
+    AttachmentId,
+    BootId,
+    DeviceName,
+    Preparation,
+    PreparationKey,
+    attachment_owner,
+    preparation_owner,
+)
 
 __all__ = [
     "Journal",
@@ -53,8 +59,6 @@ __all__ = [
     "Quarantine",
     "StepPhase",
     "StepRecord",
-    "attachment_owner",
-    "preparation_owner",
 ]
 
 _log = logging.getLogger(__name__)
@@ -70,8 +74,6 @@ class _Put:
 class _Drop:
     kind: RecordKind
     key: str
-    owner: str = ""
-    """Of the steps that go with it."""
 
 
 _Change = _Put | _Drop | StepRecord
@@ -156,14 +158,14 @@ class Journal:
 
     def drop_preparation(self, key: PreparationKey) -> None:
         """With its steps. Nothing happens if it is not there."""
-        self._change(_Drop(RecordKind.PREPARATION, preparation_key(key), preparation_owner(key)))
+        self._change(_Drop(RecordKind.PREPARATION, preparation_owner(key)))
 
     def put_attachment(self, attachment: Attachment) -> None:
         self._put(attachment)
 
     def drop_attachment(self, attachment: AttachmentId) -> None:
         """With its steps. Nothing happens if it is not there."""
-        self._change(_Drop(RecordKind.ATTACHMENT, str(attachment), attachment_owner(attachment)))
+        self._change(_Drop(RecordKind.ATTACHMENT, attachment_owner(attachment)))
 
     def put_quarantine(self, quarantine: Quarantine) -> None:
         self._put(quarantine)
@@ -175,7 +177,7 @@ class Journal:
         """Note how far a step is. The first one of a newer generation drops the older ones.
 
         OutOfTime: the owner has steps of a newer generation, so this one was overtaken. owner is from
-        preparation_owner or attachment_owner.
+        driver.model.preparation_owner or attachment_owner.
         """
         self._change(StepRecord(owner=owner, generation=generation, step=step, phase=phase))
 
@@ -322,9 +324,9 @@ def _write(connection: sqlite3.Connection, change: _Change) -> None:
     match change:
         case _Put(record=record):
             put_record(connection, record)
-        case _Drop(kind=kind, key=key, owner=owner):
+        case _Drop(kind=kind, key=key):
             connection.execute("DELETE FROM records WHERE kind = ? AND key = ?", (kind.value, key))
-            connection.execute("DELETE FROM steps WHERE owner = ?", (owner,))
+            connection.execute("DELETE FROM steps WHERE owner = ?", (key,))
         case StepRecord():
             _write_step(connection, change)
 
