@@ -67,11 +67,16 @@ def detach(ifindex: int, mode: XdpMode) -> None:
 
 
 def _modes(attributes: dict[int, bytes]) -> dict[XdpMode, ProgramId]:
-    attached = attributes.get(_IFLA_XDP_ATTACHED, b"\0")[0]
-    if attached != _ATTACHED_MULTI:
-        number = attributes.get(_IFLA_XDP_PROG_ID)
-        return {XdpMode(attached): _program(number)} if attached and number else {}
-    return {mode: _program(attributes[kind]) for kind, mode in _MODE_ATTRIBUTES.items() if kind in attributes}
+    attached = int.from_bytes(attributes.get(_IFLA_XDP_ATTACHED, b""), "little")
+    if attached == _ATTACHED_MULTI:
+        return {
+            mode: _program(attributes[kind]) for kind, mode in _MODE_ATTRIBUTES.items() if kind in attributes
+        }
+    if attached == 0:
+        return {}
+    if attached not in iter(XdpMode) or _IFLA_XDP_PROG_ID not in attributes:
+        raise OSError(errno.EPROTO, f"a netlink answer has an XDP program in an unknown mode, {attached}")
+    return {XdpMode(attached): _program(attributes[_IFLA_XDP_PROG_ID])}
 
 
 def _program(value: bytes) -> ProgramId:
