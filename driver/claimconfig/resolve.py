@@ -76,10 +76,9 @@ def resolve(device: AllocatedDevice, configs: Sequence[OpaqueConfig], limits: Cl
     it.
     """
     problems: list[FieldProblem] = []
-    # Entries that name several requests may come once per request: a dict keeps each once.
-    mine = dict.fromkeys((entry.source, entry.parameters) for entry in configs if entry.applies_to(device))
-    from_class = [parameters for source, parameters in mine if source is ConfigSource.CLASS]
-    from_claim = [parameters for source, parameters in mine if source is ConfigSource.CLAIM]
+    mine = [entry for entry in configs if entry.applies_to(device)]
+    from_class = [entry.parameters for entry in mine if entry.source is ConfigSource.CLASS]
+    from_claim = [entry.parameters for entry in mine if entry.source is ConfigSource.CLAIM]
 
     values: dict[FieldPath, object] = {}
     fixed: set[FieldPath] = set()
@@ -98,6 +97,7 @@ def resolve(device: AllocatedDevice, configs: Sequence[OpaqueConfig], limits: Cl
             problems.extend(_out_of_bounds(cast(int, mtu), bounds))
         values |= given
     if problems:
+        # An entry that names several requests may come once per request.
         raise ConfigError(tuple(dict.fromkeys(problems)))
     return build(values)
 

@@ -79,6 +79,11 @@ def test_a_later_entry_wins_over_an_earlier_one_of_the_same_source() -> None:
     assert resolve(nic(), configs, DEFAULTS).interface == InterfaceConfig(name=IfName("a"), mtu=1400)
 
 
+def test_an_entry_that_comes_again_is_later_than_what_came_between() -> None:
+    first, between = of_claim(interface={"mtu": 1500}), of_claim(interface={"mtu": 1400})
+    assert resolve(nic(), [first, between, first], DEFAULTS).interface.mtu == 1500
+
+
 def test_a_later_list_replaces_the_earlier_one_whole() -> None:
     configs = [
         of_class(interface={"addresses": ["192.0.2.1/24", "2001:db8::1/64"]}),
@@ -109,7 +114,7 @@ def test_what_does_not_apply_to_the_device_is_not_judged() -> None:
     assert resolve(nic(), [of_claim("other", nonsense=1)], DEFAULTS) == NicConfig()
 
 
-def test_a_repeated_entry_is_reported_once() -> None:
+def test_the_problem_of_a_repeated_entry_is_reported_once() -> None:
     # The API server repeats an entry for each of its requests that was allocated.
     twice = of_claim("nic", interface={"mtu": 1})
     with pytest.raises(ConfigError) as caught:
