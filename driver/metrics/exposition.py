@@ -108,26 +108,40 @@ class _Flight:
 class SingleFlight:
     """Runs work once at a time; who comes while it runs gets its result."""
 
-    def __init__(self, work: Callable[[], bytes]) -> None:
+    def __init__(self, work: Callable[[], bytes], patience: float = _SHARED_WAIT_SECONDS) -> None:
+        """patience: how many seconds to wait for the work that another has begun."""
         self._work = work
+        self._patience = patience
         self._lock = threading.Lock()
         self._current: _Flight | None = None
+        self.waiting = 0
+        """How many wait for the work that is under way."""
 
     def get(self) -> bytes:
+        """What work gives. Who leads gets its error, who shares gets ScrapeFailed."""
         with self._lock:
             flight = self._current
-            leads = flight is None
             if flight is None:
-                flight = self._current = _Flight()
-        if leads:
-            try:
-                flight.result = self._work()
-            finally:
-                with self._lock:
-                    self._current = None
-                flight.done.set()
-        elif not flight.done.wait(_SHARED_WAIT_SECONDS):
-            raise ScrapeFailed("the scrape that is under way does not end")
+                own = self._current = _Flight()
+            else:
+                self.waiting += 1
+        if flight is None:
+            return self._lead(own)
+        try:
+            if not flight.done.wait(self._patience):
+                raise ScrapeFailed("the scrape that is under way does not end")
+        finally:
+            with self._lock:
+                self.waiting -= 1
         if flight.result is None:
             raise ScrapeFailed("the scrape that was shared has failed")
         return flight.result
+
+    def _lead(self, flight: _Flight) -> bytes:
+        try:
+            flight.result = self._work()
+            return flight.result
+        finally:
+            with self._lock:
+                self._current = None
+            flight.done.set()
