@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from driver.kube import failures
-from driver.kube.failures import ApiFailure, Unavailable
+from driver.kube.failures import ApiFailure, NotFound, Unavailable
 from driver.kube.retry import worth_an_immediate_repeat
 from driver.kube.wire import JsonObject, Malformed, child, children, decode, text
 
@@ -32,6 +32,8 @@ MERGE = "application/merge-patch+json"
 JSON = "application/json"
 USER_AGENT = "knd"
 CHUNK = 1 << 16
+_NO_NAMES = {"", ".", ".."}
+"""What would make a request be about something else: the collection, or the folder above."""
 _DELETE_OPTIONS = {"apiVersion": "v1", "kind": "DeleteOptions"}
 
 
@@ -210,6 +212,8 @@ class ApiClient:
         which = "/".join(part for part in (namespace, name) if part)
         counted = f"{verb} {resource.plural}" + (f"/{subresource}" if subresource else "")
         what = f"{counted} {which}".rstrip()
+        if {namespace, name} & _NO_NAMES:
+            raise NotFound(what, 404, f"nothing can be called {name!r} in {namespace!r}")
         request = _Request(method, resource.path(namespace, name, subresource), query or {}, body, kind)
         self._count(counted)
         try:
@@ -259,7 +263,7 @@ class ApiClient:
         parts: list[bytes] = []
         size = 0
         try:
-            for part in response.stream(CHUNK):
+            while part := response.read1(CHUNK):
                 parts.append(part)
                 size += len(part)
                 if size > self.limits.answer:
@@ -361,7 +365,6 @@ def connect(kubeconfig: Path | None, limits: Limits | None = None) -> ApiClient:
     """
     from kubernetes.client import Configuration
     from kubernetes.client.rest import RESTClientObject
-    from kubernetes.config import ConfigException
     from kubernetes.config.incluster_config import load_incluster_config
     from kubernetes.config.kube_config import load_kube_config
 
@@ -373,7 +376,7 @@ def connect(kubeconfig: Path | None, limits: Limits | None = None) -> ApiClient:
             load_kube_config(
                 config_file=str(kubeconfig), client_configuration=configuration, persist_config=False
             )
-    except (ConfigException, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # the file may hold anything, and so may what YAML raises about it
         raise Unavailable("connect", 0, _advice(kubeconfig, error)) from error
     configuration.retries = False  # retry.py decides
     configuration.keep_alive = True

@@ -146,6 +146,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Server
     timeout = 600
+    disable_nagle_algorithm = True
 
     def setup(self) -> None:
         super().setup()
