@@ -74,7 +74,7 @@ def _modes(attributes: dict[int, bytes]) -> dict[XdpMode, ProgramId]:
         }
     if attached == 0:
         return {}
-    if attached not in iter(XdpMode) or _IFLA_XDP_PROG_ID not in attributes:
+    if attached not in _MODE_FLAGS or _IFLA_XDP_PROG_ID not in attributes:
         raise OSError(errno.EPROTO, f"a netlink answer has an XDP program in an unknown mode, {attached}")
     return {XdpMode(attached): _program(attributes[_IFLA_XDP_PROG_ID])}
 
