@@ -48,7 +48,7 @@ _NLM_F_CREATE = 0x400
 
 _RTEXT_FILTER_SKIP_STATS = 8
 """VF lists are left out on purpose: reading them costs a firmware query per VF under the rtnl lock."""
-_NLA_F_NESTED = 0x8000
+_IFLA_ADDRESS = 1
 _XDP_FLAGS_SKB = 2
 _XDP_FLAGS_DRV = 4
 _XDP_FLAGS_HW = 8
@@ -164,9 +164,10 @@ class LinkSocket:
         attrs: list[Attribute] = [("IFLA_NET_NS_FD", target.fd), ("IFLA_IFNAME", wire.raw(name))]
         if new_ifindex is not None:
             attrs.append(("IFLA_NEW_IFINDEX", new_ifindex))
-        attrs += _settings(mtu=mtu, mac=mac)
+        if mtu is not None:
+            attrs.append(("IFLA_MTU", mtu))
         what = f"{self._what('move', ifindex)} to {target.path} as {name!a}"
-        self._transport.change(what, _link(_RTM_SETLINK, ifindex, attrs))
+        self._transport.change(what, _link(_RTM_SETLINK, ifindex, attrs, mac=mac))
 
     def change(
         self,
@@ -190,20 +191,22 @@ class LinkSocket:
         """
         if set_flags & clear_flags:
             raise ValueError(f"both set and clear {set_flags & clear_flags!r}")
-        attrs = _settings(mtu=mtu, mac=mac)
+        attrs: list[Attribute] = []
         if name is not None:
             attrs.append(("IFLA_IFNAME", wire.raw(name)))
         if alias is not None:
             attrs.append(("IFLA_IFALIAS", wire.raw(alias)))
         numbers = (
+            ("IFLA_MTU", mtu),
             ("IFLA_TXQLEN", txqlen),
             ("IFLA_GROUP", group),
             ("IFLA_GSO_MAX_SIZE", gso_max_size),
             ("IFLA_GRO_MAX_SIZE", gro_max_size),
         )
         attrs += [(key, value) for key, value in numbers if value is not None]
-        if attrs or set_flags or clear_flags:
-            encode = _link(_RTM_SETLINK, ifindex, attrs, flags=set_flags, mask=set_flags | clear_flags)
+        if attrs or mac is not None or set_flags or clear_flags:
+            mask = set_flags | clear_flags
+            encode = _link(_RTM_SETLINK, ifindex, attrs, flags=set_flags, mask=mask, mac=mac)
             self._transport.change(self._what("change", ifindex), encode)
 
     def add_altnames(self, ifindex: IfIndex, names: Sequence[str]) -> None:
@@ -322,21 +325,26 @@ class LinkSocket:
         return f"{verb} link {ifindex} of {self._where}"
 
 
-def _settings(*, mtu: int | None, mac: MacAddress | None) -> list[Attribute]:
-    attrs: list[Attribute] = []
-    if mac is not None:
-        attrs.append(("IFLA_ADDRESS", mac))
-    if mtu is not None:
-        attrs.append(("IFLA_MTU", mtu))
-    return attrs
-
-
-def _link(kind: int, ifindex: int, attrs: Sequence[Attribute], *, flags: int = 0, mask: int = 0) -> Encode:
+def _link(
+    kind: int,
+    ifindex: int,
+    attrs: Sequence[Attribute],
+    *,
+    flags: int = 0,
+    mask: int = 0,
+    mac: MacAddress | None = None,
+) -> Encode:
+    # pyroute2 takes every hardware address for 6 bytes long; those of IPoIB have 20.
+    tail = b"" if mac is None else wire.attribute(_IFLA_ADDRESS, bytes.fromhex(mac.replace(":", "")))
     fields = {"index": ifindex, "flags": int(flags), "change": int(mask)}
-    return _encoder(ifinfmsg, kind, fields, attrs)
+    return _encoder(ifinfmsg, kind, fields, attrs, tail)
 
 
-def _encoder(form: type, kind: int, fields: Mapping[str, int], attrs: Sequence[Attribute]) -> Encode:
+def _encoder(
+    form: type, kind: int, fields: Mapping[str, int], attrs: Sequence[Attribute], tail: bytes = b""
+) -> Encode:
+    """A message of a pyroute2 class; tail is attributes that were packed by hand."""
+
     def encode(flags: int, sequence: int) -> bytes:
         message = form()
         for key, value in fields.items():
@@ -345,7 +353,7 @@ def _encoder(form: type, kind: int, fields: Mapping[str, int], attrs: Sequence[A
         message["attrs"] = list(attrs)
         message["header"] = {"type": kind, "flags": flags, "sequence_number": sequence, "pid": 0}
         message.encode()
-        return bytes(message.data)
+        return header(kind, flags, sequence, bytes(message.data)[16:] + tail)
 
     return encode
 

@@ -143,6 +143,11 @@ def attributes(data: bytes, offset: int = 0) -> dict[int, bytes]:
     return dict(attribute_list(data, offset))
 
 
+def attribute(kind: int, data: bytes) -> bytes:
+    """One attribute, padded to where the next begins."""
+    return _ATTRIBUTE.pack(_ATTRIBUTE.size + len(data), kind) + data + bytes(-len(data) % 4)
+
+
 def error_of(message: Message) -> tuple[int, str]:
     """errno (positive; 0 is an ack) and the kernel's words, of an NLMSG_ERROR or NLMSG_DONE."""
     if len(message.payload) < 4:

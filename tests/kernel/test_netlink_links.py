@@ -264,8 +264,9 @@ def test_default_routes_by_nexthop_objects_are_found(host: SimNetns, here: LinkS
     Path("/proc/sys/net/ipv4/nexthop_compat_mode").write_text("0")
     group = struct.pack("=IBBHIBBH", 1, 0, 0, 0, 2, 0, 0, 0)
     with veth_pair("d0", "d1") as (d0, d1), LinkSocket(None) as raw:
-        for number, index in enumerate((d0, d1)):
+        for index in (d0, d1):
             here.set_up(IfIndex(index))
+        for number, index in enumerate((d0, d1)):
             here.add_address(IfIndex(index), ipaddress.ip_interface(f"198.51.{number}.1/24"))
             gateway = bytes((198, 51, number, 9))
             add_nexthop(raw, attribute(1, number + 1) + attribute(5, index) + attribute(6, gateway))
