@@ -196,9 +196,7 @@ class Claims:
         """Undo a preparation no pod has seen. What does not work is left for reconcile to go on with."""
         context = self._context
         leaving = context.book.advance_preparation(preparation, PreparationState.UNPREPARING, insist=False)
-        with open_target(
-            leaving, None, context.host_netns, None, context.devices.ifindex_of(leaving.key.device)
-        ) as target:
+        with open_target(leaving, None, context.host_netns, None, context.devices.hint(leaving)) as target:
             problems = context.engine.bring_home(plan.unprepare(leaving), target)
         if problems:
             context.book.quarantine(leaving.key.device, str(problems[-1].error), context.clock.wall())

@@ -98,12 +98,20 @@ class Lifecycle:
     async def links_changed(self, changed: frozenset[IfIndex] | None) -> None:
         """None: events were lost, look at everything."""
         context = self._context
-        if changed is not None and not await context.workers.run(
-            [], lambda: context.devices.concerned(changed)
-        ):
-            return
-        await context.workers.run([], context.devices.rescan)
-        await self._reconcile.after_change()
+        away = {
+            a.preparation.device: p.identity
+            for a in context.book.attachments()
+            if (p := context.book.preparation(a.preparation)) is not None
+        }
+        returned = frozenset(away)
+        if changed is not None:
+            seen = await context.workers.run([], lambda: context.devices.look(changed, away))
+            if not seen.rescan and not seen.returned:
+                return
+            returned = returned if seen.rescan else seen.returned
+        if changed is None or seen.rescan:
+            await context.workers.run([], context.devices.rescan)
+        await self._reconcile.after_change(returned)
 
     async def _checkpoints(self) -> None:
         while True:
@@ -137,7 +145,7 @@ class Lifecycle:
     ) -> None:
         copied = tuple(sandboxes)
         running = {id: tuple(names) for id, names in containers.items()}
-        self._spawn(self._reconcile.with_runtime(copied, running))
+        self._spawn(self._reconcile.with_runtime(copied, running, self._context.book.attachments()))
 
     async def run_sandbox(self, sandbox: Sandbox, deadline: float) -> None:
         await self._sandboxes.run_sandbox(sandbox, deadline)

@@ -8,16 +8,25 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from driver import inventory
-from driver.model import Device, DeviceName
+from driver.model import Device, DeviceName, Preparation
 from driver.policy import NodePolicy
-from hw.model import IfIndex, LinkInfo, SoftwareIdentity, is_at_home
+from hw.model import Identity, IfIndex, LinkInfo, SoftwareIdentity, is_at_home
 from hw.netlink import LinkSocket
 from hw.scan import scan, uplinks_of
 from hw.sysfs import Sysfs
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """rescan: the picture may be another. returned: devices that were in pods and are at home now."""
+
+    rescan: bool
+    returned: frozenset[DeviceName] = frozenset()
 
 
 class Devices:
@@ -28,6 +37,7 @@ class Devices:
         self._policy = policy
         self._lock = threading.Lock()
         self._current = inventory.Inventory()
+        self._by_index: Mapping[IfIndex, Device] = {}
 
     def current(self) -> Mapping[DeviceName, Device]:
         return self._current.by_name
@@ -35,14 +45,13 @@ class Devices:
     def get(self, name: DeviceName) -> Device | None:
         return self.current().get(name)
 
-    def ifindex_of(self, name: DeviceName) -> IfIndex | None:
-        """Where the device was last seen at home, or the index it keeps for life; a hint, to be verified."""
-        device = self.get(name)
-        if device is None:
-            return None
-        if device.ifindex is None and isinstance(device.identity, SoftwareIdentity):
-            return device.identity.ifindex
-        return device.ifindex
+    def hint(self, preparation: Preparation) -> IfIndex | None:
+        """Where the device is at home, if it is: the index it keeps for life, or had when last seen there.
+        To be verified by identity."""
+        if isinstance(preparation.identity, SoftwareIdentity):
+            return preparation.identity.ifindex
+        device = self.get(preparation.key.device)
+        return device.ifindex if device is not None else None
 
     def rescan(self) -> inventory.InventoryDiff:
         """Look at everything again; returns what changed."""
@@ -54,20 +63,28 @@ class Devices:
                 if problem not in old.problems:
                     log.warning("%s", problem)
             self._current = new
+            self._by_index = {d.ifindex: d for d in new.by_name.values() if d.ifindex is not None}
             return inventory.diff(old, new)
 
-    def concerned(self, changed: frozenset[IfIndex]) -> bool:
-        """Whether links that changed could change the picture. Most link events of a node are the
-        CNI's veths coming and going; one of those costs one look-up each, not a scan."""
+    def look(self, changed: frozenset[IfIndex], away: Mapping[DeviceName, Identity]) -> Look:
+        """What changed links mean. Most link events of a node are the CNI's veths coming and going, and
+        our own moves: one of those costs one look-up each, however many devices there are, and no scan.
+
+        away: devices that are in pods, so that their leaving is no news and their return is.
+        """
         policy = self._policy()
-        by_index = {d.ifindex: d for d in self.current().values() if d.ifindex is not None}
+        rescan = False
+        returned = set()
         with LinkSocket(None) as links:
             for ifindex in changed:
-                known = by_index.get(ifindex)
                 link = links.by_index(ifindex)
-                if _matters(link, known, policy):
-                    return True
-        return False
+                known = self._by_index.get(ifindex)
+                if known is not None and known.name in away:
+                    if link is not None and is_at_home(away[known.name], link):
+                        returned.add(known.name)
+                elif _matters(link, known, policy):
+                    rescan = True
+        return Look(rescan=rescan, returned=frozenset(returned))
 
 
 def _matters(link: LinkInfo | None, known: Device | None, policy: NodePolicy) -> bool:

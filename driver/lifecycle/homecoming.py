@@ -85,11 +85,25 @@ class Homecoming:
         with self.netns_of(attachment) as netns:
             return netns is not None
 
+    def is_home(self, attachment: Attachment) -> bool:
+        """Whether the device of an attachment is at home by itself: its netns died."""
+        context = self._context
+        preparation = context.book.preparation(attachment.preparation)
+        if preparation is None:
+            return False
+        hint = context.devices.hint(preparation)
+        with open_target(preparation, attachment, context.host_netns, None, hint) as target:
+            return target.find_at_home() is not None
+
     # --- the way home --------------------------------------------------------------------------------
 
     def bring_home(self, attachment: Attachment) -> bool:
         """Detach and close. True if the device is home and clean, or gone with its netns."""
         context = self._context
+        current = context.book.attachment(attachment.id)
+        if current is None:
+            return True
+        attachment = current
         preparation = context.book.preparation(attachment.preparation)
         if preparation is None:
             context.book.close_attachment(attachment)
@@ -104,7 +118,7 @@ class Homecoming:
                 leaving,
                 context.host_netns,
                 netns,
-                context.devices.ifindex_of(preparation.key.device),
+                context.devices.hint(preparation),
             ) as target,
         ):
             problems = context.engine.bring_home(plan.detach(leaving), target)
@@ -120,7 +134,7 @@ class Homecoming:
             attachment,
             context.host_netns,
             netns,
-            context.devices.ifindex_of(preparation.key.device),
+            context.devices.hint(preparation),
         ) as target:
             try:
                 context.engine.undo(plan.attach(attachment, preparation, context.hook), target)
@@ -145,7 +159,7 @@ class Homecoming:
             None,
             context.host_netns,
             None,
-            context.devices.ifindex_of(preparation.key.device),
+            context.devices.hint(preparation),
         ) as target:
             return context.engine.bring_home(plan.tidy(preparation), target)
 

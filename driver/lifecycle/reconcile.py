@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from driver.execute.engine import EXPECTED
@@ -68,14 +68,20 @@ class Reconcile:
                 await self._settle()
 
     async def with_runtime(
-        self, sandboxes: Sequence[Sandbox], containers: Mapping[SandboxId, Sequence[str]]
+        self,
+        sandboxes: Sequence[Sandbox],
+        containers: Mapping[SandboxId, Sequence[str]],
+        attachments: Sequence[Attachment],
     ) -> None:
-        """The runtime's list has come: let go of the dead, attach the waiting, report the bare."""
+        """The runtime's list has come: let go of the dead, attach the waiting, report the bare.
+
+        attachments are those there were when the list was made: a sandbox that came later is not in it.
+        """
         async with self._lane:
             if self._gate.recovery:
                 await self._recover(sandboxes)
             known = {sandbox.id for sandbox in sandboxes}
-            for attachment in self._context.book.attachments():
+            for attachment in attachments:
                 if attachment.sandbox not in known:
                     await self._on_device(attachment.preparation.device, self._homeward(attachment))
             self._report_bare(sandboxes, containers)
@@ -83,14 +89,15 @@ class Reconcile:
             self.attach_waiting()
             self._projections.offer()
 
-    async def after_change(self) -> None:
+    async def after_change(self, returned: Iterable[DeviceName]) -> None:
         """Links changed: devices may have come home by themselves, or be clean at last."""
         async with self._lane:
             if self._gate.recovery or not self._gate.settled:
                 return
+            came = set(returned)
             for attachment in self._context.book.attachments():
-                if attachment.state is AttachmentState.DETACHING or not await self._alive(attachment):
-                    await self._on_device(attachment.preparation.device, self._homeward(attachment))
+                if attachment.preparation.device in came or attachment.state is AttachmentState.DETACHING:
+                    await self._on_device(attachment.preparation.device, self._if_home(attachment))
             await self._mend_quarantined()
             self._projections.offer()
 
@@ -159,7 +166,7 @@ class Reconcile:
             return
         device = preparation.key.device
         pair = programs.state(device)
-        ifindex = self._context.devices.ifindex_of(device)
+        ifindex = self._context.devices.hint(preparation)
         if pair is None and must_be_home and ifindex is not None:
             programs.attach(device, ifindex, preparation.slot)
         elif pair is not None:
@@ -240,6 +247,15 @@ class Reconcile:
 
     def _homeward(self, attachment: Attachment) -> Callable[[], object]:
         return lambda: self._homecoming.bring_home(attachment)
+
+    def _if_home(self, attachment: Attachment) -> Callable[[], object]:
+        """Looked at again under the device's lock: by then it may have gone into a pod."""
+
+        def work() -> None:
+            if attachment.state is AttachmentState.DETACHING or self._homecoming.is_home(attachment):
+                self._homecoming.bring_home(attachment)
+
+        return work
 
     async def _alive(self, attachment: Attachment) -> bool:
         return await self._in_worker(lambda: self._homecoming.is_alive(attachment))

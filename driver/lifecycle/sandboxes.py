@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 LOOK_UP_LIMIT = 0.5
 """Seconds that a hook waits for the API server to say what an unknown pod is."""
+HOST_NETWORK = "a pod on the host's network cannot be given a network device"
 STOP_LIMIT = 0.45
 """Seconds after which StopPodSandbox is answered; the rest follows."""
 LASTING_ERRNOS = frozenset({errno.EEXIST, errno.EINVAL, errno.EOPNOTSUPP, errno.ERANGE, errno.EADDRNOTAVAIL})
@@ -102,6 +103,8 @@ class Sandboxes:
         refusal = self._refused.get(sandbox.id)
         if refusal is not None:
             raise refusal
+        if sandbox.netns_path is None:
+            raise Refusal("HostNetwork", HOST_NETWORK)
         self.attach_late(sandbox)
         raise NotNow(
             f"container {container}: pod {sandbox.pod.name} has not been given its network devices yet"
@@ -139,7 +142,11 @@ class Sandboxes:
             return
         task = asyncio.get_running_loop().create_task(self._attach_late(sandbox))
         self._late[sandbox.id] = task
-        task.add_done_callback(lambda _: self._late.pop(sandbox.id, None))
+        task.add_done_callback(lambda done: self._forget_late(sandbox.id, done))
+
+    def _forget_late(self, id: SandboxId, task: asyncio.Task[None]) -> None:
+        if self._late.get(id) is task:
+            del self._late[id]
 
     async def close(self) -> None:
         tasks = list(self._late.values())
@@ -252,7 +259,7 @@ class Sandboxes:
 
     def _open(self, sandbox: Sandbox) -> NetnsHandle:
         if sandbox.netns_path is None:
-            raise Refusal("HostNetwork", "a pod on the host's network cannot be given a network device")
+            raise Refusal("HostNetwork", HOST_NETWORK)
         try:
             return open_netns(sandbox.netns_path)
         except BadNetns as error:
@@ -293,7 +300,7 @@ class Sandboxes:
             )
         )
         self._homecoming.hold(attachment, preparation, netns)
-        hint = context.devices.ifindex_of(preparation.key.device)
+        hint = context.devices.hint(preparation)
         try:
             with open_target(preparation, attachment, context.host_netns, netns, hint) as target:
                 context.engine.run(plan.attach(attachment, preparation, context.hook), target, token)
