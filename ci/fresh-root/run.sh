@@ -103,6 +103,8 @@ make_root() { # SUITE ROOT
     settings "$root"
     in_root "$root" update-ca-certificates >/dev/null
     git clone -q --no-hardlinks "$repository" "$root/srv/knd"
+    # A chroot's / is a mount point only if the folder is one, and programs change its propagation.
+    mount --bind "$root" "$root"
     for file in proc sys dev; do mount --rbind "/$file" "$root/$file"; done
     mount -t tmpfs tmpfs "$root/run"
 }
