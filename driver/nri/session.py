@@ -108,6 +108,7 @@ class Session:
         except TimeoutError:
             raise WireError("the runtime took the plugin but did not synchronize it in time") from None
         finally:
+            self._ended = True
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
         if not reading.cancelled():
@@ -123,8 +124,13 @@ class Session:
             raise RegistrationRefused(f"the runtime refused plugin {index}-{name}: {error.text}") from error
 
     def _arm_watchdog(self) -> None:
-        if self._watchdog is not None and not self.connected:
-            self._watchdog.reschedule(asyncio.get_running_loop().time() + SYNCHRONIZE_SECONDS)
+        if not self.connected:
+            self._set_watchdog(asyncio.get_running_loop().time() + SYNCHRONIZE_SECONDS)
+
+    def _set_watchdog(self, when: float | None) -> None:
+        # A call may still be served while the connection is being left.
+        if self._watchdog is not None and not self._ended and not self._watchdog.expired():
+            self._watchdog.reschedule(when)
 
     def _end(self) -> None:
         """The connection is over or about to be closed."""
@@ -159,8 +165,7 @@ class Session:
             self._handler.runtime_connected(*self._runtime)
             self.connected = self.synchronized = True
             log.info("connected to %s %s, %d sandboxes", *self._runtime, len(inventory.sandboxes))
-        if self._watchdog is not None:
-            self._watchdog.reschedule(None)
+        self._set_watchdog(None)
         work = self._handler.synchronize(inventory.sandboxes, inventory.containers)
         self._hooks.background(work, "Synchronize")
 

@@ -151,6 +151,22 @@ def test_parts_of_a_connection_that_broke_are_forgotten(short_tmp: Path) -> None
     run(test())
 
 
+def test_a_second_synchronize_is_a_list_of_its_own(short_tmp: Path) -> None:
+    async def test() -> None:
+        async with by_hand(short_tmp) as hand:
+            end = await hand.arrivals.get()
+            await shake_hands(end)
+            for stream, name in ((5, "a"), (7, "b")):
+                end.call(stream, synchronize(pb.PodSandbox(id=name)))
+                assert await end.response() == (stream, Response())
+            await until(lambda: len(hand.handler.of("synchronize")) == 3)
+        lists = [[sandbox.id for sandbox in call[1]] for call in hand.handler.of("synchronize")]
+        assert lists == [[], ["a"], ["b"]]
+        assert len(hand.handler.of("connected")) == 1
+
+    run(test())
+
+
 def test_the_list_of_sandboxes_comes_with_their_live_containers(short_tmp: Path) -> None:
     states = [
         pb.CONTAINER_UNKNOWN,
@@ -192,18 +208,23 @@ def test_a_slow_synchronize_of_the_handler_holds_nothing_up(short_tmp: Path) -> 
     run(test())
 
 
+@pytest.mark.parametrize("registered", [True, False])
+@pytest.mark.parametrize("configured", [True, False])
 def test_a_runtime_that_never_synchronizes_is_left_and_tried_again(
-    short_tmp: Path, monkeypatch: pytest.MonkeyPatch
+    short_tmp: Path, monkeypatch: pytest.MonkeyPatch, registered: bool, configured: bool
 ) -> None:
+    monkeypatch.setattr(session, "REGISTER_SECONDS", 0.05 if not registered and not configured else 30.0)
     monkeypatch.setattr(session, "SYNCHRONIZE_SECONDS", 0.05)
 
     async def test() -> None:
         async with by_hand(short_tmp) as hand:
             first = await hand.arrivals.get()
             await first.request()
-            first.answer(1)
-            first.call(1, configure())
-            await first.response()
+            if registered:
+                first.answer(1)
+            if configured:
+                first.call(1, configure())
+                await first.response()
             with pytest.raises(EOFError):
                 await first.next()
             await shake_hands(await hand.arrivals.get())
@@ -262,7 +283,13 @@ def test_pod_events_reach_the_handler_alike_however_they_travel(short_tmp: Path,
         run_call, stop_call, remove_call = w.handler.calls[2:5]
         assert run_call == ("run", sandbox())
         bare = sandbox(netns=None, pid=0)
-        assert stop_call == ("stop", bare if mode is RuntimeMode.STATE_CHANGE else sandbox())
+        # That netns does not exist: only CRI-O names it all the same.
+        stopped = {
+            RuntimeMode.STATE_CHANGE: bare,
+            RuntimeMode.POD_RPC: sandbox(netns=None),
+            RuntimeMode.CRIO: sandbox(),
+        }
+        assert stop_call == ("stop", stopped[mode])
         assert remove_call == ("remove", bare)
 
     run(test())

@@ -374,7 +374,7 @@ def request_frame(stream: int) -> Frame:
     return only_frame(request_bytes(1, stream, Request(service=PLUGIN, method="M", payload=b"")))
 
 
-@pytest.mark.parametrize("stream", [0, 2, 1, 3])
+@pytest.mark.parametrize("stream", [0, 2, 4, 1, 3])
 def test_even_reused_and_lower_ids_are_answered_with_code_three(stream: int) -> None:
     streams = ttrpc.ServerStreams()
     assert isinstance(streams.receive(request_frame(3)), ttrpc.IncomingCall)

@@ -55,7 +55,7 @@ def test_300_concurrent_calls_are_all_answered_whole() -> None:
     run(test())
 
 
-@pytest.mark.parametrize("stream", [0, 2, 5, 3])
+@pytest.mark.parametrize("stream", [0, 2, 6, 5, 3])
 def test_a_bad_stream_id_costs_one_answer_and_no_connection(stream: int) -> None:
     async def test() -> None:
         async with connected_pair() as pair:
@@ -256,6 +256,7 @@ def test_a_call_without_answer_times_out_and_its_late_answer_is_dropped() -> Non
         async with connected_pair() as pair:
             with pytest.raises(CallTimedOut, match="M got no answer"):
                 await pair.trunk.call("S", "M", b"", 0.02)
+            assert pair.trunk._answers == {}
             pair.peer.answer(1)
             calling = asyncio.create_task(pair.trunk.call("S", "M", b"", 5))
             pair.peer.answer(3, Response(b"mine"))
@@ -272,6 +273,7 @@ def test_a_cancelled_calls_late_answer_is_dropped() -> None:
             calling.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await calling
+            assert pair.trunk._answers == {}
             pair.peer.answer(1)
             calling = asyncio.create_task(pair.trunk.call("S", "M", b"", 5))
             pair.peer.answer(3)

@@ -292,13 +292,14 @@ class Runtime:
         )
         if not pod.host_network and self.mode is not RuntimeMode.STATE_CHANGE:
             message.ips.append("10.244.0.2")
-        bare = self.mode is RuntimeMode.STATE_CHANGE and event == pb.STOP_POD_SANDBOX
-        if bare or event == pb.REMOVE_POD_SANDBOX:
+        stopping = event == pb.STOP_POD_SANDBOX
+        if event == pb.REMOVE_POD_SANDBOX or (stopping and self.mode is RuntimeMode.STATE_CHANGE):
             return message
         message.pid = sandbox.pid
         message.linux.namespaces.add(type="mount", path="")
-        if sandbox.netns_path is not None:
-            message.linux.namespaces.add(type="network", path=str(sandbox.netns_path))
+        path = sandbox.netns_path
+        if path is not None and not (stopping and self.mode is RuntimeMode.POD_RPC and not path.exists()):
+            message.linux.namespaces.add(type="network", path=str(path))
         return message
 
     def _inventory(self) -> tuple[list[pb.PodSandbox], list[pb.Container]]:
