@@ -1,12 +1,13 @@
 """A simulated Kubernetes API server, strict where the real one is.
 
 Invariant: what passes here passes there: names, limits, conflicts, generations, versions and field
-ownership are the real server's for the few kinds the driver uses. It listens on loopback only, speaks
-plain HTTP and keeps everything in memory.
+ownership are the real server's for the few kinds the driver uses. It listens on loopback only and
+keeps everything in memory.
 """
 
 from __future__ import annotations
 
+import ssl
 import threading
 import time
 import uuid
@@ -49,14 +50,22 @@ current-context: sim
 
 class SimApi(Backend):
     """Use as a context manager. dropped_fields are device fields that a disabled gate removes silently
-    (`taints`, `allowMultipleAllocations`...)."""
+    (`taints`, `allowMultipleAllocations`...). With tls it serves HTTPS; the log has what
+    each request carried as authorization, and none is required."""
 
-    def __init__(self, *, bookmark_seconds: float = 60.0, dropped_fields: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        bookmark_seconds: float = 60.0,
+        dropped_fields: Iterable[str] = (),
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.store = Store()
         self.wire = Wire(bookmark_seconds=bookmark_seconds)
         self.dropped_fields = set(dropped_fields)
         self._owners: dict[str, api_apply.Owners] = {}
-        self._server = Server(self.wire, self)
+        self._server = Server(self.wire, self, tls)
+        self._scheme = "http" if tls is None else "https"
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(0.05,), name="sim-api", daemon=True
         )
@@ -80,7 +89,11 @@ class SimApi(Backend):
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        return f"{self._scheme}://127.0.0.1:{self.port}"
+
+    @property
+    def port(self) -> int:
+        return int(self._server.server_address[1])
 
     def kubeconfig(self, path: Path) -> Path:
         """Write a kubeconfig file for this server and return its path."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from kndsim.api_store import ApiError, Json, Key, Kind, Selector
 PREFIXES = {("api", "v1"): "v1", ("apis", "resource.k8s.io", "v1"): "resource.k8s.io/v1"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One logged request. verb is Kubernetes' (`list`, `watch`, `patch`...); at is time.monotonic()."""
 
@@ -35,6 +36,7 @@ class Request:
     query: dict[str, str]
     content_type: str
     body: Any
+    authorization: str
     at: float
 
     @property
@@ -120,10 +122,13 @@ class Server(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 64
 
-    def __init__(self, wire: Wire, backend: Backend) -> None:
+    def __init__(self, wire: Wire, backend: Backend, tls: ssl.SSLContext | None) -> None:
         self.wire = wire
         self.backend = backend
         super().__init__(("127.0.0.1", 0), Handler)
+        if tls is not None:
+            # The handshake is made in the connection's own thread, at its first read.
+            self.socket = tls.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
 
 
 class Backend:
@@ -220,7 +225,17 @@ class Handler(BaseHTTPRequestHandler):
             verb = VERBS[method]
         resource = target.kind.plural + (f"/{target.subresource}" if target.subresource else "")
         kind = (self.headers.get("Content-Type") or "").partition(";")[0]
-        request = Request(verb, resource, target.namespace, target.name, query, kind, body, time.monotonic())
+        request = Request(
+            verb=verb,
+            resource=resource,
+            namespace=target.namespace,
+            name=target.name,
+            query=query,
+            content_type=kind,
+            body=body,
+            authorization=self.headers.get("Authorization") or "",
+            at=time.monotonic(),
+        )
         with self.server.wire.lock:
             self.server.wire.log.append(request)
         return request
