@@ -103,9 +103,10 @@ class Mirror:
         wanted = {_file_name(record.kind, record.key): record for record in records}
         for name, record in wanted.items():
             self._write(name, _entry_tree(meta, record))
-        for path in self._folder.glob("*.json"):
-            if path.name not in wanted and path.name != _WITNESS:
-                path.unlink(missing_ok=True)
+        for pattern in ("*.json", "*.json.new"):
+            for path in self._folder.glob(pattern):
+                if path.name not in wanted and path.name != _WITNESS:
+                    path.unlink(missing_ok=True)
         self._write_witness(meta)
 
     def path_of(self, record: Record) -> Path:

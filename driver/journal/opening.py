@@ -52,7 +52,9 @@ def open_journal(path: Path, mirror: Mirror, boot_id: BootId, stamp: int) -> Ope
                 return replace(found, mirrored=_same_commit(found.contents, testimony))
             found.connection.close()
         elif found is None and testimony.empty:
-            return _make(path, Contents(_first_meta(boot_id), ()))
+            contents = Contents(_first_meta(boot_id), ())
+            _make(path, contents)
+            return Opened(database.connect(path), contents)
         else:
             reason = _loss(path, found)
     return _recover(path, mirror, testimony, reason, boot_id, stamp)
@@ -116,14 +118,13 @@ def _first_meta(boot_id: BootId) -> Meta:
     return Meta(uuid=str(uuid.uuid4()), counter=0, boot=boot_id)
 
 
-def _make(path: Path, contents: Contents) -> Opened:
+def _make(path: Path, contents: Contents) -> None:
     def fill(connection: sqlite3.Connection) -> None:
         write_meta(connection, contents.meta)
         for record in contents.plain:
             put_record(connection, record)
 
     database.create(path, JOURNAL, fill)
-    return Opened(database.connect(path), contents)
 
 
 def _recover(
@@ -145,11 +146,12 @@ def _recover(
             counter=testimony.counter + _RECOVERY_JUMP,
             boot=testimony.boot or meta.boot,
         )
-    opened = _make(path, Contents(meta, records))
+    contents = Contents(meta, records)
+    _make(path, contents)
     mirror.set_aside(unreadable, stamp)
     _marker(path).unlink(missing_ok=True)
     _log.error("%s", text)
-    return opened
+    return Opened(database.connect(path), contents)
 
 
 def _readable(
@@ -173,15 +175,17 @@ def _marker(path: Path) -> Path:
 def _unfinished(path: Path) -> str:
     """Why a recovery was begun that did not come to its end, or ""."""
     try:
-        text = _marker(path).read_text(encoding="utf-8", errors="replace")
+        return _marker(path).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return ""
-    return text or f"the journal {path} was being recovered"
 
 
 def _mark_unfinished(path: Path, reason: str) -> None:
-    fd = os.open(_marker(path), os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "w", encoding="utf-8") as file:
+    """Before the bad file is moved: without it, a crash now would look like a first start."""
+    building = path.with_name(_marker(path).name + ".new")
+    fd = os.open(building, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "w", encoding="utf-8", errors="replace") as file:
         file.write(reason)
         file.flush()
         os.fsync(fd)
+    building.rename(_marker(path))

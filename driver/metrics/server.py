@@ -26,6 +26,7 @@ CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 _CLIENT_SECONDS = 5.0
 """How long a client may take to send its request or to read the answer."""
 _CLIENTS_MAX = 8
+_PAUSE_SECONDS = 0.1
 
 
 class MetricsUnavailable(DriverError):
@@ -83,7 +84,7 @@ class MetricsServer:
                 "choose another port"
             ) from error
         self._server = server
-        self._thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
+        self._thread = threading.Thread(target=server.serve, name="metrics", daemon=True)
         self._thread.start()
         return self
 
@@ -95,7 +96,7 @@ class MetricsServer:
     ) -> None:
         assert self._server is not None
         assert self._thread is not None
-        self._server.shutdown()
+        self._server.stop()
         self._thread.join()
         self._server.server_close()
 
@@ -135,7 +136,28 @@ class _Server(http.server.ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.routes = routes
         self._places = threading.BoundedSemaphore(_CLIENTS_MAX)
+        self._stopping = threading.Event()
         super().__init__(address, _Handler)
+
+    def serve(self) -> None:
+        """Until stop. serve_forever would wake twice a second for nothing, and take as long to end."""
+        while not self._stopping.is_set():
+            try:
+                request, client = self.get_request()
+            except OSError:
+                # Stopped, a client that has left already, or no file descriptor free: that may take a while.
+                self._stopping.wait(_PAUSE_SECONDS)
+                continue
+            try:
+                self.process_request(request, client)
+            except RuntimeError:
+                _log.exception("no thread can be started for a metrics client")
+                self._places.release()
+                self.shutdown_request(request)
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self.socket.shutdown(socket.SHUT_RDWR)
 
     def process_request(self, request: socket.socket | tuple[bytes, socket.socket], client: object) -> None:
         assert isinstance(request, socket.socket)

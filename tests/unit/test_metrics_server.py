@@ -177,6 +177,21 @@ def test_more_clients_than_there_are_places_are_told_to_come_later(wait_until: W
         assert wait_until(lambda: ask(server, "/livez")[0] == 200)
 
 
+def test_without_a_thread_for_a_client_the_next_is_served_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_thread(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with serving() as server:
+        for _ in range(server_module._CLIENTS_MAX + 1):
+            with monkeypatch.context() as patch:
+                patch.setattr(server_module.http.server.ThreadingHTTPServer, "process_request", no_thread)
+                assert send(server, b"") == b""
+        assert ask(server, "/livez")[0] == 200
+    assert "no thread can be started" in caplog.text
+
+
 def test_a_silent_client_is_dropped_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module._Handler, "timeout", 0.05)
     with (
