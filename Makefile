@@ -68,5 +68,6 @@ wheelhouse: setup ## wheels for CPython 3.11 and 3.13, to set up elsewhere witho
 	@deploy/make-wheelhouse.sh wheelhouse
 
 clean: ## remove what make made in this folder
-	@rm -rf .venv .cache build dist wheelhouse *.egg-info .mypy_cache .ruff_cache .hypothesis
+	@if [ -L .venv ]; then rm .venv; fi
+	@rm -rf .cache build dist wheelhouse *.egg-info .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
