@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
+from typing import ParamSpec, TypeVar
 
 from driver.pb.nri.v1 import api_pb2 as pb
 from kndsim import netns, runtime_cdi
@@ -43,6 +44,10 @@ __all__ = [
     "SimSandbox",
     "StopFailed",
 ]
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -149,7 +154,7 @@ class Runtime:
         record = _Pod(SimSandbox(id=sandbox_id, pod=pod, netns_path=path, pid=0))
         self._pods[sandbox_id] = record
         try:
-            await asyncio.to_thread(self._start_sandbox, record)
+            await _to_its_end(self._start_sandbox, record)
         except OSError:
             await self._forget(record)
             raise
@@ -168,9 +173,9 @@ class Runtime:
         record = self._pods.get(sandbox.id)
         if record is None:
             return
-        await asyncio.to_thread(self._end_processes, record)
+        await _to_its_end(self._end_processes, record)
         if self.mode is RuntimeMode.CRIO:
-            await asyncio.to_thread(self._delete_netns, record)
+            await _to_its_end(self._delete_netns, record)
             hook = await self._send(record, pb.STOP_POD_SANDBOX)
             if hook.outcome is HookOutcome.ERROR:
                 raise StopFailed(f"stop of sandbox {sandbox.id} failed: {hook.detail}")
@@ -179,7 +184,7 @@ class Runtime:
         if record.ran and not record.stopped:
             record.stopped = True
             await self._send(record, pb.STOP_POD_SANDBOX)
-        await asyncio.to_thread(self._delete_netns, record)
+        await _to_its_end(self._delete_netns, record)
 
     async def remove_pod(self, sandbox: SimSandbox) -> None:
         """CRI RemovePodSandbox, which stops first. Quiet for a sandbox that is not there."""
@@ -196,7 +201,7 @@ class Runtime:
         """The sandbox dies by itself; its netns stays until stop_pod."""
         pause = self._pods[sandbox.id].pause
         if pause is not None:
-            await asyncio.to_thread(pause.end)
+            await _to_its_end(pause.end)
 
     async def restart(self) -> None:
         """The runtime is restarted: plugins lose their connection, the socket is a new one, pods run on.
@@ -229,22 +234,13 @@ class Runtime:
         if hook.outcome is HookOutcome.ERROR:
             raise ContainerFailed("CreateContainerError", hook.detail)
         try:
-            edits = await asyncio.to_thread(runtime_cdi.inject, self.root / "var/run/cdi", cdi_ids)
+            edits = await _to_its_end(runtime_cdi.inject, self.root / "var/run/cdi", cdi_ids)
         except runtime_cdi.InjectionFailed as error:
             raise ContainerFailed("CreateContainerError", str(error)) from error
-        process = await asyncio.to_thread(PodProcess, record.sandbox.netns_path, command, edits.env)
-        container = SimContainer(
-            id=container_id,
-            name=name,
-            sandbox=sandbox.id,
-            pid=process.pid,
-            env=edits.env,
-            devices=edits.devices,
-        )
-        record.containers[container_id] = (container, process)
+        container = await _to_its_end(self._start_container, record, message, command, edits)
         bundle = self.root / f"run/containers/{container_id}"
         try:
-            await asyncio.to_thread(runtime_cdi.run_hooks, edits.hooks, container_id, process.pid, bundle)
+            await _to_its_end(runtime_cdi.run_hooks, edits.hooks, container_id, container.pid, bundle)
         except runtime_cdi.HookFailed as error:
             await self.stop_container(container)
             raise ContainerFailed("StartError", str(error)) from error
@@ -255,7 +251,7 @@ class Runtime:
         record = self._pods.get(container.sandbox)
         entry = record.containers.pop(container.id, None) if record is not None else None
         if entry is not None:
-            await asyncio.to_thread(entry[1].end)
+            await _to_its_end(entry[1].end)
 
     # --- events by hand -----------------------------------------------------------------------------
 
@@ -327,14 +323,30 @@ class Runtime:
             record.pause = PodProcess(path)
             record.sandbox = replace(record.sandbox, pid=record.pause.pid)
 
+    @staticmethod
+    def _start_container(
+        record: _Pod, message: pb.Container, command: Sequence[str], edits: runtime_cdi.Injection
+    ) -> SimContainer:
+        process = PodProcess(record.sandbox.netns_path, command, edits.env)
+        container = SimContainer(
+            id=message.id,
+            name=message.name,
+            sandbox=message.pod_sandbox_id,
+            pid=process.pid,
+            env=edits.env,
+            devices=edits.devices,
+        )
+        record.containers[container.id] = (container, process)
+        return container
+
     async def _forget(self, record: _Pod) -> None:
-        await asyncio.to_thread(self._end_processes, record)
-        await asyncio.to_thread(self._delete_netns, record)
+        await _to_its_end(self._end_processes, record)
+        await _to_its_end(self._delete_netns, record)
         self._pods.pop(record.sandbox.id, None)
 
     @staticmethod
     def _end_processes(record: _Pod) -> None:
-        for _, process in record.containers.values():
+        for _, process in list(record.containers.values()):
             process.end()
         record.containers.clear()
         if record.pause is not None:
@@ -345,3 +357,14 @@ class Runtime:
         if not record.netns_deleted and record.sandbox.netns_path is not None:
             netns.delete_netns(record.sandbox.netns_path)
         record.netns_deleted = True
+
+
+async def _to_its_end(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """work's result from a thread. Cancelled: still waits for the thread, so that whatever it makes is on
+    record before anyone cleans up."""
+    running = asyncio.ensure_future(asyncio.to_thread(work, *args, **kwargs))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait({running})
+        raise
