@@ -140,8 +140,12 @@ def test_a_thread_whose_setns_only_pretends_opens_nothing(
             return 0
 
     monkeypatch.setattr("hw.netns._libc", Pretending())
+    called: list[int] = []
+    with pytest.raises(BadNetns, match="did not take effect"):
+        run_in(pod, lambda: called.append(1))
     with pytest.raises(BadNetns):
         LinkSocket(pod)
+    assert called == []
 
 
 def test_a_pod_that_is_gone_or_is_the_host_gives_no_handle(tmp_path: Path) -> None:

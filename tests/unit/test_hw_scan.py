@@ -329,6 +329,18 @@ def test_a_veth_whose_peer_is_an_uplink_of_this_namespace_is_withheld() -> None:
     assert reserved(links, NOTHING) == {}
 
 
+def test_what_hangs_on_an_uplinks_lower_device_is_withheld_too() -> None:
+    links = [
+        link(2, "eth0"),
+        link(3, "mv1", kind="macvlan", peer=IfIndex(2)),
+        link(4, "mv2", kind="macvlan", peer=IfIndex(2)),
+        link(5, "eth1"),
+    ]
+    found = reserved(links, Uplinks(routes=frozenset({IfIndex(3)})))
+    assert set(found) == {2, 3, 4}
+    assert "eth0" in found[IfIndex(4)]
+
+
 def test_loopback_does_not_spread_and_odd_references_do_no_harm() -> None:
     links = [
         link(1, "lo", link_type=772),

@@ -143,8 +143,10 @@ def test_a_full_device_keeps_to_the_limit_and_says_what_it_left_out() -> None:
 
 
 def test_policy_has_six_places_and_cannot_overrule_what_was_read() -> None:
-    extra: dict[str, AttributeValue] = {f"site/{n}": n for n in range(7)}
-    extra |= {"kind": "forged", "vendor": "forged", "resource.kubernetes.io/pciBusID": "forged"}
+    extra: dict[str, AttributeValue] = dict.fromkeys(
+        ("kind", "vendor", "firmware", "resource.kubernetes.io/pciBusID"), "forged"
+    )
+    extra |= {f"site/{n}": n for n in range(7)}
     inventory = build([FULL], Policy(attributes=extra))
     device = only(inventory)
     assert [key for key in device.attributes if key.startswith("site/")] == [f"site/{n}" for n in range(6)]
