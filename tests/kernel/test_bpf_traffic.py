@@ -286,23 +286,39 @@ def test_the_inner_of_two_tags_is_passed_over(wire: Wire) -> None:
         assert (cell.bytes, cell.packets) == (4 * len(frame), 4)
 
 
-def test_a_tag_that_goes_out_beside_the_frame_is_counted(wire: Wire) -> None:
-    """As a VLAN device does it: here a program in front of ours sets the tag."""
-    skb, proto, tag = 1, 2, 3
+@pytest.fixture
+def tagger(wire: Wire) -> Iterator[None]:
+    """As a VLAN device does it, the tag goes out beside the frame: a program in front of ours sets it."""
+    proto, tag = 2, 3
     code = struct.pack("=BBhi", 0xB7, proto, 0, socket.htons(f.CTAG))
     code += struct.pack("=BBhi", 0xB7, tag, 0, f.tci(6))
     code += struct.pack("=BBhi", 0x85, 0, 0, _BPF_FUNC_SKB_VLAN_PUSH)
     code += struct.pack("=BBhiBBhi", 0xB7, 0, 0, -1, 0x95, 0, 0, 0)
-    assert skb == 1, "the packet is in that register already"
-    hook = sys.AttachType.TCX_EGRESS
     with (
-        sys.prog_load(sys.ProgramType.SCHED_CLS, code, name="tagger") as tagger,
-        sys.link_create(tagger, wire.device, hook, flags=sys.BPF_F_BEFORE),
-        Sender(wire.pod, "kdev") as sender,
+        sys.prog_load(sys.ProgramType.SCHED_CLS, code, name="tagger") as program,
+        sys.link_create(program, wire.device, sys.AttachType.TCX_EGRESS, flags=sys.BPF_F_BEFORE),
     ):
+        yield
+
+
+@pytest.mark.usefixtures("tagger")
+def test_a_tag_that_goes_out_beside_the_frame_is_counted(wire: Wire) -> None:
+    with Sender(wire.pod, "kdev") as sender:
         sender.send(ROCE_FRAME, 4)
     cell = wire.settled(direction=0, packets=4, traffic_class=6, kind=ROCE)
     assert (cell.bytes, cell.packets) == (4 * (len(ROCE_FRAME) + 4), 4)
+
+
+@pytest.mark.usefixtures("tagger")
+def test_a_tag_beside_the_frame_is_counted_for_every_segment(wire: Wire) -> None:
+    def send() -> None:
+        with udp_socket(NOBODY, 4791, 0) as made:
+            made.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 999)
+            made.send(bytes(10_000))
+
+    wire.pod.run(send)
+    cell = wire.settled(direction=0, packets=11, traffic_class=6, kind=ROCE)
+    assert (cell.packets, cell.bytes) == (11, 10_000 + 11 * (14 + 4 + 20 + 8))
 
 
 # --- many at once -----------------------------------------------------------------------------------

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,6 +101,16 @@ def test_changed_source_or_header_or_compiler_is_compiled_anew_and_the_old_file_
     assert len(compiles) == 5
 
 
+def test_a_file_that_says_it_is_of_another_source_is_not_used(
+    tmp_path: Path, compiled: CompiledPrograms, compiles: list[list[str]]
+) -> None:
+    cache_in(tmp_path).ensure()
+    for other in (replace(compiled, source_key="0" * 64), replace(compiled, compiler="0")):
+        the_file(tmp_path).write_text(other.dump())
+        assert cache_in(tmp_path).ensure() == compiled
+    assert len(compiles) == 3
+
+
 def test_agents_that_start_together_all_get_programs_and_leave_one_file(
     tmp_path: Path, compiled: CompiledPrograms
 ) -> None:
@@ -135,8 +145,7 @@ def test_prebuilt_programs_of_another_source_are_not_used(
     tmp_path: Path, compiled: CompiledPrograms, compiles: list[list[str]]
 ) -> None:
     (tmp_path / "prebuilt").mkdir()
-    body = json.loads(compiled.dump())["body"]
-    other = CompiledPrograms(source_key="0" * 64, compiler=body["compiler"], programs=compiled.programs)
+    other = replace(compiled, source_key="0" * 64)
     (tmp_path / "prebuilt" / PREBUILT_NAME).write_text(other.dump())
     assert cache_in(tmp_path).ensure() == compiled
     assert len(compiles) == 1
