@@ -129,7 +129,8 @@ def _xdp_links(ifindex: int) -> dict[sys.ProgramId, tuple[sys.LinkId, ...]]:
             with sys.link_get_fd_by_id(number) as link:
                 info = sys.link_info(link)
         except CallRefused as error:
-            if error.errno != errno.ENOENT:
+            # Gone, or not made yet.
+            if error.errno not in (errno.ENOENT, errno.EAGAIN):
                 raise
         else:
             if info.type == sys.LinkType.XDP and info.ifindex == ifindex:

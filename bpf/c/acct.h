@@ -131,7 +131,7 @@ DEFINE_FETCH(fetch_ipv4, struct ipv4_start)
 DEFINE_FETCH(fetch_ipv6, struct ipv6_start)
 
 /* The value, but as one that the verifier does not know: else it would follow each combination of header
- * lengths to the end by itself, and loading would take thirty times as long. */
+ * lengths to the end by itself, and loading would take many times as long. */
 INLINE u32 unknown(const struct __sk_buff *skb, u32 value, u32 mask)
 {
 	u32 length = skb->len, same = length;
@@ -254,14 +254,10 @@ INLINE void dissect(struct __sk_buff *skb, struct frame *f)
 
 	f->at = unknown(skb, f->at, 0xff);
 	f->tagged = unknown(skb, f->tagged, 1);
-	f->pcp = unknown(skb, f->pcp, 7);
-	f->beside = unknown(skb, f->beside, 7);
 	if (type == ETHERTYPE_IPV4)
 		proto = ipv4(skb, f);
 	else if (type == ETHERTYPE_IPV6)
 		proto = ipv6(skb, f);
-	f->at = unknown(skb, f->at, 0x7fff);
-	f->pseudo = unknown(skb, f->pseudo, 0xfff);
 	if (proto != PROTO_UNREADABLE)
 		transport(skb, f, proto);
 }

@@ -321,6 +321,40 @@ def test_a_tag_beside_the_frame_is_counted_for_every_segment(wire: Wire) -> None
     assert (cell.packets, cell.bytes) == (11, 10_000 + 11 * (14 + 4 + 20 + 8))
 
 
+def test_the_same_programs_count_as_clsact_filters(wire: Wire) -> None:
+    """For kernels without tcx: netlink takes the descriptor, which is closed afterwards."""
+    slot = Slot(3)
+    with netns() as pod:
+        wire.pod.netlink(lambda ipr: ipr.link("set", index=wire.device, net_ns_fd=pod.fd))
+
+        def attach(ipr: IPRoute) -> None:
+            ipr.tc("add", "clsact", index=wire.device)
+            for direction, parent in enumerate((0xFFFFFFF3, 0xFFFFFFF2)):
+                with wire.accounting.load(slot, direction) as program:
+                    ipr.tc(
+                        "add-filter",
+                        "bpf",
+                        index=wire.device,
+                        fd=program.fd,
+                        name="knd",
+                        parent=parent,
+                        classid=0x10001,
+                        direct_action=True,
+                        handle=1,
+                    )
+            ipr.link("set", index=wire.device, state="up")
+
+        pod.netlink(attach)
+        for where, name in ((pod, "kdev"), (wire.peer, "kwire")):
+            with Sender(where, name) as sender:
+                sender.send(ROCE_FRAME, 4)
+        wire.settled(direction=1, packets=4, traffic_class=3, kind=ROCE)
+        want = [Cell(way, 3, ROCE, 4 * len(ROCE_FRAME), 4) for way in (0, 1)]
+        for where in (SLOT, slot):
+            cells = [cell for cell in wire.accounting.read(where) if cell.kind is ROCE]
+            assert cells == want, "tcx and clsact side by side see the same, and neither swallows a frame"
+
+
 # --- many at once -----------------------------------------------------------------------------------
 
 
