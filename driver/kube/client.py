@@ -32,6 +32,8 @@ MERGE = "application/merge-patch+json"
 JSON = "application/json"
 USER_AGENT = "knd"
 CHUNK = 1 << 16
+CONNECTIONS = 16
+"""Kept open at most: more than the threads that use them."""
 _NO_NAMES = {"", ".", ".."}
 """What would make a request be about something else: the collection, or the folder above."""
 _DELETE_OPTIONS = {"apiVersion": "v1", "kind": "DeleteOptions"}
@@ -380,6 +382,7 @@ def connect(kubeconfig: Path | None, limits: Limits | None = None) -> ApiClient:
         raise Unavailable("connect", 0, _advice(kubeconfig, error)) from error
     configuration.retries = False  # retry.py decides
     configuration.keep_alive = True
+    configuration.connection_pool_maxsize = CONNECTIONS
     return ApiClient(configuration, RESTClientObject(configuration), limits or Limits())
 
 

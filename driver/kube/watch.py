@@ -17,7 +17,7 @@ from typing import Generic, Protocol, TypeVar
 
 from driver.errors import DriverError
 from driver.kube.client import ApiClient, Resource, WatchStream
-from driver.kube.failures import Gone, Throttled, Unavailable
+from driver.kube.failures import Gone, NotFound, Throttled, Unavailable
 from driver.kube.retry import BackOff, wait_after
 from driver.kube.wire import JsonObject, Malformed, child, needed_text, number, text
 
@@ -28,6 +28,9 @@ T_contra = TypeVar("T_contra", contravariant=True)
 
 HEALTHY_SECONDS = 5.0
 """A watch that lived so long clears the back-off."""
+
+
+UNSERVED = " (resource.k8s.io/v1 needs Kubernetes 1.34 or later)"
 
 
 class Change(enum.StrEnum):
@@ -167,9 +170,10 @@ class ListWatch(Generic[T]):
 
     def _pause_after(self, failure: DriverError, attempt: int) -> float:
         """Seconds. A broken connection goes on from the last event, an expired one from a new list."""
-        if str(failure) != self.error:
-            log.warning("%s", failure)
-        self.error = str(failure)
+        sentence = f"{failure}{UNSERVED if isinstance(failure, NotFound) else ''}"
+        if sentence != self.error:
+            log.warning("%s", sentence)
+        self.error = sentence
         if isinstance(failure, (Gone, Malformed)):
             self._version = ""
             if attempt == 1:

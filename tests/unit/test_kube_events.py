@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,8 @@ def test_equal_events_are_one_with_a_count_written_seldom(setting: Setting, wait
     assert len(setting.api.writes()) <= 2
     setting.sink.emit(event())
     wait_until(lambda: setting.api.events()[0]["count"] == 501)
+    times = [request.at for request in setting.api.writes()]
+    assert all(later - earlier >= 0.2 for earlier, later in pairwise(times))
 
 
 def test_different_events_have_a_bounded_rate_and_the_rest_is_counted(

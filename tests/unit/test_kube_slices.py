@@ -6,7 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from tests.unit.kube_support import (
     FAST,
     FAST_PACE,
     NODE,
+    QUICK,
     client_of,
     offered,
     offered_many,
@@ -32,6 +33,8 @@ from tests.unit.kube_support import (
 )
 
 SLICES = "resourceslices"
+PATIENT = replace(QUICK, silence=60.0)
+"""So that a watch which hangs does not mend by itself what another part should."""
 TAINT = Taint(key="knd.internal/link-down")
 
 
@@ -71,7 +74,7 @@ class Setting:
 
 @pytest.fixture
 def setting(tmp_path: Path) -> Iterator[Setting]:
-    with SimApi() as api, client_of(api, tmp_path) as client:
+    with SimApi() as api, client_of(api, tmp_path, PATIENT) as client:
         yield Setting(api, client, api.add_node(NODE))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from driver.kube.watch import ListWatch
 from driver.kube.wire import JsonObject, Malformed
 from kndsim.api import SimApi
 from tests.conftest import WaitUntil
-from tests.unit.kube_support import FAST, Recorder, client_of, rate, running
+from tests.unit.kube_support import FAST, QUICK, Recorder, client_of, rate, running
 
 
 @pytest.fixture
@@ -140,6 +141,20 @@ def test_bookmarks_keep_an_idle_watch_alive_and_its_version_fresh(
         assert len(api.requests("list")) == 1
 
 
+def test_a_watch_may_be_silent_for_longer_than_an_answer_may_take(
+    tmp_path: Path, wait_until: WaitUntil
+) -> None:
+    limits = replace(QUICK, read=0.2, silence=10.0)
+    with SimApi(bookmark_seconds=0.8) as api, client_of(api, tmp_path, limits) as client:
+        recorder = Recorder()
+        watch = watch_of(client, recorder)
+        with running(watch):
+            wait_until(lambda: api.requests("watch"))
+            api.add_pod("d", "other", node="m")
+            wait_until(lambda: watch._version == str(api.store.version), what="a bookmark has come")
+        assert len(api.requests("watch")) == 1
+
+
 @pytest.mark.parametrize("verb", ["list", "watch"])
 def test_a_storm_of_errors_meets_a_bounded_rate(
     api: SimApi, client: ApiClient, wait_until: WaitUntil, verb: str
@@ -239,4 +254,14 @@ def test_without_a_configuration_it_waits_and_starts_when_there_is_one(
     watch = ListWatch(late, Resource.PODS, "spec.nodeName=n", name_of, recorder, back_off=FAST)
     with running(watch):
         wait_until(lambda: recorder.lists)
+        wait_until(lambda: not watch.error)
+
+
+def test_a_server_too_old_for_the_api_is_told_from_one_that_is_away(
+    api: SimApi, client: ApiClient, wait_until: WaitUntil
+) -> None:
+    api.fail(404, times=1, verb="list", message="the server could not find the requested resource")
+    watch = watch_of(client, Recorder())
+    with running(watch):
+        wait_until(lambda: "needs Kubernetes 1.34" in watch.error)
         wait_until(lambda: not watch.error)
