@@ -89,7 +89,7 @@ class Journal:
     """Made by open(); a context manager that closes the file.
 
     Writers raise JournalWriteFailed when the disk does not take the change; nothing has changed then.
-    They block for the commit: call them from worker threads. state() never blocks.
+    They block for the commit: call them from worker threads.
     """
 
     def __init__(self, path: Path, mirror: Mirror, opened: Opened, boot_id: BootId) -> None:
@@ -103,7 +103,7 @@ class Journal:
         self._batch: _Batch | None = None
         self._meta = contents.meta
         self._records = {(record.kind, record.key): (record, value) for record, value in contents.records}
-        self._state = self._new_state()
+        self._state: JournalState | None = None
         self._mirror_problem = ""
         if not opened.mirrored:
             self._replace_mirror()
@@ -132,8 +132,18 @@ class Journal:
     # --- reading --------------------------------------------------------------------------------------
 
     def state(self) -> JournalState:
-        """As of the last commit, this thread's open transaction not included. Never blocks."""
-        return self._state
+        """As of the last commit, this thread's open transaction not included.
+
+        Waits for a commit that is under way; the same object until the next one.
+        """
+        with self._lock:
+            if self._state is None:
+                self._state = collect(
+                    tuple(value for _, value in self._records.values()),
+                    boot_changed=self._meta.boot != self._boot_id,
+                    recovery=self._meta.recovery,
+                )
+            return self._state
 
     def steps(self, owner: str) -> tuple[StepRecord, ...]:
         """The owner's steps of its latest generation, in the order they were begun."""
@@ -257,7 +267,7 @@ class Journal:
         if records_changed:
             self._meta = meta
             self._remember(batch.changes)
-            self._state = self._new_state()
+            self._state = None
             self._follow(batch.changes)
 
     def _remember(self, changes: list[_Change]) -> None:
@@ -299,7 +309,7 @@ class Journal:
         with self._writing(durable=True):
             write_meta(self._connection, meta)
         self._meta = meta
-        self._state = self._new_state()
+        self._state = None
         self._replace_mirror()
 
     @contextlib.contextmanager
@@ -311,13 +321,6 @@ class Journal:
             raise JournalWriteFailed(
                 f"the journal {self._path} did not take a change: {database.explain(error)}"
             ) from error
-
-    def _new_state(self) -> JournalState:
-        return collect(
-            tuple(value for _, value in self._records.values()),
-            boot_changed=self._meta.boot != self._boot_id,
-            recovery=self._meta.recovery,
-        )
 
 
 def _write(connection: sqlite3.Connection, change: _Change) -> None:

@@ -9,7 +9,7 @@ import sqlite3
 import stat
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -181,6 +181,7 @@ def test_a_nested_transaction_joins_and_a_failed_one_takes_back_only_its_own(jou
             put_and_fail(journal, 2)
         with journal.transaction():
             journal.put_attachment(attachment(3))
+        assert journal.state().attachments == ()
     assert set(journal.state().attachments) == {attachment(1), attachment(3)}
 
 
@@ -223,6 +224,36 @@ def test_threads_do_not_mix_their_transactions(journal: Journal, path: Path) -> 
     assert len(journal.state().attachments) == len(journal.state().preparations) == 80
     with Journal.open_read_only(path) as reader:
         assert same(reader.state(), journal.state())
+
+
+def test_only_durable_commits_wait_for_the_disk(journal: Journal) -> None:
+    spoken: list[str] = []
+    journal._connection.set_trace_callback(spoken.append)
+
+    def flushed(write: Callable[[], None]) -> bool:
+        spoken.clear()
+        write()
+        begun = spoken.index("BEGIN IMMEDIATE")
+        assert spoken[begun:].count("COMMIT") == 1
+        return (
+            "PRAGMA synchronous = FULL" in spoken[:begun] and "PRAGMA synchronous = NORMAL" in spoken[begun:]
+        )
+
+    def grouped() -> None:
+        with journal.transaction():
+            journal.put_attachment(attachment(1))
+            journal.put_preparation(preparation(1), durable=True)
+
+    def grouped_durably() -> None:
+        with journal.transaction(durable=True):
+            journal.put_attachment(attachment(1))
+
+    assert not flushed(lambda: journal.put_preparation(preparation(1)))
+    assert flushed(lambda: journal.put_preparation(preparation(1), durable=True))
+    assert not flushed(lambda: journal.put_attachment(attachment(1)))
+    assert flushed(grouped)
+    assert flushed(grouped_durably)
+    assert flushed(journal.recovery_done)
 
 
 # --- steps --------------------------------------------------------------------------------------------

@@ -142,10 +142,10 @@ def test_a_renamed_class_keeps_what_it_had_under_its_old_name(ledger: Ledger) ->
     ledger.begin(owner(1))
     note(ledger, 1.0, cell(10), cell(4, traffic_class=1))
     fold(ledger, 9.0, cell(15), cell(4, traffic_class=1), names=("gold", "bulk"))
-    assert {(row.class_index, row.class_name): row.packets for row in ledger.usage()} == {
-        (0, "best-effort"): 10,
-        (0, "gold"): 5,
-        (1, "bulk"): 4,
+    assert {(r.class_index, r.class_name): (r.bytes, r.packets) for r in ledger.usage()} == {
+        (0, "best-effort"): (1000, 10),
+        (0, "gold"): (500, 5),
+        (1, "bulk"): (400, 4),
     }
     assert ledger.gaps() == ()
 

@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
 
 from driver.metrics import Metrics, PodSample, ScrapeFailed
-from driver.metrics.exposition import SingleFlight
+from driver.metrics.exposition import PodExposition, SingleFlight
 
 WaitUntil = Callable[..., object]
 
@@ -81,6 +81,13 @@ def test_series_follow_their_totals_and_go_with_their_pod() -> None:
     assert parsed(text)["knd_pod_network_packets_total", tuple(sorted({**LABELS, "pod": "b"}.items()))] == 3
     now = []
     assert b"knd_pod_network" not in metrics.scrape()
+
+
+def test_nothing_is_kept_of_pods_that_are_gone() -> None:
+    exposition = PodExposition()
+    for number in range(50):
+        exposition.render([sample(f"pod-{number}"), sample("stays")])
+    assert len(exposition._labels) == 2
 
 
 def test_a_series_that_comes_twice_is_written_once_with_the_later_total() -> None:

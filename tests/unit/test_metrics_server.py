@@ -193,6 +193,7 @@ def test_without_a_thread_for_a_client_the_next_is_served_all_the_same(
 
 
 def test_a_silent_client_is_dropped_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0 < server_module._Handler.timeout <= 10
     monkeypatch.setattr(server_module._Handler, "timeout", 0.05)
     with (
         serving() as server,
