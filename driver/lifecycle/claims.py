@@ -200,6 +200,7 @@ class Claims:
             problems = context.engine.bring_home(plan.unprepare(leaving), target)
         if problems:
             context.book.quarantine(leaving.key.device, str(problems[-1].error), context.clock.wall())
+        context.devices.see_home(leaving.key.device)
         context.book.close_preparation(leaving)
 
     def _answer(self, preparations: Sequence[Preparation]) -> tuple[PreparedDevice, ...]:

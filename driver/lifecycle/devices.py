@@ -66,6 +66,13 @@ class Devices:
             self._by_index = {d.ifindex: d for d in new.by_name.values() if d.ifindex is not None}
             return inventory.diff(old, new)
 
+    def see_home(self, name: DeviceName) -> None:
+        """Look again if the picture does not have the device at home: it is from while a pod had it, and to
+        offer by it would withdraw a device that is back."""
+        device = self.get(name)
+        if device is None or device.ifindex is None:
+            self.rescan()
+
     def look(self, changed: frozenset[IfIndex], away: Mapping[DeviceName, Identity]) -> Look:
         """What changed links mean. Most link events of a node are the CNI's veths coming and going, and
         our own moves: one of those costs one look-up each, however many devices there are, and no scan.
