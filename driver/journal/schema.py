@@ -108,10 +108,14 @@ def put_record(connection: sqlite3.Connection, record: Record) -> None:
 
 
 def read_steps(connection: sqlite3.Connection, owner: str) -> tuple[StepRecord, ...]:
+    """In the order they were begun; Damaged if one makes no sense."""
     rows = connection.execute(
         "SELECT generation, step, phase FROM steps WHERE owner = ? ORDER BY seq", (owner,)
     ).fetchall()
-    return tuple(
-        StepRecord(owner=owner, generation=generation, step=step, phase=StepPhase(phase))
-        for generation, step, phase in rows
-    )
+    try:
+        return tuple(
+            StepRecord(owner=owner, generation=generation, step=step, phase=StepPhase(phase))
+            for generation, step, phase in rows
+        )
+    except ValueError as error:
+        raise database.Damaged(f"has a step of {owner} that cannot be read: {error}") from error

@@ -146,10 +146,12 @@ class Journal:
             return self._state
 
     def steps(self, owner: str) -> tuple[StepRecord, ...]:
-        """The owner's steps of its latest generation, in the order they were begun."""
+        """The owner's steps of its latest generation, in the order they were begun. JournalUnusable."""
         with self._lock:
             try:
                 return read_steps(self._connection, owner)
+            except database.Damaged as error:
+                raise JournalUnusable(f"the journal {self._path} {error}") from error
             except sqlite3.Error as error:
                 raise JournalUnusable(
                     f"the journal {self._path} cannot be read: {database.explain(error)}"

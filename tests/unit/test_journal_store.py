@@ -296,6 +296,15 @@ def test_steps_go_with_their_record_and_no_other(path: Path, mirror: Path) -> No
         assert [len(journal.steps(owner)) for owner in owners] == [0, 1, 1, 0]
 
 
+def test_a_step_that_makes_no_sense_is_a_sentence(journal: Journal, path: Path) -> None:
+    journal.step("owner", 1, "move", StepPhase.INTENT)
+    journal._connection.execute("UPDATE steps SET phase = 'half'")
+    with pytest.raises(JournalUnusable, match="step of owner"):
+        journal.steps("owner")
+    with Journal.open_read_only(path) as reader, pytest.raises(JournalUnusable, match="step of owner"):
+        reader.steps("owner")
+
+
 # --- disks that do not take it ------------------------------------------------------------------------
 
 
