@@ -10,6 +10,7 @@ import asyncio
 import errno
 import logging
 import uuid
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,9 +40,12 @@ log = logging.getLogger(__name__)
 
 LOOK_UP_LIMIT = 0.5
 """Seconds that a hook waits for the API server to say what an unknown pod is."""
+DEVICE_IN_USE = "DeviceInUse"
 HOST_NETWORK = "a pod on the host's network cannot be given a network device"
 STOP_LIMIT = 0.45
 """Seconds after which StopPodSandbox is answered; the rest follows."""
+ENDED_MAX = 4096
+"""Stopped sandboxes remembered: an event that comes later than so many others would be acted on."""
 LASTING_ERRNOS = frozenset({errno.EEXIST, errno.EINVAL, errno.EOPNOTSUPP, errno.ERANGE, errno.EADDRNOTAVAIL})
 """What a kernel says to a request that it will refuse again: a name taken in the pod, an MTU too large."""
 
@@ -52,6 +56,19 @@ class Belonging:
 
     preparations: tuple[Preparation, ...]
     open: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TurnedAway:
+    """A living sandbox that was not given its devices, and why."""
+
+    sandbox: Sandbox
+    refusal: Refusal
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether the reason goes away when another pod ends."""
+        return self.refusal.reason == DEVICE_IN_USE
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +95,13 @@ class Sandboxes:
         self._homecoming = homecoming
         self._gate = gate
         self._usage = usage
-        self._refused: dict[SandboxId, Refusal] = {}
-        self._under_way: dict[SandboxId, UnderWay] = {}
+        self._refused: dict[SandboxId, TurnedAway] = {}
+        self._under_way: dict[SandboxId, list[UnderWay]] = {}
+        self._ended: OrderedDict[SandboxId, None] = OrderedDict()
         self._late: dict[SandboxId, asyncio.Task[None]] = {}
         self._late_lane = asyncio.Semaphore(2)
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._closed = False
 
     # --- hooks --------------------------------------------------------------------------------------
 
@@ -100,12 +120,12 @@ class Sandboxes:
             )
         if not belonging.preparations or self.is_attached(sandbox, belonging.preparations):
             return
-        refusal = self._refused.get(sandbox.id)
-        if refusal is not None:
-            raise refusal
         if sandbox.netns_path is None:
-            raise Refusal("HostNetwork", HOST_NETWORK)
+            self._refuse(sandbox, Refusal("HostNetwork", HOST_NETWORK))
         self.attach_late(sandbox)
+        refused = self._refused.get(sandbox.id)
+        if refused is not None:
+            raise refused.refusal
         raise NotNow(
             f"container {container}: pod {sandbox.pod.name} has not been given its network devices yet"
         )
@@ -115,7 +135,6 @@ class Sandboxes:
 
     async def remove_sandbox(self, sandbox: Sandbox, deadline: float) -> None:
         await self._leave(sandbox.id, deadline)
-        self._refused.pop(sandbox.id, None)
 
     # --- what reconcile uses -------------------------------------------------------------------------
 
@@ -137,8 +156,11 @@ class Sandboxes:
         )
 
     def attach_late(self, sandbox: Sandbox) -> None:
-        """Queue an attach outside of any hook: for a sandbox that started while the agent was away."""
-        if sandbox.id in self._late or sandbox.id in self._refused or sandbox.netns_path is None:
+        """Queue an attach outside of any hook: for a sandbox that started while the agent was away, or
+        before its device was free."""
+        refused = self._refused.get(sandbox.id)
+        hopeless = sandbox.netns_path is None or (refused is not None and not refused.may_pass)
+        if hopeless or self._closed or sandbox.id in self._late or sandbox.id in self._ended:
             return
         task = asyncio.get_running_loop().create_task(self._attach_late(sandbox))
         self._late[sandbox.id] = task
@@ -149,6 +171,7 @@ class Sandboxes:
             del self._late[id]
 
     async def close(self) -> None:
+        self._closed = True
         tasks = list(self._late.values())
         for task in tasks:
             task.cancel()
@@ -169,10 +192,12 @@ class Sandboxes:
         return Belonging(mine, open=names is None and len(mine) < len(candidates))
 
     async def _attach(self, sandbox: Sandbox, preparations: Sequence[Preparation], deadline: float) -> None:
+        if sandbox.id in self._ended:
+            raise NotNow(f"sandbox {sandbox.id} has been stopped: it is given no device")
         token = Token(self._context.clock, deadline)
         devices = tuple(p.key.device for p in preparations)
         under_way = UnderWay(token, devices)
-        self._under_way[sandbox.id] = under_way
+        self._under_way.setdefault(sandbox.id, []).append(under_way)
         try:
             await self._context.workers.run_until(
                 devices,
@@ -182,8 +207,11 @@ class Sandboxes:
             )
         except Refusal as refusal:
             self._refuse(sandbox, refusal)
+        else:
+            self._refused.pop(sandbox.id, None)
         finally:
-            if self._under_way.get(sandbox.id) is under_way:
+            self._under_way[sandbox.id].remove(under_way)
+            if not self._under_way[sandbox.id]:
                 del self._under_way[sandbox.id]
         for uid in {p.key.claim_uid for p in preparations}:
             self._projections.report_claim(uid)
@@ -194,27 +222,52 @@ class Sandboxes:
             if not preparations or self.is_attached(sandbox, preparations):
                 return
             try:
+                self._gate.check_unprepare()
                 await self._attach(sandbox, preparations, self._context.clock.monotonic() + 30.0)
             except DriverError as error:
                 log.warning("late attach of pod %s: %s", sandbox.pod.name, error)
 
     async def _leave(self, id: SandboxId, deadline: float) -> None:
-        under_way = self._under_way.get(id)
-        if under_way is not None:
-            under_way.token.revoke()
+        self._end(id)
+        under_way = tuple(self._under_way.get(id, ()))
+        for each in under_way:
+            each.token.revoke()
         late = self._late.pop(id, None)
         if late is not None:
             late.cancel()
-        attachments = self._context.book.of_sandbox(id)
-        if not attachments and under_way is None:
+        devices = {a.preparation.device for a in self._context.book.of_sandbox(id)}
+        devices.update(device for each in under_way for device in each.devices)
+        if not devices:
             return
-        devices = {a.preparation.device for a in attachments}
-        devices.update(under_way.devices if under_way is not None else ())
         limit = min(deadline, self._context.clock.monotonic() + STOP_LIMIT)
-        try:
-            await self._context.workers.run_until(devices, lambda: self.bring_home(id), limit)
-        except NotNow:
+        task = asyncio.get_running_loop().create_task(self._go_home(id, devices))
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+        done, _ = await asyncio.wait({task}, timeout=max(limit - self._context.clock.monotonic(), 0.0))
+        if done:
+            task.result()
+        else:
             log.info("sandbox %s is stopping; its devices are still on their way home", id)
+
+    async def _go_home(self, id: SandboxId, devices: set[DeviceName]) -> None:
+        try:
+            await self._context.workers.run(devices, lambda: self.bring_home(id))
+        except EXPECTED as error:
+            log.error("bringing home the devices of sandbox %s: %s", id, error)
+        self._attach_who_waited()
+
+    def _end(self, id: SandboxId) -> None:
+        """An id never comes back to life: whatever still comes for it finds that it is over."""
+        self._refused.pop(id, None)
+        self._ended[id] = None
+        self._ended.move_to_end(id)
+        while len(self._ended) > ENDED_MAX:
+            self._ended.popitem(last=False)
+
+    def _attach_who_waited(self) -> None:
+        """A device came home: whoever was refused because of its holder may have it now."""
+        for refused in tuple(self._refused.values()):
+            self.attach_late(refused.sandbox)
 
     def bring_home(self, id: SandboxId) -> None:
         """In a worker: every device of one sandbox."""
@@ -223,8 +276,11 @@ class Sandboxes:
         self._projections.offer()
 
     def _refuse(self, sandbox: Sandbox, refusal: Refusal) -> None:
+        before = self._refused.get(sandbox.id)
+        if sandbox.id in self._ended or (before is not None and str(before.refusal) == str(refusal)):
+            return
         log.warning("pod %s/%s: %s", sandbox.pod.namespace, sandbox.pod.name, refusal)
-        self._refused[sandbox.id] = refusal
+        self._refused[sandbox.id] = TurnedAway(sandbox, refusal)
         self._context.telemetry.refused(refusal.reason)
         self._projections.tell_pod(sandbox.pod, refusal.reason, str(refusal))
 
@@ -235,15 +291,19 @@ class Sandboxes:
         living = [p for p in current if p is not None]
         if len(living) < len(preparations):
             raise NotNow("the claim was taken back meanwhile")
+        token.check(0.0)
         if self.is_attached(sandbox, living):
             return
-        self._make_way(sandbox, living)
+        # Opened first: a sandbox that is gone must not take the device from the one that lives.
         with self._open(sandbox) as netns:
+            self._make_way(sandbox, living)
             made: list[tuple[Attachment, Preparation]] = []
             try:
                 for preparation in living:
                     attachment = self._attach_one(sandbox, preparation, netns, token)
                     made.append((attachment, preparation))
+                # The last step may have been the one that stalled.
+                token.check(0.0)
                 self._confirm(made)
             except EXPECTED as error:
                 for attachment, preparation in reversed(made):
@@ -274,7 +334,7 @@ class Sandboxes:
                 same_pod = other.pod.uid == sandbox.pod.uid
                 if not same_pod and self._homecoming.is_alive(other):
                     raise Refusal(
-                        "DeviceInUse",
+                        DEVICE_IN_USE,
                         f"{preparation.key.device} is in pod {other.pod.namespace}/{other.pod.name}; "
                         "its claim cannot be shared",
                     )
