@@ -49,8 +49,8 @@ _REGISTRATION = registration.DESCRIPTOR.services_by_name["Registration"].full_na
 class CallFailed(Exception):
     """The RPC itself failed; the text is the one kubelet would log."""
 
-    def __init__(self, error: grpc.aio.AioRpcError) -> None:
-        super().__init__(f"rpc error: code = {error.code().name} desc = {error.details()}")
+    def __init__(self, code: str, details: str) -> None:
+        super().__init__(f"rpc error: code = {code} desc = {details}")
 
 
 class Connection:
@@ -58,6 +58,7 @@ class Connection:
 
     def __init__(self, socket: Path) -> None:
         self._channel = grpc.aio.insecure_channel(f"unix:{socket}", options=_OPTIONS)
+        self._closed = False
 
     async def __aenter__(self) -> Connection:
         return self
@@ -68,6 +69,7 @@ class Connection:
         await self.close()
 
     async def close(self) -> None:
+        self._closed = True
         await self._channel.close(None)
 
     async def dial(self, timeout: float) -> None:
@@ -80,12 +82,21 @@ class Connection:
 
     async def call(self, service: str, method: str, request: bytes, timeout: float) -> bytes:
         """Request and reply as bytes; CallFailed if there is no reply."""
+        closing = CallFailed("CANCELLED", "grpc: the client connection is closing")
+        if self._closed:
+            raise closing
         invoke = self._channel.unary_unary(f"/{service}/{method}", _same, _same)
         try:
             reply: bytes = await invoke(request, timeout=timeout)
             return reply
         except grpc.aio.AioRpcError as error:
-            raise CallFailed(error) from error
+            raise CallFailed(error.code().name, str(error.details())) from error
+        except asyncio.CancelledError:
+            # gRPC also says so of a call whose channel was closed, which cancelled nobody here.
+            task = asyncio.current_task()
+            if not self._closed or (task is not None and task.cancelling()):
+                raise
+            raise closing from None
 
     async def watch(self, changed: Callable[[bool], None]) -> None:
         """Keep the connection up and tell of every change between connected and not; never returns."""
