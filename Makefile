@@ -31,7 +31,7 @@ demo: setup ## the real agent against a simulated node: a pod gets a NIC and giv
 	@PYTHONPATH=$(SIM) $(BIN)/python -m kndsim.demo $(DEMO_ARGS)
 
 bench: setup ## the budgets, measured: prints ratios, judges nothing
-	@for script in tests/bench/[!_]*.py; do echo "== $$script"; PYTHONPATH=$(SIM) $(BIN)/python "$$script"; done
+	@for script in tests/bench/[!_]*.py; do echo "== $$script"; PYTHONPATH=.:$(SIM) $(BIN)/python "$$script"; done
 
 CHECKS := check-lint check-format check-types check-layers check-spelling check-shell check-repo
 .PHONY: $(CHECKS)
