@@ -186,7 +186,7 @@ async def watch_policy(lifecycle: Lifecycle, policy_file: PolicyFile) -> None:
         await asyncio.sleep(POLICY_EVERY)
         if policy_file.reload() is not None:
             log.info("the node policy changed")
-            await lifecycle.links_changed(None)
+            await lifecycle.policy_changed()
 
 
 @contextlib.asynccontextmanager

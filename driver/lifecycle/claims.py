@@ -37,7 +37,7 @@ from driver.model import (
     PreparationState,
     PreparedDevice,
 )
-from hw.model import LinkSettings
+from hw.model import DeviceKind, LinkSettings
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ class Claims:
         self._homecoming = homecoming
         self._gate = gate
         self._locks: dict[ClaimUid, asyncio.Lock] = {}
+        self._turn = asyncio.Lock()
 
     async def prepare(
         self, claims: Sequence[ClaimRef], deadline: float
@@ -87,12 +88,16 @@ class Claims:
         if existing:
             raise NotNow(f"claim {ref.name} is still being taken back from an earlier attempt")
         claim = await self._context.claims.read_claim(ref)
-        wanted = self._examine(claim)
-        names = [device.name for _, device, _ in wanted]
         token = Token(self._context.clock, deadline)
-        done = await self._context.workers.run_until(
-            names, lambda: self._prepare_devices(claim, wanted, token), deadline, token
-        )
+        # One claim at a time from here: two claims of one pod are checked against each other.
+        async with self._turn:
+            wanted = self._examine(claim)
+            done = await self._context.workers.run_until(
+                [device.name for _, device, _ in wanted],
+                lambda: self._prepare_devices(claim, wanted, token),
+                deadline,
+                token,
+            )
         return self._answer(done)
 
     def _examine(self, claim: Claim) -> list[tuple[AllocatedDevice, Device, NicConfig]]:
@@ -117,14 +122,22 @@ class Claims:
                 raise Refusal("NoSuchDevice", f"this node has no device {allocated.device} now")
             config = claimconfig.resolve(allocated, claim.configs, limits)
             wanted.append((allocated, device, config))
-        claimconfig.check_together(
-            [
-                (device.name, config, config.interface.name or device.settings.name)
-                for _, device, config in wanted
-                if device.settings is not None
-            ]
-        )
+        self._check_pod(claim, wanted)
         return wanted
+
+    def _check_pod(self, claim: Claim, wanted: list[tuple[AllocatedDevice, Device, NicConfig]]) -> None:
+        """ConfigError if two devices of one pod cannot stand together, of other claims of it too."""
+        together = [
+            (device.name, config, config.interface.name or device.settings.name)
+            for _, device, config in wanted
+            if device.settings is not None
+        ]
+        together += [
+            (f"{other.key.device} of claim {other.claim.name}", other.config, other.ifname)
+            for other in self._context.book.preparations()
+            if other.key.claim_uid != claim.ref.uid and other.reserved_for & claim.reserved_for
+        ]
+        claimconfig.check_together(together)
 
     def _prepare_devices(
         self, claim: Claim, wanted: list[tuple[AllocatedDevice, Device, NicConfig]], token: Token
@@ -158,6 +171,8 @@ class Claims:
             raise NotNow(f"{device.name} is withheld until it is clean: {quarantine.reason}")
         if device.withheld:
             raise Refusal("Withheld", f"{device.name} is not given away: {device.withheld}")
+        if device.kind is DeviceKind.RDMA:
+            raise Refusal("NotSupported", f"{device.name} has no netdev: this version gives netdevs only")
         if device.ifindex is None or device.settings is None:
             raise NotNow(f"{device.name} is not in the host's network namespace now")
 

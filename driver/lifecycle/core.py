@@ -20,6 +20,7 @@ from driver.lifecycle.reconcile import Reconcile
 from driver.lifecycle.sandboxes import Sandboxes
 from driver.lifecycle.usage import Usage
 from driver.model import ClaimRef, ClaimUid, PreparedDevice, Sandbox, SandboxId
+from driver.qos import class_maps
 from hw.model import IfIndex
 
 log = logging.getLogger(__name__)
@@ -113,7 +114,18 @@ class Lifecycle:
             await context.workers.run([], context.devices.rescan)
         await self._reconcile.after_change(returned)
 
+    async def policy_changed(self) -> None:
+        """Offer by the new policy, and count by its classes from now on."""
+        await self._context.workers.run([], self._set_classes)
+        await self.links_changed(None)
+
+    def _set_classes(self) -> None:
+        classes = class_maps(self._context.policy().classes)
+        self._usage.set_class_names(classes.names)
+        self._context.accounting.set_classes(classes.dscp, classes.pcp)
+
     async def _checkpoints(self) -> None:
+        await self._context.workers.run([], self._usage.prune)
         while True:
             await asyncio.sleep(CHECKPOINT_EVERY)
             await self._context.workers.run([], self._usage.checkpoint)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 from driver.execute.engine import EXPECTED
@@ -25,6 +26,7 @@ from driver.model import (
     AttachmentState,
     DeviceName,
     Preparation,
+    PreparationKey,
     PreparationState,
     Sandbox,
     SandboxId,
@@ -33,6 +35,17 @@ from driver.model import (
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listed:
+    """A sandbox of the runtime's list: its live containers, and what was attached when the list came.
+    newest: of its pod's sandboxes it is the one that may be given devices."""
+
+    sandbox: Sandbox
+    newest: bool
+    containers: tuple[str, ...]
+    attached: frozenset[PreparationKey]
 
 
 class Reconcile:
@@ -57,7 +70,7 @@ class Reconcile:
         self._gate = gate
         self._lane = asyncio.Lock()
         self._told_bare: set[tuple[SandboxId, str]] = set()
-        self._unknown: list[Sandbox] = []
+        self._listed: list[Listed] = []
 
     # --- passes -------------------------------------------------------------------------------------
 
@@ -84,8 +97,8 @@ class Reconcile:
             for attachment in attachments:
                 if attachment.sandbox not in known:
                     await self._on_device(attachment.preparation.device, self._homeward(attachment))
-            self._report_bare(sandboxes, containers)
-            self._unknown = self._newest_first(sandboxes)
+            self._listed = self._as_listed(sandboxes, containers, attachments)
+            self._told_bare &= {(each.sandbox.id, name) for each in self._listed for name in each.containers}
             self.attach_waiting()
             self._projections.offer()
 
@@ -102,15 +115,19 @@ class Reconcile:
             self._projections.offer()
 
     def attach_waiting(self) -> None:
-        """Queue an attach for every listed sandbox whose pod is known to have devices and has none."""
+        """Queue an attach for every listed sandbox whose pod is known to have devices and has none, and
+        tell what ran in it. Sandboxes of pods that are not known yet are looked at again."""
         still_unknown = []
-        for sandbox in self._unknown:
+        for listed in self._listed:
+            sandbox = listed.sandbox
             belongings = self._sandboxes.known_belongings(sandbox.pod)
-            if belongings and not self._sandboxes.is_attached(sandbox, belongings):
+            if not listed.attached.issuperset(p.key for p in belongings):
+                self._report_bare(listed)
+            if listed.newest and not self._sandboxes.is_attached(sandbox, belongings):
                 self._sandboxes.attach_late(sandbox)
-            elif self._context.pods.claims_of(sandbox.pod.uid) is None:
-                still_unknown.append(sandbox)
-        self._unknown = still_unknown
+            if self._context.pods.claims_of(sandbox.pod.uid) is None:
+                still_unknown.append(listed)
+        self._listed = still_unknown
 
     # --- parts --------------------------------------------------------------------------------------
 
@@ -123,6 +140,8 @@ class Reconcile:
         await self._in_worker(self._projections.sweep)
         await self._in_worker(self._sweep_programs)
         await self._mend_quarantined()
+        if self._journal.state().boot_changed:
+            await self._in_worker(self._journal.boot_done)
         self._gate.settled = True
         self._projections.offer()
 
@@ -220,22 +239,38 @@ class Reconcile:
                 if not self._context.book.attachments_of(preparation.key):
                     await self._on_device(device, self._resume_preparation(preparation))
 
-    def _report_bare(
-        self, sandboxes: Sequence[Sandbox], containers: Mapping[SandboxId, Sequence[str]]
-    ) -> None:
-        for sandbox in sandboxes:
-            belongings = self._sandboxes.known_belongings(sandbox.pod)
-            if not belongings or self._sandboxes.is_attached(sandbox, belongings):
-                continue
-            bare = [n for n in containers.get(sandbox.id, ()) if (sandbox.id, n) not in self._told_bare]
-            if bare:
-                self._told_bare.update((sandbox.id, name) for name in bare)
-                self._context.telemetry.ran_bare(len(bare))
-                self._projections.tell_pod(
-                    sandbox.pod,
-                    "RanWithoutDevices",
-                    f"ran without the pod's network devices while the agent was away: {', '.join(bare)}",
-                )
+    def _report_bare(self, listed: Listed) -> None:
+        sandbox = listed.sandbox
+        bare = [name for name in listed.containers if (sandbox.id, name) not in self._told_bare]
+        if bare:
+            self._told_bare.update((sandbox.id, name) for name in bare)
+            self._context.telemetry.ran_bare(len(bare))
+            self._projections.tell_pod(
+                sandbox.pod,
+                "RanWithoutDevices",
+                f"ran without the pod's network devices while the agent was away: {', '.join(bare)}",
+            )
+
+    def _as_listed(
+        self,
+        sandboxes: Sequence[Sandbox],
+        containers: Mapping[SandboxId, Sequence[str]],
+        attachments: Sequence[Attachment],
+    ) -> list[Listed]:
+        newest = {sandbox.id for sandbox in self._newest_first(sandboxes)}
+        attached: dict[SandboxId, set[PreparationKey]] = {}
+        for attachment in attachments:
+            if attachment.state is AttachmentState.ATTACHED:
+                attached.setdefault(attachment.sandbox, set()).add(attachment.preparation)
+        return [
+            Listed(
+                sandbox=sandbox,
+                newest=sandbox.id in newest,
+                containers=tuple(containers.get(sandbox.id, ())),
+                attached=frozenset(attached.get(sandbox.id, ())),
+            )
+            for sandbox in sandboxes
+        ]
 
     def _newest_first(self, sandboxes: Sequence[Sandbox]) -> list[Sandbox]:
         """One living sandbox per pod: the runtime lists dead ones beside it, and later ones come later."""

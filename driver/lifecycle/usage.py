@@ -19,6 +19,8 @@ from hw.model import Direction
 
 log = logging.getLogger(__name__)
 
+KEEP_SECONDS = 400 * 86400
+"""A year and a month: the longest that a bill is disputed."""
 _COUNTING = frozenset({AttachmentState.ATTACHED, AttachmentState.DETACHING})
 
 
@@ -57,6 +59,21 @@ class Usage:
             class_names=self._class_names,
             ended=self._clock.wall(),
         )
+
+    def prune(self) -> None:
+        """Forget accounts that were closed longer ago than anyone bills for."""
+        try:
+            forgotten = self._ledger.forget(self._clock.wall() - KEEP_SECONDS)
+        except DriverError as error:
+            log.error("pruning the usage ledger: %s", error)
+            return
+        if forgotten:
+            log.info("forgot %d accounts that were closed over %d days ago", forgotten, KEEP_SECONDS / 86400)
+
+    def set_class_names(self, names: tuple[str, ...]) -> None:
+        """The policy's classes changed; what was counted before keeps the old names."""
+        self.checkpoint()
+        self._class_names = names
 
     def checkpoint(self) -> None:
         """Write the totals of all living attachments, so that a crash loses at most a minute."""
