@@ -37,7 +37,7 @@ from driver.model import (
     PreparationState,
     PreparedDevice,
 )
-from hw.model import DeviceKind, LinkSettings
+from hw.model import DeviceKind, IfName, LinkSettings
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ class Claims:
 
     def _check_pod(self, claim: Claim, wanted: list[tuple[AllocatedDevice, Device, NicConfig]]) -> None:
         """ConfigError if two devices of one pod cannot stand together, of other claims of it too."""
-        together = [
+        together: list[tuple[str, NicConfig, IfName]] = [
             (device.name, config, config.interface.name or device.settings.name)
             for _, device, config in wanted
             if device.settings is not None

@@ -72,6 +72,9 @@ class Connection:
         self._closed = True
         await self._channel.close(None)
 
+    def _is_closed(self) -> bool:
+        return self._closed
+
     async def dial(self, timeout: float) -> None:
         """TimeoutError if nothing accepts in time."""
         deadline = time.monotonic() + timeout
@@ -83,7 +86,7 @@ class Connection:
     async def call(self, service: str, method: str, request: bytes, timeout: float) -> bytes:
         """Request and reply as bytes; CallFailed if there is no reply."""
         closing = CallFailed("CANCELLED", "grpc: the client connection is closing")
-        if self._closed:
+        if self._is_closed():
             raise closing
         invoke = self._channel.unary_unary(f"/{service}/{method}", _same, _same)
         try:
@@ -94,7 +97,7 @@ class Connection:
         except asyncio.CancelledError:
             # gRPC also says so of a call whose channel was closed, which cancelled nobody here.
             task = asyncio.current_task()
-            if not self._closed or (task is not None and task.cancelling()):
+            if not self._is_closed() or (task is not None and task.cancelling()):
                 raise
             raise closing from None
 
