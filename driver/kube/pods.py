@@ -94,6 +94,8 @@ class KubePodDirectory:
         self._lock = threading.Lock()
         self._watched: dict[PodUid, KnownPod] = {}
         self._looked_up: OrderedDict[PodUid, KnownPod] = OrderedDict()
+        self._asking: dict[PodUid, asyncio.Future[None]] = {}
+        """Look-ups that are under way; touched by the event loop alone."""
 
     def claims_of(self, uid: PodUid) -> frozenset[str] | None:
         pod = self._find(uid)
@@ -107,11 +109,16 @@ class KubePodDirectory:
         left = deadline - self._clock.monotonic()
         if left <= 0:
             return
-        try:
-            work = asyncio.get_running_loop().run_in_executor(self._executor, self._ask, pod)
-        except RuntimeError:  # the executor is shut: the agent is stopping
-            return
-        # The request is not cancelled with us: its answer is still of use to the runtime's retry.
+        work = self._asking.get(pod.uid)
+        if work is None:
+            try:
+                work = asyncio.get_running_loop().run_in_executor(self._executor, self._ask, pod)
+            except RuntimeError:  # the executor is shut: the agent is stopping
+                return
+            self._asking[pod.uid] = work
+            work.add_done_callback(lambda _: self._asking.pop(pod.uid, None))
+        # The request is not cancelled with us: its answer is still of use to the runtime's retry, which
+        # waits for this one rather than make another while the server is slow.
         await asyncio.wait([work], timeout=left)
 
     def __len__(self) -> int:

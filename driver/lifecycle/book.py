@@ -1,7 +1,8 @@
 """What should be and what was, in memory, written through to the journal.
 
 Invariant: a record is in the journal before it is here, and both before the kernel is touched. Only
-the lifecycle writes here; readers get immutable snapshots and may be on any thread.
+the lifecycle writes here; readers get immutable snapshots, may be on any thread, and never wait for a
+disk: the lock they share with writers is not held while the journal is written.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class Book:
         state = journal.state()
         self._journal = journal
         self._slots = slots
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
+        self._writing = threading.RLock()
         self._preparations = {p.key: p for p in state.preparations}
         self._attachments = {a.id: a for a in state.attachments}
         self._quarantines = {q.device: q for q in state.quarantines}
@@ -98,87 +100,94 @@ class Book:
 
     def _free_slot(self) -> Slot:
         """The lowest slot no preparation has; NotNow when all are taken."""
-        with self._lock:
-            taken = {p.slot for p in self._preparations.values()}
-            for number in range(self._slots):
-                if Slot(number) not in taken:
-                    return Slot(number)
+        taken = {p.slot for p in self.preparations()}
+        for number in range(self._slots):
+            if Slot(number) not in taken:
+                return Slot(number)
         raise NotNow(f"all {self._slots} accounting slots of this node are in use")
 
     # --- writing ------------------------------------------------------------------------------------
 
     def open_preparation(self, preparation: Preparation) -> Preparation:
         """Journal the intent, durably, and take a slot for it; returns the record as written."""
-        with self._lock:
+        with self._writing:
             check_preparation(None, preparation.state, preparation.key.device)
             written = replace(preparation, slot=self._free_slot(), generation=self.next_generation())
             self._journal.put_preparation(written, durable=True)
-            self._preparations[written.key] = written
+            with self._lock:
+                self._preparations[written.key] = written
             return written
 
     def advance_preparation(
         self, preparation: Preparation, state: PreparationState, *, insist: bool = True
     ) -> Preparation:
-        with self._lock:
+        with self._writing:
             check_preparation(preparation.state, state, preparation.key.device)
             written = replace(preparation, state=state)
             self._write(lambda: self._journal.put_preparation(written), insist)
-            self._preparations[written.key] = written
+            with self._lock:
+                self._preparations[written.key] = written
             return written
 
     def close_preparation(self, preparation: Preparation) -> None:
-        with self._lock:
-            current = self._preparations.get(preparation.key)
+        with self._writing:
+            current = self.preparation(preparation.key)
             if current is None:
                 return
             check_preparation(current.state, None, preparation.key.device)
             self._write(lambda: self._journal.drop_preparation(preparation.key), insist=False)
-            del self._preparations[preparation.key]
+            with self._lock:
+                del self._preparations[preparation.key]
 
     def open_attachment(self, attachment: Attachment) -> Attachment:
-        with self._lock:
+        with self._writing:
             check_attachment(None, attachment.state, attachment.id)
             self._journal.put_attachment(attachment)
-            self._attachments[attachment.id] = attachment
+            with self._lock:
+                self._attachments[attachment.id] = attachment
             return attachment
 
     def advance_attachments(
         self, attachments: Iterable[Attachment], state: AttachmentState, *, insist: bool = True
     ) -> tuple[Attachment, ...]:
         """All in one transaction, so that a sandbox is attached as a whole or not at all."""
-        with self._lock:
+        with self._writing:
             written = []
             for attachment in attachments:
                 check_attachment(attachment.state, state, attachment.id)
                 written.append(replace(attachment, state=state))
             self._write(lambda: self._put_all(written), insist)
-            self._attachments.update({a.id: a for a in written})
+            with self._lock:
+                self._attachments.update({a.id: a for a in written})
             return tuple(written)
 
     def close_attachment(self, attachment: Attachment) -> None:
-        with self._lock:
-            current = self._attachments.get(attachment.id)
+        with self._writing:
+            current = self.attachment(attachment.id)
             if current is None:
                 return
             check_attachment(current.state, None, attachment.id)
             self._write(lambda: self._journal.drop_attachment(attachment.id), insist=False)
-            del self._attachments[attachment.id]
+            with self._lock:
+                del self._attachments[attachment.id]
 
     def quarantine(self, device: DeviceName, reason: str, wall: float) -> None:
         """Withhold the device until it is clean. The first reason stays until it is released."""
-        with self._lock:
+        with self._writing:
             if device in self._quarantines and self._quarantines[device].reason == reason:
                 return
             record = Quarantine(device=device, reason=reason, since_wall=wall)
             self._write(lambda: self._journal.put_quarantine(record), insist=False)
-            self._quarantines[device] = record
+            with self._lock:
+                self._quarantines[device] = record
 
     def release(self, device: DeviceName) -> None:
-        with self._lock:
+        with self._writing:
             if device not in self._quarantines:
                 return
             self._write(lambda: self._journal.drop_quarantine(device), insist=False)
-            del self._quarantines[device]
+            with self._lock:
+                del self._quarantines[device]
 
     def _put_all(self, attachments: list[Attachment]) -> None:
         with self._journal.transaction():
