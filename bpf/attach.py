@@ -22,9 +22,6 @@ from pathlib import Path
 from bpf import sys
 from bpf.accounting import Accounting, make_pin_directory
 from bpf.errors import BpfError, CallRefused
-from bpf.foreign import ForeignProgram as ForeignProgram
-from bpf.foreign import detach_foreign as detach_foreign
-from bpf.foreign import foreign_programs as foreign_programs
 from bpf.layout import Hook, Slot
 
 _SUFFIXES = ("-eg", "-in")

@@ -1,65 +1,25 @@
-"""tcx links through a device's life: moves, renames, restarts, crashes, tenants, other people's programs."""
+"""tcx links through a device's life: moves, renames, restarts, crashes, what a pod's root may do."""
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import struct
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
 
 from bpf import attach as attach_module
-from bpf import foreign, sys, xdp
+from bpf import sys
 from bpf.accounting import Accounting
-from bpf.attach import TcxPrograms, detach_foreign, foreign_programs, probe_tcx
+from bpf.attach import TcxPrograms, probe_tcx
 from bpf.cache import ProgramCache
-from bpf.errors import Ambiguous, BpfError, BpffsMissing, CallRefused
-from bpf.foreign import ForeignHook
-from bpf.layout import Hook, Slot, TrafficKind
-from kndsim.links import SimNetns, netns, private_host, veth_pair
-from tests.bpf.bpffs import mounted_bpffs
-from tests.kernel.bpf_traffic import Sender, send_frames
-
-NAME = "pci-0000-3b-00-2"
-BPF_PROG_ATTACH = 8
-SLOT, OTHER_SLOT = Slot(3), Slot(4)
-PASS_XDP = struct.pack("=BBhiBBhi", 0xB7, 0, 0, 2, 0x95, 0, 0, 0)
-NEXT_TCX = struct.pack("=BBhiBBhi", 0xB7, 0, 0, -1, 0x95, 0, 0, 0)
-
-
-@dataclass(slots=True)
-class Node:
-    """A private host with one device, whose peer plays the wire."""
-
-    host: SimNetns
-    pins: Path
-    accounting: Accounting
-    tcx: TcxPrograms
-    device: int
-    wire: int
-
-    def packets(self, slot: Slot = SLOT) -> tuple[int, int]:
-        """(egress, ingress) frames that are no IP: the kernel's own IPv6 chatter is left out."""
-        cells = [cell for cell in self.accounting.read(slot) if cell.kind is TrafficKind.OTHER]
-        egress, ingress = (
-            sum(cell.packets for cell in cells if cell.direction == direction) for direction in (0, 1)
-        )
-        return egress, ingress
-
-    def assert_counted(self, egress: int, ingress: int, slot: Slot = SLOT, other: int = 0) -> None:
-        """The receiving side of a veth may run a little after the sender has returned. other: packets in
-        the other slot, each way."""
-        deadline = time.monotonic() + 5
-        while self.packets(slot) < (egress, ingress) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert self.packets(slot) == (egress, ingress)
-        assert self.packets(OTHER_SLOT if slot == SLOT else SLOT) == (other, other)
+from bpf.errors import BpfError, BpffsMissing, CallRefused
+from bpf.layout import Hook
+from kndsim.links import netns, veth_pair
+from tests.kernel.bpf_node import NAME, OTHER_SLOT, SLOT, Node, both_ways, counting_node, link_up
+from tests.kernel.bpf_traffic import send_frames
 
 
 @pytest.fixture(scope="module")
@@ -70,28 +30,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> ProgramCache:
 
 @pytest.fixture
 def node(cache: ProgramCache) -> Iterator[Node]:
-    programs = cache.ensure()
-    with (
-        private_host() as host,
-        mounted_bpffs() as bpffs,
-        veth_pair("kdev", "kwire") as (device, wire),
-        Accounting.open(bpffs / "knd/v1", programs, slots=8) as accounting,
-    ):
-        tcx = TcxPrograms(bpffs / "knd/v1", accounting)
-        made = Node(host, bpffs / "knd/v1", accounting, tcx, device, wire)
-        link_up(host, device)
-        link_up(host, wire)
+    with counting_node(cache) as made:
         yield made
-
-
-def link_up(where: SimNetns, ifindex: int) -> None:
-    where.netlink(lambda ipr: ipr.link("set", index=ifindex, state="up"))
-
-
-def both_ways(node: Node, count: int, where: SimNetns | None = None, name: str = "kdev") -> None:
-    """count frames out of the device and count into it; where: the netns that the device is in."""
-    send_frames(where or node.host, name, count)
-    send_frames(node.host, "kwire", count)
 
 
 def test_both_directions_are_counted_as_the_pod_sees_them(node: Node) -> None:
@@ -377,124 +317,3 @@ def test_a_kernel_without_tcx_is_told_by_its_refusal(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(attach_module.sys, "link_create", refuse)
     assert probe_tcx() is Hook.CLSACT
-
-
-# --- other people's programs ------------------------------------------------------------------------
-
-
-@pytest.fixture
-def tcx_program() -> Iterator[sys.ProgramFd]:
-    with sys.prog_load(sys.ProgramType.SCHED_CLS, NEXT_TCX, name="tenant") as program:
-        yield program
-
-
-@pytest.fixture
-def xdp_program() -> Iterator[sys.ProgramFd]:
-    with sys.prog_load(sys.ProgramType.XDP, PASS_XDP, name="tenant") as program:
-        yield program
-
-
-def attach_without_link(program: sys.ProgramFd, ifindex: int, where: sys.AttachType) -> None:
-    packed = struct.pack("=IIIIIIQ", ifindex, program.fd, where, 0, 0, 0, 0)
-    sys._bpf(BPF_PROG_ATTACH, ctypes.create_string_buffer(packed, len(packed)))
-
-
-def attach_xdp_by_netlink(ipr: IPRoute, program: sys.ProgramFd, ifindex: int) -> None:
-    ipr.link("set", index=ifindex, xdp={"attrs": [("IFLA_XDP_FD", program.fd), ("IFLA_XDP_FLAGS", 2)]})
-
-
-def test_what_a_tenant_left_is_taken_off_and_ours_stays(
-    node: Node, tcx_program: sys.ProgramFd, xdp_program: sys.ProgramFd
-) -> None:
-    """The tenant pins its links in a bpffs of its own, so that they outlive it."""
-    node.tcx.attach(NAME, node.device, SLOT)
-    with mounted_bpffs() as theirs, netns() as pod:
-        node.host.netlink(lambda ipr: ipr.link("set", index=node.device, net_ns_fd=pod.fd))
-        link_up(pod, node.device)
-
-        def settle_in() -> None:
-            for hook in (sys.AttachType.TCX_EGRESS, sys.AttachType.TCX_INGRESS):
-                with sys.link_create(tcx_program, node.device, hook) as link:
-                    sys.obj_pin(link, theirs / hook.name.lower())
-            with sys.prog_load(sys.ProgramType.SCHED_CLS, NEXT_TCX, name="second") as second:
-                attach_without_link(second, node.device, sys.AttachType.TCX_EGRESS)
-            flags = sys.XDP_FLAGS_SKB_MODE
-            with sys.link_create(xdp_program, node.device, sys.AttachType.XDP, flags=flags) as link:
-                sys.obj_pin(link, theirs / "xdp")
-
-        pod.run(settle_in)
-        own = node.tcx.own_links()
-        found = pod.run(lambda: foreign_programs(node.device, own=own))
-        assert [program.hook for program in found] == [
-            ForeignHook.TCX_EGRESS,
-            ForeignHook.TCX_EGRESS,
-            ForeignHook.TCX_INGRESS,
-            ForeignHook.XDP,
-        ]
-        assert sorted(len(program.links) for program in found) == [0, 1, 1, 1]
-        assert pod.run(lambda: detach_foreign(node.device, own=own)) == found
-        assert pod.run(lambda: foreign_programs(node.device, own=own)) == ()
-        assert pod.run(lambda: detach_foreign(node.device, own=own)) == ()
-        both_ways(node, 3, pod)
-        node.assert_counted(3, 3)
-
-
-def test_xdp_attached_by_netlink_is_taken_off(node: Node, xdp_program: sys.ProgramFd) -> None:
-    node.host.netlink(lambda ipr: attach_xdp_by_netlink(ipr, xdp_program, node.device))
-    (found,) = detach_foreign(node.device, own=frozenset())
-    assert (found.hook, found.program, found.links) == (ForeignHook.XDP, sys.prog_id(xdp_program), ())
-    assert xdp.attached_programs(node.device) == {}
-
-
-def test_another_pods_xdp_of_the_same_number_and_program_is_never_hit(
-    node: Node, xdp_program: sys.ProgramFd
-) -> None:
-    with netns() as pod:
-
-        def twin(ipr: IPRoute) -> None:
-            ipr.link("add", ifname="ktwin", kind="veth", index=node.device, peer={"ifname": "ktwinw"})
-
-        pod.netlink(twin)
-        flags = sys.XDP_FLAGS_SKB_MODE
-
-        def link() -> sys.LinkFd:
-            return sys.link_create(xdp_program, node.device, sys.AttachType.XDP, flags=flags)
-
-        with pod.run(link) as theirs:
-            node.host.netlink(lambda ipr: attach_xdp_by_netlink(ipr, xdp_program, node.device))
-            detach_foreign(node.device, own=frozenset())
-            assert xdp.attached_programs(node.device) == {}
-            assert sys.link_info(theirs).ifindex == node.device, "the one by netlink was meant"
-            with link() as here:
-                with pytest.raises(Ambiguous, match="2 links could be its own"):
-                    detach_foreign(node.device, own=frozenset())
-                assert sys.link_info(theirs).ifindex == node.device
-                assert sys.link_info(here).ifindex == node.device
-
-
-def test_a_device_that_is_gone_is_an_error_with_its_number(node: Node) -> None:
-    with pytest.raises((CallRefused, OSError), match=r"4000000|No such device"):
-        detach_foreign(4_000_000, own=frozenset())
-
-
-def test_a_kernel_without_tcx_has_only_xdp_to_list(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_args: object) -> tuple[sys.Attached, ...]:
-        raise CallRefused("listing", errno.EINVAL)
-
-    monkeypatch.setattr(foreign.sys, "prog_query", refuse)
-    assert foreign_programs(node.device, own=frozenset()) == ()
-
-
-def test_root_in_the_pod_cannot_replace_an_xdp_link_either(node: Node, xdp_program: sys.ProgramFd) -> None:
-    """The kernel's rule that telling links from netlink's programs rests on."""
-    flags = sys.XDP_FLAGS_SKB_MODE
-    with (
-        sys.link_create(xdp_program, node.device, sys.AttachType.XDP, flags=flags),
-        pytest.raises(NetlinkError, match="Device or resource busy"),
-    ):
-        node.host.netlink(lambda ipr: attach_xdp_by_netlink(ipr, xdp_program, node.device))
-
-
-def test_the_sender_knows_what_it_sent(node: Node) -> None:
-    with Sender(node.host, "kdev") as sender:
-        assert sender.send(b"\x02" * 12 + b"\x08\x06" + bytes(28), 3) == 3
