@@ -7,18 +7,17 @@ the machine is compared before and after the whole run, and a difference fails t
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import pytest
 
-from kndsim import hostguard
+from kndsim import hostguard, waiting
 
 T = TypeVar("T")
 
@@ -156,35 +155,13 @@ class WaitUntilAsync(Protocol):
     async def __call__(self, condition: Callable[[], T], within: float = 5.0, what: str = "") -> T: ...
 
 
-def _late(condition: Callable[[], Any], within: float, what: str) -> str:
-    return f"not within {within:g} s: {what or getattr(condition, '__qualname__', condition)}"
-
-
 @pytest.fixture
 def wait_until() -> WaitUntil:
-    """Call condition until it is true and return what it gave; fails after `within` seconds."""
-
-    def wait(condition: Callable[[], T], within: float = 5.0, what: str = "") -> T:
-        deadline = time.monotonic() + within
-        while not (value := condition()):
-            if time.monotonic() > deadline:
-                pytest.fail(_late(condition, within, what))
-            time.sleep(0.01)
-        return value
-
-    return wait
+    """See kndsim.waiting.wait_until."""
+    return waiting.wait_until
 
 
 @pytest.fixture
 def wait_until_async() -> WaitUntilAsync:
-    """The same for coroutines: the loop goes on meanwhile."""
-
-    async def wait(condition: Callable[[], T], within: float = 5.0, what: str = "") -> T:
-        deadline = time.monotonic() + within
-        while not (value := condition()):
-            if time.monotonic() > deadline:
-                pytest.fail(_late(condition, within, what))
-            await asyncio.sleep(0.01)
-        return value
-
-    return wait
+    """See kndsim.waiting.wait_until_async."""
+    return waiting.wait_until_async
