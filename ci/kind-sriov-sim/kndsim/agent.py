@@ -6,9 +6,7 @@ Invariant: an agent started here ends with whoever started it, also when that on
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -19,13 +17,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 AGENT = (sys.executable, "-m", "driver", "agent")
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None)
 
 
-def die_with_parent() -> None:
-    """For preexec_fn: the kernel kills this process when its parent ends."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def dying_with_parent(argv: Sequence[str]) -> list[str]:
+    """The same command, as a process that the kernel kills when its parent ends.
+
+    Not by a preexec_fn: that makes Popen fork a process in which gRPC has threads, whose handlers now and
+    then hang the child.
+    """
+    return ["setpriv", "--pdeathsig", "KILL", "--", *argv]
 
 
 def free_port() -> int:
@@ -82,12 +82,11 @@ class AgentProcess:
         assert self.process is None
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*(entry or self.entry), *self._flags],
+                dying_with_parent([*(entry or self.entry), *self._flags]),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env=self._environment,
-                preexec_fn=die_with_parent,
             )
         self.starts += 1
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from pyroute2 import IPRoute
 
-from kndsim.agent import die_with_parent, wait_until
+from kndsim.agent import dying_with_parent, wait_until
 from kndsim.demo.devices import Devices, changes, dump
 from kndsim.links import SimNetns
 from kndsim.netns import in_netns
@@ -267,12 +267,9 @@ class Marks:
 
 async def _traffic(node: SimNode, ports: Sequence[Port], far: SimNetns, say: Say) -> Marks:
     generator = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "kndsim.traffic",
+        *dying_with_parent([sys.executable, "-m", "kndsim.traffic"]),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        preexec_fn=die_with_parent,
     )
     to, back_from = generator.stdin, generator.stdout
     assert to is not None
