@@ -1,0 +1,121 @@
+"""The journal lost, cut off, put back old, or on a full disk: nothing is swept, nothing is lost."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kndsim.demo.devices import Devices, changes, dump
+from kndsim.node import SimNode
+from tests.node import seen_outside as seen
+from tests.node.node_stage import play
+from tests.node.traffic_stage import Station, Traffic, counted, stations, traffic
+
+pytestmark = pytest.mark.timeout(180)
+
+PODS = 8
+
+
+def state(sim: SimNode) -> Path:
+    return sim.root / "var/lib/knd"
+
+
+def files(sim: SimNode, name: str) -> list[Path]:
+    return sorted(state(sim).glob(f"{name}.sqlite*"))
+
+
+def delete(sim: SimNode, name: str = "journal") -> None:
+    for path in files(sim, name):
+        path.unlink()
+
+
+def keep(sim: SimNode, to: Path) -> None:
+    to.mkdir()
+    for path in files(sim, "journal"):
+        shutil.copy(path, to)
+
+
+def offered(sim: SimNode) -> dict[str, object]:
+    return {
+        device["name"]: device
+        for each in sim.api.slices(sim.driver, sim.name)
+        for device in each["spec"].get("devices") or []
+    }
+
+
+class Scene:
+    """Pods with traffic on a node, and what must not change however the journal is treated."""
+
+    def __init__(self, sim: SimNode, pods: list[Station], flows: Traffic) -> None:
+        self.sim = sim
+        self.pods = pods
+        self.flows = flows
+        self.specs, self.live = seen.specs(sim), seen.live_files(sim)
+        self.offered = offered(sim)
+
+    async def untouched(self) -> None:
+        sim = self.sim
+        assert [each.device for each in self.pods if not seen.is_attached(sim, each.pod)] == []
+        assert seen.specs(sim) == self.specs
+        assert seen.live_files(sim) == self.live
+        assert offered(sim) == self.offered
+        before = await self.flows.mark()
+        await seen.until(
+            lambda: seen.metric(sim, "knd_pod_network_bytes_total") > sum(before.values()), "still counting"
+        )
+
+    async def again(self, harm: Callable[[], None]) -> None:
+        """The agent is killed, the harm is done, and it comes back."""
+        await self.sim.kill_agent()
+        harm()
+        await self.sim.start_agent()
+        await self.untouched()
+
+    def said(self, text: str) -> bool:
+        return text in self.sim.agent.log.read_text()
+
+
+async def all_home(sim: SimNode, scene: Scene, before: object) -> None:
+    sent = await scene.flows.end()
+    for each in scene.pods:
+        await sim.delete_pod(each.pod)
+    assert counted(sim) == sent
+    assert seen.specs(sim) == seen.live_files(sim) == {}
+    await seen.until(lambda: not changes(before, dump()), "every device home as before")  # type: ignore[arg-type]
+    await seen.until(lambda: offered(sim) == scene.offered, "offered as before")
+
+
+def test_a_journal_that_is_lost_cut_off_or_old_costs_nothing(tmp_path: Path) -> None:
+    async def story(sim: SimNode, made: Devices) -> None:
+        before = dump()
+        old = tmp_path / "old"
+        keep(sim, old)
+        pods = await stations(sim, made, PODS)
+        async with traffic(made, pods) as flows:
+            scene = Scene(sim, pods, flows)
+            journal = state(sim) / "journal.sqlite"
+
+            def cut(length: int) -> None:
+                with journal.open("r+b") as file:
+                    file.truncate(length)
+                for side in ("-wal", "-shm"):
+                    journal.with_name(journal.name + side).unlink(missing_ok=True)
+
+            def put_back() -> None:
+                delete(sim)
+                for path in old.iterdir():
+                    shutil.copy(path, state(sim))
+
+            await scene.again(lambda: delete(sim))
+            assert scene.said("is missing, and its mirror says there was one")
+            for length in (0, 50, 4096, 6000):
+                await scene.again(lambda length=length: cut(length))  # type: ignore[misc]
+            assert scene.said("is empty")
+            await scene.again(put_back)
+            assert scene.said("a copy was put back")
+            await all_home(sim, scene, before)
+
+    play(PODS + 1, story)
