@@ -143,6 +143,8 @@ class Claims:
         self, claim: Claim, wanted: list[tuple[AllocatedDevice, Device, NicConfig]], token: Token
     ) -> tuple[Preparation, ...]:
         """In a worker, holding every device. All or none."""
+        look = self._context.devices.as_it_is
+        wanted = [(allocated, look(device), config) for allocated, device, config in wanted]
         for _, device, _ in wanted:
             self._check_free(device, claim.ref)
         done: list[Preparation] = []
@@ -215,7 +217,7 @@ class Claims:
             problems = context.engine.bring_home(plan.unprepare(leaving), target)
         if problems:
             context.book.quarantine(leaving.key.device, str(problems[-1].error), context.clock.wall())
-        context.devices.see_home(leaving.key.device)
+        context.devices.see_home(leaving)
         context.book.close_preparation(leaving)
 
     def _answer(self, preparations: Sequence[Preparation]) -> tuple[PreparedDevice, ...]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from driver import inventory
 from driver.model import Device, DeviceName, Preparation
 from driver.policy import NodePolicy
-from hw.model import Identity, IfIndex, LinkInfo, SoftwareIdentity, is_at_home
+from hw.model import Identity, IfIndex, LinkInfo, LinkSettings, SoftwareIdentity, is_at_home
 from hw.netlink import LinkSocket
 from hw.scan import scan, uplinks_of
 from hw.sysfs import Sysfs
@@ -66,12 +66,21 @@ class Devices:
             self._by_index = {d.ifindex: d for d in new.by_name.values() if d.ifindex is not None}
             return inventory.diff(old, new)
 
-    def see_home(self, name: DeviceName) -> None:
-        """Look again if the picture does not have the device at home: it is from while a pod had it, and to
-        offer by it would withdraw a device that is back."""
-        device = self.get(name)
-        if device is None or device.ifindex is None:
+    def see_home(self, preparation: Preparation) -> None:
+        """Look again if the picture does not have the device at home and clean: it is from while a pod had
+        it, or from before it was put in order, and an offer made from it would be wrong."""
+        device = self.get(preparation.key.device)
+        if device is None or device.ifindex is None or device.settings != preparation.baseline:
             self.rescan()
+
+    def as_it_is(self, device: Device) -> Device:
+        """The device with the settings it has now rather than when the picture was taken: they become its
+        next baseline. Without ifindex if it is not at home."""
+        with LinkSocket(None) as links:
+            link = links.by_index(device.ifindex) if device.ifindex is not None else None
+        if link is None or not is_at_home(device.identity, link):
+            return replace(device, ifindex=None, settings=None)
+        return replace(device, settings=LinkSettings.of(link))
 
     def look(self, changed: frozenset[IfIndex], away: Mapping[DeviceName, Identity]) -> Look:
         """What changed links mean. Most link events of a node are the CNI's veths coming and going, and
@@ -98,7 +107,5 @@ def _matters(link: LinkInfo | None, known: Device | None, policy: NodePolicy) ->
     if link is None:
         return known is not None
     if known is not None:
-        return (
-            not is_at_home(known.identity, link) or known.settings is None or link.name != known.settings.name
-        )
+        return not is_at_home(known.identity, link) or known.settings != LinkSettings.of(link)
     return link.kind is None or policy.selects(link)
