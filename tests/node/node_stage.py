@@ -32,9 +32,19 @@ async def node(
     hook: str = "auto",
     entry: Sequence[str] | None = None,
     start: bool = True,
+    request_timeout: float = 2.0,
+    agent_flags: Sequence[str] = (),
 ) -> AsyncIterator[SimNode]:
-    """A simulated node whose agent offers these devices, ready unless start is False."""
-    async with SimNode(mode=mode, policy=made.policy, hook=hook, entry=entry) as sim:
+    """A simulated node whose agent offers these devices, ready unless start is False. request_timeout in
+    seconds is the runtime's for an event."""
+    async with SimNode(
+        mode=mode,
+        policy=made.policy,
+        hook=hook,
+        entry=entry,
+        request_timeout=request_timeout,
+        agent_flags=agent_flags,
+    ) as sim:
         if start:
             await sim.start_agent()
         yield sim

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from pyroute2 import IPRoute
 
 from kndsim.links import SimNetns, in_thread
 from kndsim.netns import in_netns
 from kndsim.node import SimNode, SimPod
 from kndsim.runtime import ContainerFailed, HookOutcome, SandboxFailed, SimContainer, SimSandbox
-from pyroute2 import IPRoute
 
 HOME = "home"
 HERE = Path("/proc/self/ns/net")
@@ -201,3 +203,11 @@ def send_home(sandbox: SimSandbox, ifindexes: Sequence[int]) -> None:
         in_netns(sandbox.netns_path, move)
     finally:
         os.close(home)
+
+
+async def until_async(say: Callable[[], Awaitable[str]], pattern: str, seconds: float = 10.0) -> None:
+    """Ask until the answer has the pattern in it."""
+    deadline = time.monotonic() + seconds
+    while not re.search(pattern, said := await say()):
+        assert time.monotonic() < deadline, f"not within {seconds:g} s: {pattern!r} in {said!r}"
+        await asyncio.sleep(0.05)

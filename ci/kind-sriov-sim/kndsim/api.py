@@ -138,6 +138,10 @@ class SimApi(Backend):
         """The next so many fitting requests get 200 and this body, which may be nonsense."""
         self.wire.faults.append(Fault(times, verb, resource, raw=data))
 
+    def delay(self, seconds: float, *, times: int = 1, verb: str = "", resource: str = "") -> None:
+        """The next so many fitting requests are answered as ever, so much later."""
+        self.wire.faults.append(Fault(times, verb, resource, delay=seconds))
+
     def clear_faults(self) -> None:
         with self.wire.lock:
             self.wire.faults.clear()

@@ -55,6 +55,8 @@ class Fault:
     error: ApiError | None = None
     raw: bytes | None = None
     """A 200 answer with this body."""
+    delay: float = 0.0
+    """Seconds until the real answer is given, where there is no other fault."""
 
     def fits(self, request: Request) -> bool:
         return self.times > 0 and self.verb in ("", request.verb) and self.resource in ("", request.resource)
@@ -115,6 +117,12 @@ class Wire:
                     fault.times -= 1
                     return fault
             return None
+
+    def linger(self, fault: Fault) -> None:
+        """Keep a request waiting, but not past the end of the fault or of the server."""
+        end = time.monotonic() + fault.delay
+        while not self.closing and time.monotonic() < end and any(each is fault for each in self.faults):
+            time.sleep(0.02)
 
 
 class Server(ThreadingHTTPServer):
@@ -194,9 +202,12 @@ class Handler(BaseHTTPRequestHandler):
             target = parse_path(url.path)
             request = self._logged(method, target, query, body)
             fault = self.server.wire.take_fault(request)
-            if fault is not None:
+            if fault is not None and fault.delay:
+                self.server.wire.linger(fault)
+            elif fault is not None:
                 self._act_out(fault)
-            elif request.verb == "watch":
+                return
+            if request.verb == "watch":
                 self._watch(target, query)
             elif method == "GET":
                 self._answer(200, self.server.backend.read(target, query))
