@@ -99,10 +99,10 @@ def attach(attachment: Attachment, preparation: Preparation, hook: Hook) -> Plan
     """From home into the pod: only what needs the pod's netns.
 
     The programs are attached before the move (tcx) or before the link is up (clsact), so no packet of
-    the pod passes uncounted.
+    the pod passes uncounted; what passed before an undo is folded like everything else.
     """
     steps = [
-        Step(act=Act.ZERO_SLOT),
+        Step(act=Act.ZERO_SLOT, undo=(Act.FOLD,)),
         Step(act=Act.MOVE_IN, undo=_HOMEWARD, budget=_MOVE_BUDGET),
     ]
     if hook is Hook.CLSACT:

@@ -146,8 +146,11 @@ class NodeActs:
                 target.pod.add_bpf_filter(link.ifindex, direction, program.fd, "knd")
 
     def fold(self, target: Target) -> None:
+        """A slot is zero again once its counts are in the ledger: an attach that is cut off before it has
+        zeroed its slot must not be given what the slot's last holder sent."""
         assert target.attachment is not None
         self._fold(target.attachment, target.preparation)
+        self._accounting.zero(target.preparation.slot)
 
     def strip(self, target: Target) -> None:
         """What would travel with the device: altnames (they may clash at home) and others' programs."""

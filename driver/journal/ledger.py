@@ -211,6 +211,11 @@ class Ledger(_Reading):
                 f"the usage ledger {path} cannot be read: {database.explain(error)}"
             ) from error
 
+    def knows(self, attachment: AttachmentId) -> bool:
+        """Whether there is an account, open or closed."""
+        with self._reading():
+            return _account_state(self._connection, attachment) is not _AccountState.NONE
+
     def begin(self, owner: UsageOwner) -> None:
         """Open an account, before its first packet. A repeated call changes nothing."""
         with self._writing():

@@ -49,9 +49,12 @@ class Usage:
         self._ledger.begin(owner_of(attachment, preparation, self._clock.wall()))
 
     def fold(self, attachment: Attachment, preparation: Preparation) -> None:
-        """Put the final totals into the ledger and close the account."""
-        self.begin(attachment, preparation)
+        """Put the final totals into the ledger and close the account. None is made for an attachment that
+        got neither an account nor traffic."""
         cells = self._accounting.read(preparation.slot)
+        if not cells and not self._ledger.knows(attachment.id):
+            return
+        self.begin(attachment, preparation)
         self._ledger.fold(
             attachment.id,
             cells,
