@@ -28,14 +28,14 @@ for entry in (ROOT, ROOT / "ci/kind-sriov-sim"):
     if str(entry) not in python.path:
         python.path.insert(0, str(entry))
 
-from pyroute2 import IPRoute  # noqa: E402 - the path above must be set first when run as a script
+from pyroute2 import IPRoute
 
-from bpf import sys  # noqa: E402
-from bpf.accounting import Accounting  # noqa: E402
-from bpf.cache import ProgramCache  # noqa: E402
-from bpf.layout import Slot  # noqa: E402
-from kndsim.links import SimNetns, netns, private_host, veth_pair  # noqa: E402
-from tests.bpf.bpffs import mounted_bpffs  # noqa: E402
+from bpf import sys
+from bpf.accounting import Accounting
+from bpf.cache import ProgramCache
+from bpf.layout import Slot
+from kndsim.links import SimNetns, netns, private_host, veth_pair
+from tests.bpf.bpffs import mounted_bpffs
 
 BLAST = Path(__file__).resolve().parent / "blast.py"
 PACKETS = 100_000

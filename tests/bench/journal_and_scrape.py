@@ -22,14 +22,14 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from prometheus_client import CollectorRegistry, generate_latest  # noqa: E402 - the path above comes first
-from prometheus_client.core import CounterMetricFamily  # noqa: E402
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily
 
-from bpf.layout import Cell, TrafficKind  # noqa: E402
-from driver.journal import Journal, StepPhase  # noqa: E402
-from driver.journal.ledger import Ledger, UsageOwner  # noqa: E402
-from driver.metrics import Metrics, PodSample  # noqa: E402
-from tests.unit.journal_values import BOOT, attachment, preparation  # noqa: E402
+from bpf.layout import Cell, TrafficKind
+from driver.journal import Journal, StepPhase
+from driver.journal.ledger import Ledger, UsageOwner
+from driver.metrics import Metrics, PodSample
+from tests.unit.journal_values import BOOT, attachment, preparation
 
 PODS, CELLS = 256, 6
 SCRAPE_BUDGET_MS = 20.0

@@ -174,9 +174,19 @@ def test_test_files_can_be_told_apart() -> None:
     none(str(path) for path in tracked() if path.parts[0] == "tests" and path.name == "__init__.py")
 
 
+def _sleeps(inside: ast.AST, *, polling: bool = False) -> Iterator[ast.Call]:
+    """Calls of time.sleep that are not the short pause of a loop that looks again."""
+    for node in ast.iter_child_nodes(inside):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "time.sleep":
+            pause = node.args[0]
+            if not (polling and isinstance(pause, ast.Constant) and pause.value <= 0.05):
+                yield node
+        yield from _sleeps(node, polling=polling or isinstance(node, ast.While))
+
+
 def test_tests_wait_for_what_they_need_instead_of_sleeping() -> None:
     tests = [path for path in written(".py") if path.parts[0] == "tests" and path.name != "conftest.py"]
-    none(matching(r"\btime\.sleep\(", [path for path in tests if path.parts[1] != "bench"]))
+    none(f"{path}:{call.lineno}" for path in tests for call in _sleeps(tree(path)))
 
 
 # --- packaging --------------------------------------------------------------------------------------
