@@ -55,6 +55,11 @@ class LinkPair:
         """Both are there and on a device that exists."""
         return all(half is not None and half.ifindex != 0 for half in (self.egress, self.ingress))
 
+    @property
+    def alive(self) -> bool:
+        """The device exists, in whatever netns."""
+        return any(half is not None and half.ifindex != 0 for half in (self.egress, self.ingress))
+
 
 class TcxPrograms:
     """The links pinned under pins/links as NAME-eg and NAME-in. Calls for one name must not overlap."""

@@ -20,6 +20,7 @@ from driver.errors import DriverError
 from driver.execute.actions import NodeActs
 from driver.execute.engine import Engine, Observer
 from driver.journal.ledger import Ledger
+from driver.journal.reserve import Reserve
 from driver.journal.store import Journal
 from driver.lifecycle.book import Book
 from driver.lifecycle.context import Context, Telemetry
@@ -67,8 +68,11 @@ def assemble(
     """DriverError, BpfError, HwError or OSError, each a sentence, if this node cannot do it."""
     paths = settings.paths
     boot_id = read_boot_id(paths.proc)
-    journal = stack.enter_context(Journal.open(paths.journal, mirror=paths.run / "mirror", boot_id=boot_id))
-    ledger = stack.enter_context(Ledger.open(paths.ledger))
+    with Reserve(paths.reserve):
+        journal = stack.enter_context(
+            Journal.open(paths.journal, mirror=paths.run / "mirror", boot_id=boot_id)
+        )
+        ledger = stack.enter_context(Ledger.open(paths.ledger))
     programs = ProgramCache(paths.program_cache).ensure()
     accounting = stack.enter_context(Accounting.open(paths.pins, programs, slots=settings.slots))
     classes = class_maps(policy_file.current.classes)

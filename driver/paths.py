@@ -41,6 +41,11 @@ class Paths:
         return self.state / "ledger.sqlite"
 
     @property
+    def reserve(self) -> Path:
+        """Keeps room beside the records for opening them."""
+        return self.state / "reserve"
+
+    @property
     def program_cache(self) -> Path:
         return self.state / "programs"
 

@@ -2,15 +2,17 @@
 
 Invariant: a record is in the journal before it is here, and both before the kernel is touched. Only
 the lifecycle writes here; readers get immutable snapshots, may be on any thread, and never wait for a
-disk: the lock they share with writers is not held while the journal is written.
+disk: the lock they share with writers is not held while the journal is written. On a full disk homeward
+changes go ahead of the journal; nothing else is written before it has caught up.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 
 from bpf.layout import Slot
 from driver.errors import DriverError, NotNow
@@ -31,6 +33,9 @@ from driver.model import (
 
 log = logging.getLogger(__name__)
 
+Changes = Mapping[Hashable, Callable[[], None]]
+"""By the record that each changes."""
+
 
 class Book:
     """All live records of this node."""
@@ -41,6 +46,7 @@ class Book:
         self._slots = slots
         self._lock = threading.Lock()
         self._writing = threading.RLock()
+        self._late: dict[Hashable, Callable[[], None]] = {}
         self._preparations = {p.key: p for p in state.preparations}
         self._attachments = {a.id: a for a in state.attachments}
         self._quarantines = {q.device: q for q in state.quarantines}
@@ -108,12 +114,24 @@ class Book:
 
     # --- writing ------------------------------------------------------------------------------------
 
+    @property
+    def behind(self) -> bool:
+        """Whether the journal lacks changes that were made here."""
+        return bool(self._late)
+
+    def catch_up(self) -> None:
+        """Write what the journal did not take before."""
+        with self._writing:
+            if self._late:
+                self._write({}, insist=False)
+
     def open_preparation(self, preparation: Preparation) -> Preparation:
         """Journal the intent, durably, and take a slot for it; returns the record as written."""
         with self._writing:
             check_preparation(None, preparation.state, preparation.key.device)
             written = replace(preparation, slot=self._free_slot(), generation=self.next_generation())
-            self._journal.put_preparation(written, durable=True)
+            put = partial(self._journal.put_preparation, written, durable=True)
+            self._write({written.key: put}, insist=True)
             with self._lock:
                 self._preparations[written.key] = written
             return written
@@ -124,7 +142,7 @@ class Book:
         with self._writing:
             check_preparation(preparation.state, state, preparation.key.device)
             written = replace(preparation, state=state)
-            self._write(lambda: self._journal.put_preparation(written), insist)
+            self._write({written.key: partial(self._journal.put_preparation, written)}, insist)
             with self._lock:
                 self._preparations[written.key] = written
             return written
@@ -135,14 +153,15 @@ class Book:
             if current is None:
                 return
             check_preparation(current.state, None, preparation.key.device)
-            self._write(lambda: self._journal.drop_preparation(preparation.key), insist=False)
+            drop = partial(self._journal.drop_preparation, preparation.key)
+            self._write({preparation.key: drop}, insist=False)
             with self._lock:
                 del self._preparations[preparation.key]
 
     def open_attachment(self, attachment: Attachment) -> Attachment:
         with self._writing:
             check_attachment(None, attachment.state, attachment.id)
-            self._journal.put_attachment(attachment)
+            self._write({attachment.id: partial(self._journal.put_attachment, attachment)}, insist=True)
             with self._lock:
                 self._attachments[attachment.id] = attachment
             return attachment
@@ -156,7 +175,7 @@ class Book:
             for attachment in attachments:
                 check_attachment(attachment.state, state, attachment.id)
                 written.append(replace(attachment, state=state))
-            self._write(lambda: self._put_all(written), insist)
+            self._write({a.id: partial(self._journal.put_attachment, a) for a in written}, insist)
             with self._lock:
                 self._attachments.update({a.id: a for a in written})
             return tuple(written)
@@ -167,39 +186,54 @@ class Book:
             if current is None:
                 return
             check_attachment(current.state, None, attachment.id)
-            self._write(lambda: self._journal.drop_attachment(attachment.id), insist=False)
+            self._write({attachment.id: partial(self._journal.drop_attachment, attachment.id)}, insist=False)
             with self._lock:
                 del self._attachments[attachment.id]
 
-    def quarantine(self, device: DeviceName, reason: str, wall: float) -> None:
-        """Withhold the device until it is clean. The first reason stays until it is released."""
+    def quarantine(
+        self, device: DeviceName, reason: str, wall: float, *, held: PreparationKey | None = None
+    ) -> bool:
+        """Withhold the device until it is clean; False if it is for that reason already. held: only while
+        there is this preparation, which may be closed by another thread meanwhile."""
         with self._writing:
-            if device in self._quarantines and self._quarantines[device].reason == reason:
-                return
+            known = self._quarantines.get(device)
+            if (known is not None and known.reason == reason) or (held and self.preparation(held) is None):
+                return False
             record = Quarantine(device=device, reason=reason, since_wall=wall)
-            self._write(lambda: self._journal.put_quarantine(record), insist=False)
+            self._write({_Withheld(device): partial(self._journal.put_quarantine, record)}, insist=False)
             with self._lock:
                 self._quarantines[device] = record
+            return True
 
     def release(self, device: DeviceName) -> None:
         with self._writing:
             if device not in self._quarantines:
                 return
-            self._write(lambda: self._journal.drop_quarantine(device), insist=False)
+            self._write({_Withheld(device): partial(self._journal.drop_quarantine, device)}, insist=False)
             with self._lock:
                 del self._quarantines[device]
 
-    def _put_all(self, attachments: list[Attachment]) -> None:
-        with self._journal.transaction():
-            for attachment in attachments:
-                self._journal.put_attachment(attachment)
-
-    def _write(self, write: Callable[[], None], insist: bool) -> None:
-        """Homeward changes go on in memory when the disk is full: reconcile at the next start finds the
-        older record and takes the same way home again."""
+    def _write(self, changes: Changes, insist: bool) -> None:
+        """In one transaction with what is late. Homeward changes (not insist) go on in memory when the disk
+        is full, and are written before anything else is: the records of a device that went home must not
+        come back, at the next start, beside those of its next holder."""
         try:
-            write()
+            with self._journal.transaction():
+                for change in (*self._late.values(), *changes.values()):
+                    change()
         except DriverError as error:
             if insist:
                 raise
             log.warning("%s", error)
+            for record, change in changes.items():
+                self._late.pop(record, None)
+                self._late[record] = change
+        else:
+            self._late.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class _Withheld:
+    """Names a quarantine's record."""
+
+    device: DeviceName

@@ -16,11 +16,11 @@ from bpf.layout import Slot
 from driver import claimconfig, plan
 from driver.cdi import cdi_id
 from driver.errors import DriverError, NotNow, Refusal
-from driver.execute.actions import open_target
+from driver.execute.actions import Vanished, open_target
 from driver.execute.engine import EXPECTED, Token
 from driver.lifecycle.context import Context
 from driver.lifecycle.gate import Gate
-from driver.lifecycle.homecoming import Homecoming
+from driver.lifecycle.homecoming import HIDDEN, QUARANTINED, Homecoming
 from driver.lifecycle.ports import ClaimFailed
 from driver.lifecycle.projections import Projections
 from driver.model import (
@@ -210,15 +210,26 @@ class Claims:
             raise
 
     def _take_back(self, preparation: Preparation) -> None:
-        """Undo a preparation no pod has seen. What does not work is left for reconcile to go on with."""
+        """Undo a preparation that is in no pod. The record, which says what clean is, stays until the
+        device is clean or is no more; reconcile goes on with what does not work."""
         context = self._context
+        device = preparation.key.device
         leaving = context.book.advance_preparation(preparation, PreparationState.UNPREPARING, insist=False)
+        if self._homecoming.is_hidden(leaving):
+            self._withhold(leaving, HIDDEN)
+            return
         with open_target(leaving, None, context.host_netns, None, context.devices.hint(leaving)) as target:
             problems = context.engine.bring_home(plan.unprepare(leaving), target)
-        if problems:
-            context.book.quarantine(leaving.key.device, str(problems[-1].error), context.clock.wall())
         context.devices.see_home(leaving)
+        if problems and not any(isinstance(problem.error, Vanished) for problem in problems):
+            self._withhold(leaving, str(problems[-1].error))
+            return
+        context.book.release(device)
         context.book.close_preparation(leaving)
+
+    def _withhold(self, preparation: Preparation, reason: str) -> None:
+        if self._context.book.quarantine(preparation.key.device, reason, self._context.clock.wall()):
+            self._tell(preparation.claim, QUARANTINED, f"{preparation.key.device} is withheld: {reason}")
 
     def _answer(self, preparations: Sequence[Preparation]) -> tuple[PreparedDevice, ...]:
         return tuple(
@@ -254,11 +265,17 @@ class Claims:
         try:
             await self._context.workers.run_until(devices, lambda: self.finish(preparations), patience)
         except NotNow:
-            for preparation in preparations:
-                self._context.book.quarantine(
-                    preparation.key.device, "it did not come home in time", self._context.clock.wall()
-                )
+            await self._context.workers.run([], lambda: self._note_late(preparations))
         self._projections.offer()
+
+    def _note_late(self, preparations: Sequence[Preparation]) -> None:
+        for preparation in preparations:
+            self._context.book.quarantine(
+                preparation.key.device,
+                "it did not come home in time",
+                self._context.clock.wall(),
+                held=preparation.key,
+            )
 
     async def release_all(self) -> None:
         """Take back every preparation of this node."""
@@ -271,7 +288,10 @@ class Claims:
         What could not be brought home stays in the book as UNPREPARING, quarantined, for reconcile.
         """
         context = self._context
-        for preparation in preparations:
+        for known in preparations:
+            preparation = context.book.preparation(known.key)
+            if preparation is None:
+                continue
             if preparation.state is not PreparationState.UNPREPARING:
                 preparation = context.book.advance_preparation(
                     preparation, PreparationState.UNPREPARING, insist=False

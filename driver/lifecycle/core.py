@@ -25,6 +25,8 @@ from hw.model import IfIndex
 
 log = logging.getLogger(__name__)
 
+AGAIN_EVERY = 5.0
+"""Seconds between tries to finish what a full disk or a pod's leftovers held up. Costs nothing else."""
 CHECKPOINT_EVERY = 60.0
 """Seconds between ledger checkpoints: a crash loses at most this much, and the gap is recorded."""
 
@@ -58,6 +60,7 @@ class Lifecycle:
         await self._context.workers.run([], self._context.devices.rescan)
         await self._reconcile.at_start()
         self._spawn(self._checkpoints())
+        self._spawn(self._second_tries())
 
     async def stop(self, deadline: float) -> None:
         """Nothing half done: wait for what is in hand; attached devices stay as they are, counted."""
@@ -129,6 +132,11 @@ class Lifecycle:
         while True:
             await asyncio.sleep(CHECKPOINT_EVERY)
             await self._context.workers.run([], self._usage.checkpoint)
+
+    async def _second_tries(self) -> None:
+        while True:
+            await asyncio.sleep(AGAIN_EVERY)
+            await self._reconcile.again()
 
     # --- ports.ClaimHandler ---------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from driver import plan
+from driver.errors import DriverError
 from driver.execute.actions import NotClean, Target, Vanished, open_target
 from driver.execute.engine import EXPECTED, Problem
 from driver.lifecycle.context import Context
@@ -22,6 +23,9 @@ from hw.errors import HwError
 from hw.netns import NetnsHandle, open_netns
 
 log = logging.getLogger(__name__)
+
+QUARANTINED = "DeviceQuarantined"
+HIDDEN = "its pod put it into a network namespace of its own, which still lives: end what is left of the pod"
 
 
 class Homecoming:
@@ -94,6 +98,22 @@ class Homecoming:
         hint = context.devices.hint(preparation)
         with open_target(preparation, attachment, context.host_netns, None, hint) as target:
             return target.find_at_home() is not None
+
+    def is_hidden(self, preparation: Preparation) -> bool:
+        """Whether the device is there, but not at home: in a netns that nobody told us of."""
+        context = self._context
+        device = preparation.key.device
+        with open_target(
+            preparation, None, context.host_netns, None, context.devices.hint(preparation)
+        ) as target:
+            if target.find_at_home() is not None:
+                return False
+        if preparation.dies_with_netns:
+            # Its programs are on it wherever it is, and say when it is no more.
+            pair = context.programs.state(device) if context.programs is not None else None
+            return pair is not None and pair.alive
+        context.devices.rescan()
+        return context.devices.get(device) is not None
 
     # --- the way home --------------------------------------------------------------------------------
 
@@ -188,13 +208,31 @@ class Homecoming:
         if verdict is None:
             context.book.release(device)
         elif isinstance(verdict, Vanished):
+            if self.is_hidden(preparation):
+                self._withhold(attachment, preparation, HIDDEN)
+                self._note_gap(attachment)
+                self.close_attachment(attachment)
+                return False
             log.warning("%s was destroyed with the network namespace of pod %s", device, attachment.pod.name)
         else:
-            context.book.quarantine(device, str(verdict), self._now())
+            self._withhold(attachment, preparation, str(verdict))
             if not isinstance(verdict, NotClean):
                 return False
         self.close_attachment(attachment)
         return verdict is None or isinstance(verdict, Vanished)
+
+    def _withhold(self, attachment: Attachment, preparation: Preparation, reason: str) -> None:
+        device = preparation.key.device
+        log.warning("%s is withheld: %s", device, reason)
+        if self._context.book.quarantine(device, reason, self._now()):
+            self._projections.tell_pod(attachment.pod, QUARANTINED, f"{device} is withheld: {reason}")
+
+    def _note_gap(self, attachment: Attachment) -> None:
+        now, reason = self._now(), "the pod hid the device: what it sent after the pod's end is not counted"
+        try:
+            self._context.ledger.gap(attachment.id, now, now, reason)
+        except DriverError as error:
+            log.error("%s", error)
 
     def _now(self) -> float:
         return self._context.clock.wall()

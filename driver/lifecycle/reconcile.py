@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from driver.errors import DriverError
 from driver.execute.engine import EXPECTED
 from driver.journal.store import Journal
 from driver.lifecycle.claims import Claims
@@ -111,8 +112,16 @@ class Reconcile:
             for attachment in self._context.book.attachments():
                 if attachment.preparation.device in came or attachment.state is AttachmentState.DETACHING:
                     await self._on_device(attachment.preparation.device, self._if_home(attachment))
-            await self._mend_quarantined()
+            await self._mend()
             self._projections.offer()
+
+    async def again(self) -> None:
+        """Go on with what did not work before, if there is anything: nothing else may ever ask for it."""
+        book = self._context.book
+        await self._in_worker(book.catch_up)
+        leaving = any(a.state is AttachmentState.DETACHING for a in book.attachments())
+        if leaving or self._unfinished():
+            await self.after_change(())
 
     def attach_waiting(self) -> None:
         """Queue an attach for every listed sandbox whose pod is known to have devices and has none, and
@@ -139,9 +148,9 @@ class Reconcile:
             await self._on_device(preparation.key.device, self._resume_preparation(preparation))
         await self._in_worker(self._projections.sweep)
         await self._in_worker(self._sweep_programs)
-        await self._mend_quarantined()
+        await self._mend()
         if self._journal.state().boot_changed:
-            await self._in_worker(self._journal.boot_done)
+            await self._note(self._journal.boot_done)
         self._gate.settled = True
         self._projections.offer()
 
@@ -163,6 +172,8 @@ class Reconcile:
     def _resume_preparation(self, preparation: Preparation) -> Callable[[], object]:
         def work() -> None:
             context = self._context
+            if context.book.preparation(preparation.key) != preparation:
+                return
             if preparation.state is not PreparationState.PREPARED:
                 self._claims.finish([preparation])
                 return
@@ -215,7 +226,7 @@ class Reconcile:
             len(self._context.book.attachments()),
         )
         await self._in_worker(self._withhold_unknown)
-        self._journal.recovery_done()
+        await self._note(self._journal.recovery_done)
         self._gate.recovery = ""
         await self._settle()
 
@@ -233,11 +244,20 @@ class Reconcile:
                     self._context.clock.wall(),
                 )
 
-    async def _mend_quarantined(self) -> None:
-        for device in self._context.book.quarantines():
-            for preparation in self._context.book.of_device(device):
-                if not self._context.book.attachments_of(preparation.key):
-                    await self._on_device(device, self._resume_preparation(preparation))
+    async def _mend(self) -> None:
+        """What is on its way home, or was not clean, and is in no pod."""
+        for preparation in self._unfinished():
+            await self._on_device(preparation.key.device, self._resume_preparation(preparation))
+
+    def _unfinished(self) -> list[Preparation]:
+        book = self._context.book
+        quarantined = book.quarantines()
+        return [
+            p
+            for p in book.preparations()
+            if (p.state is PreparationState.UNPREPARING or p.key.device in quarantined)
+            and not book.attachments_of(p.key)
+        ]
 
     def _report_bare(self, listed: Listed) -> None:
         sandbox = listed.sandbox
@@ -291,6 +311,13 @@ class Reconcile:
                 self._homecoming.bring_home(attachment)
 
         return work
+
+    async def _note(self, done: Callable[[], None]) -> None:
+        """On a full disk it is done again after the next start, which changes nothing."""
+        try:
+            await self._in_worker(done)
+        except DriverError as error:
+            log.warning("%s", error)
 
     async def _alive(self, attachment: Attachment) -> bool:
         return await self._in_worker(lambda: self._homecoming.is_alive(attachment))

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kndsim.demo.devices import Devices, changes, dump
-from kndsim.node import SimNode
+from kndsim.kubelet import PrepareFailed
+from kndsim.node import SimNode, SimPod, unmount
 from tests.node import seen_outside as seen
-from tests.node.node_stage import play
-from tests.node.traffic_stage import Station, Traffic, counted, stations, traffic
+from tests.node.node_stage import claim, play
+from tests.node.traffic_stage import Station, Traffic, counted, knd, stations, traffic
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -88,6 +93,21 @@ async def all_home(sim: SimNode, scene: Scene, before: object) -> None:
     await seen.until(lambda: offered(sim) == scene.offered, "offered as before")
 
 
+def held(sim: SimNode) -> set[str]:
+    """Devices that the journal on the disk has a claim of."""
+    return {row["device"] for row in json.loads(knd(sim, "pods", "-o", "json"))["rows"]}
+
+
+def given(pod: SimPod) -> set[str]:
+    return {each.device for devices in pod.devices.values() for each in devices}
+
+
+def changes_of(before: Mapping[str, Mapping[str, Any]], station: Station) -> list[str]:
+    """How a pod's device at home differs from before."""
+    index = str(seen.index_of(station.device))
+    return changes({index: before[index]}, {key: value for key, value in dump().items() if key == index})
+
+
 def test_a_journal_that_is_lost_cut_off_or_old_costs_nothing(tmp_path: Path) -> None:
     async def story(sim: SimNode, made: Devices) -> None:
         before = dump()
@@ -119,3 +139,79 @@ def test_a_journal_that_is_lost_cut_off_or_old_costs_nothing(tmp_path: Path) -> 
             await all_home(sim, scene, before)
 
     play(PODS + 1, story)
+
+
+@contextlib.contextmanager
+def small_disk(sim: SimNode) -> Iterator[Callable[[bool], None]]:
+    """A tmpfs of its own for the agent's state; call what this yields to fill it up or make room."""
+    folder = state(sim)
+    helper = (folder / "bin/knd-netns-check").read_bytes()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m,mode=0700", "knd-test", str(folder)], check=True)
+    filler = folder / "filler"
+
+    def fill(full: bool) -> None:
+        if not full:
+            filler.unlink()
+            return
+        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(bytes(4096)):
+                pass
+
+    try:
+        (folder / "bin").mkdir()
+        (folder / "bin/knd-netns-check").write_bytes(helper)
+        (folder / "bin/knd-netns-check").chmod(0o755)
+        yield fill
+    finally:
+        unmount(folder)
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_on_a_full_disk_nothing_new_is_taken_on_and_what_leaves_leaves(how: str) -> None:
+    async def story(sim: SimNode, made: Devices) -> None:
+        before = dump()
+        with small_disk(sim) as fill:
+            await sim.start_agent()
+            pods = await stations(sim, made, 3)
+            async with traffic(made, pods) as flows:
+                scene = Scene(sim, pods, flows)
+                fill(True)
+                await scene.untouched()
+                late = sim.schedule("late", [claim("late-nic")])
+                with pytest.raises(PrepareFailed, match="make room"):
+                    await sim.prepare(late)
+                if how == "killed":
+                    await sim.kill_agent()
+                else:
+                    assert await sim.stop_agent() == 0
+                fill(False)
+                fill(True)
+                await sim.start_agent()
+                await scene.untouched()
+                with pytest.raises(PrepareFailed, match="make room"):
+                    await sim.prepare(late)
+                sent = await flows.end()
+                leaving = pods[0]
+                await sim.delete_pod(leaving.pod)
+                assert changes_of(before, leaving) == []
+
+                fill(False)
+                await seen.until(
+                    lambda: counted(sim)[leaving.pod.spec.name, "egress"] > 0, "it goes on by itself"
+                )
+                await seen.until(lambda: held(sim) == {each.device for each in pods[1:]}, "and lets go")
+                late = await sim.start_pod(late)
+                assert held(sim) == {*(each.device for each in pods[1:]), *given(late)}
+                await sim.kill_agent()
+                await sim.start_agent()
+                assert seen.is_attached(sim, late)
+                await sim.delete_pod(late)
+                for each in pods[1:]:
+                    await sim.delete_pod(each.pod)
+                assert {key: value for key, value in counted(sim).items() if key[0] != "late"} == sent
+                await seen.until(lambda: not changes(before, dump()), "every device home as before")
+                await seen.until(lambda: offered(sim) == scene.offered, "offered as before")
+                assert held(sim) == set()
+            assert await sim.stop_agent() == 0
+
+    play(5, story, start=False)
