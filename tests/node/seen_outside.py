@@ -29,7 +29,8 @@ class SeenLink:
     addresses: tuple[str, ...]
 
 
-def _links() -> dict[int, SeenLink]:
+def links_here() -> dict[int, SeenLink]:
+    """All links of the calling thread's namespace."""
     with IPRoute() as ipr:
         addresses: dict[int, list[str]] = {}
         for address in ipr.get_addr():
@@ -47,11 +48,11 @@ def _links() -> dict[int, SeenLink]:
 
 def links_in(netns: Path) -> Mapping[int, SeenLink]:
     """All links of a network namespace by ifindex; none where it is gone."""
-    return in_netns(netns, _links) if netns.exists() else {}
+    return in_netns(netns, links_here) if netns.exists() else {}
 
 
 def links_at_home() -> Mapping[int, SeenLink]:
-    return in_thread(_links)
+    return in_thread(links_here)
 
 
 def index_of(device: str) -> int:
@@ -85,7 +86,7 @@ def is_attached(sim: SimNode, pod: SimPod) -> bool:
 
 def container_has(pod: SimPod, container: SimContainer, name: str, address: str) -> None:
     """The container's own process stands beside the device, with all that the claim says."""
-    inside = in_netns(Path(f"/proc/{container.pid}/ns/net"), _links)
+    inside = in_netns(Path(f"/proc/{container.pid}/ns/net"), links_here)
     (index,) = indexes(pod)
     assert inside[index] == SeenLink(name, True, (address,))
 

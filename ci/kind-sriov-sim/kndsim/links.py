@@ -125,11 +125,11 @@ def veth_pair(
 
     def make(ipr: IPRoute) -> int:
         ipr.link("add", ifname=name, kind="veth", **extra)
-        return int(ipr.link_lookup(ifname=name)[0])
+        return _index_of(ipr, name)
 
     index = _netlink_in(where, make)
     peer_home = where if peer_where is None else peer_where
-    peer_index = _netlink_in(peer_home, lambda ipr: int(ipr.link_lookup(ifname=peer)[0]))
+    peer_index = _netlink_in(peer_home, lambda ipr: _index_of(ipr, peer))
     try:
         yield index, peer_index
     finally:
@@ -143,7 +143,7 @@ def soft_link(name: str, kind: str, *, where: SimNetns | None = None, **more: An
 
     def make(ipr: IPRoute) -> int:
         ipr.link("add", ifname=name, kind=kind, **more)
-        return int(ipr.link_lookup(ifname=name)[0])
+        return _index_of(ipr, name)
 
     index = _netlink_in(where, make)
     try:
@@ -165,13 +165,19 @@ def delete_link(ifindex: int, kind: str, *, where: SimNetns | None = None) -> No
         return
 
     def delete(ipr: IPRoute) -> None:
-        for link in ipr.get_links():
+        with contextlib.suppress(NetlinkError):
+            (link,) = ipr.link("get", index=ifindex)
             info = link.get_attr("IFLA_LINKINFO")
-            if link["index"] == ifindex and info is not None and info.get_attr("IFLA_INFO_KIND") == kind:
-                with contextlib.suppress(NetlinkError):
-                    ipr.link("del", index=ifindex)
+            if info is not None and info.get_attr("IFLA_INFO_KIND") == kind:
+                ipr.link("del", index=ifindex)
 
     _netlink_in(where, delete)
+
+
+def _index_of(ipr: IPRoute, name: str) -> int:
+    # By one message: a look-up by dump makes many links cost their number squared.
+    (link,) = ipr.link("get", ifname=name)
+    return int(link["index"])
 
 
 def _netlink_in(where: SimNetns | None, function: Callable[[IPRoute], T]) -> T:
