@@ -45,10 +45,16 @@ class NetnsHandle:
 
     __slots__ = ("_fd", "cookie", "inode", "path")
 
-    def __init__(self, fd: int, path: Path) -> None:
-        """Takes over fd, also when it raises. BadNetns if fd is not a network namespace."""
+    def __init__(self, fd: int, path: Path, *, like: NetnsHandle | None = None) -> None:
+        """Takes over fd, also when it raises. BadNetns if fd is not a network namespace.
+
+        like: a handle that fd was duplicated from, so that nothing has to be found out again.
+        """
         self._fd = fd
         self.path = path
+        if like is not None:
+            self.inode, self.cookie = like.inode, like.cookie
+            return
         try:
             _check_kind(fd, path)
             self.inode = os.fstat(fd).st_ino
@@ -66,7 +72,7 @@ class NetnsHandle:
 
     def duplicate(self) -> NetnsHandle:
         """Another handle of the same namespace, to be closed on its own."""
-        return NetnsHandle(fcntl.fcntl(self.fd, fcntl.F_DUPFD_CLOEXEC, 0), self.path)
+        return NetnsHandle(fcntl.fcntl(self.fd, fcntl.F_DUPFD_CLOEXEC, 0), self.path, like=self)
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1

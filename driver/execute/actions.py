@@ -71,6 +71,11 @@ class Target:
         if self.pod is None:
             return None
         identity = self.preparation.identity
+        if self.hint is not None:
+            # It keeps the index it had at home, unless something in the pod had that before it came.
+            link = self.pod.by_index(self.hint)
+            if link is not None and identity.matches(link):
+                return link
         return next((link for link in self.pod.dump() if identity.matches(link)), None)
 
 
@@ -209,10 +214,8 @@ def add_addresses(target: Target) -> None:
     link = target.find_in_pod()
     if link is None or target.pod is None:
         raise NotNow(f"{target.device} left the pod's network namespace")
-    present = set(target.pod.addresses(link.ifindex))
     for address in target.preparation.config.interface.addresses:
-        if address not in present:
-            target.pod.add_address(link.ifindex, address)
+        target.pod.add_address(link.ifindex, address)
 
 
 def link_up(target: Target) -> None:
