@@ -131,6 +131,12 @@ class TcxPrograms:
                     sys.link_update(link, program)
         return frozenset(wanting)
 
+    def links_of(self, name: str) -> frozenset[sys.LinkId]:
+        """The links pinned for one device: what foreign_programs and detach_foreign leave alone on it."""
+        pair = self.state(name)
+        halves = (pair.egress, pair.ingress) if pair is not None else ()
+        return frozenset(half.link for half in halves if half is not None)
+
     def own_links(self) -> frozenset[sys.LinkId]:
         """Of all names: what foreign_programs and detach_foreign must leave alone."""
         states = (_state(path) for path in self._links.iterdir() if path.name.endswith(_SUFFIXES))

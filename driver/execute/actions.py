@@ -164,14 +164,14 @@ class NodeActs:
             return
         if link.altnames:
             target.pod.remove_altnames(link.ifindex, link.altnames)
-        own = self._own_links()
+        own = self._own_links(target)
         run_in(target.pod_netns, lambda: detach_foreign(link.ifindex, own=own))
 
     def restore(self, target: Target) -> None:
         """Everything a pod could have left on the device, off; every compared field as it was."""
         link = tidy(target)
         if link is not None:
-            detach_foreign(link.ifindex, own=self._own_links())
+            detach_foreign(link.ifindex, own=self._own_links(target))
 
     def verify(self, target: Target) -> None:
         """NotClean or Vanished unless the device is at home exactly as its baseline says."""
@@ -181,13 +181,14 @@ class NodeActs:
         problems = list(differences(link, target.preparation.baseline))
         if target.home.addresses(link.ifindex):
             problems.append("it has addresses")
-        if foreign_programs(link.ifindex, own=self._own_links()):
+        if foreign_programs(link.ifindex, own=self._own_links(target)):
             problems.append("programs of others are attached")
         if problems:
             raise NotClean(target.device, tuple(problems))
 
-    def _own_links(self) -> frozenset[LinkId]:
-        return self._programs.own_links() if self._programs is not None else frozenset()
+    def _own_links(self, target: Target) -> frozenset[LinkId]:
+        """Those of this device alone: the pins of a whole node are many."""
+        return self._programs.links_of(target.device) if self._programs is not None else frozenset()
 
 
 def move_in(target: Target) -> None:
