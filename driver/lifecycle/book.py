@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from bpf.layout import Slot
 from driver.errors import DriverError, NotNow
 from driver.journal.store import Journal, Quarantine
-from driver.lifecycle.states import check_attachment, check_preparation
+from driver.lifecycle.states import ImpossibleTransition, check_attachment, check_preparation
 from driver.model import (
     Attachment,
     AttachmentId,
@@ -104,13 +104,13 @@ class Book:
             self._generation += 1
             return self._generation
 
-    def _free_slot(self) -> Slot:
-        """The lowest slot no preparation has; NotNow when all are taken."""
+    def _free_slots(self, count: int) -> list[Slot]:
+        """The lowest slots no preparation has; NotNow when so many are not left."""
         taken = {p.slot for p in self.preparations()}
-        for number in range(self._slots):
-            if Slot(number) not in taken:
-                return Slot(number)
-        raise NotNow(f"all {self._slots} accounting slots of this node are in use")
+        free = [slot for number in range(self._slots) if (slot := Slot(number)) not in taken][:count]
+        if len(free) < count:
+            raise NotNow(f"all {self._slots} accounting slots of this node are in use")
+        return free
 
     # --- writing ------------------------------------------------------------------------------------
 
@@ -125,38 +125,67 @@ class Book:
             if self._late:
                 self._write({}, insist=False)
 
-    def open_preparation(self, preparation: Preparation) -> Preparation:
-        """Journal the intent, durably, and take a slot for it; returns the record as written."""
+    def open_preparations(self, preparations: Sequence[Preparation]) -> tuple[Preparation, ...]:
+        """Journal the intent, durably and as one, and take a slot for each; returns them as written.
+
+        As one, so that what is on record of a claim is always the whole of it or on its way home.
+        """
         with self._writing:
-            check_preparation(None, preparation.state, preparation.key.device)
-            written = replace(preparation, slot=self._free_slot(), generation=self.next_generation())
-            put = partial(self._journal.put_preparation, written, durable=True)
-            self._write({written.key: put}, insist=True)
+            for each in preparations:
+                if (known := self.preparation(each.key)) is not None:
+                    raise ImpossibleTransition(f"preparation {each.key.device}: it is {known.state} already")
+                check_preparation(None, each.state, each.key.device)
+            written = tuple(
+                replace(each, slot=slot, generation=self.next_generation())
+                for each, slot in zip(preparations, self._free_slots(len(preparations)), strict=True)
+            )
+            put = self._journal.put_preparation
+            self._write({p.key: partial(put, p, durable=True) for p in written}, insist=True)
             with self._lock:
-                self._preparations[written.key] = written
+                self._preparations.update({p.key: p for p in written})
             return written
 
-    def advance_preparation(
-        self, preparation: Preparation, state: PreparationState, *, insist: bool = True
-    ) -> Preparation:
+    def advance_preparations(
+        self, preparations: Iterable[Preparation], state: PreparationState, *, insist: bool = True
+    ) -> tuple[Preparation, ...]:
+        """All in one transaction, so that a claim is prepared as a whole or not at all.
+
+        ImpossibleTransition also where a record is no longer there or was made anew meanwhile.
+        """
         with self._writing:
-            check_preparation(preparation.state, state, preparation.key.device)
-            written = replace(preparation, state=state)
-            self._write({written.key: partial(self._journal.put_preparation, written)}, insist)
+            written = []
+            for each in preparations:
+                self._check(each, state)
+                written.append(replace(each, state=state))
+            self._write({p.key: partial(self._journal.put_preparation, p) for p in written}, insist)
             with self._lock:
-                self._preparations[written.key] = written
-            return written
+                self._preparations.update({p.key: p for p in written})
+            return tuple(written)
 
     def close_preparation(self, preparation: Preparation) -> None:
+        """The device is clean or no more: its record goes, and a quarantine with it."""
         with self._writing:
             current = self.preparation(preparation.key)
             if current is None:
                 return
-            check_preparation(current.state, None, preparation.key.device)
-            drop = partial(self._journal.drop_preparation, preparation.key)
-            self._write({preparation.key: drop}, insist=False)
+            self._check(preparation, None)
+            device = preparation.key.device
+            drops: dict[Hashable, Callable[[], None]] = {
+                preparation.key: partial(self._journal.drop_preparation, preparation.key)
+            }
+            if device in self._quarantines:
+                drops[_Withheld(device)] = partial(self._journal.drop_quarantine, device)
+            self._write(drops, insist=False)
             with self._lock:
                 del self._preparations[preparation.key]
+                self._quarantines.pop(device, None)
+
+    def _check(self, preparation: Preparation, state: PreparationState | None) -> None:
+        """Against the record there is now, not against what the caller remembers of it."""
+        current = self.preparation(preparation.key)
+        if current is not None and current.generation != preparation.generation:
+            raise ImpossibleTransition(f"preparation {preparation.key.device}: its record was made anew")
+        check_preparation(current.state if current else None, state, preparation.key.device)
 
     def open_attachment(self, attachment: Attachment) -> Attachment:
         with self._writing:
@@ -173,7 +202,8 @@ class Book:
         with self._writing:
             written = []
             for attachment in attachments:
-                check_attachment(attachment.state, state, attachment.id)
+                current = self.attachment(attachment.id)
+                check_attachment(current.state if current else None, state, attachment.id)
                 written.append(replace(attachment, state=state))
             self._write({a.id: partial(self._journal.put_attachment, a) for a in written}, insist)
             with self._lock:

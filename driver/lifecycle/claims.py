@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from bpf.layout import Slot
@@ -23,6 +23,7 @@ from driver.lifecycle.gate import Gate
 from driver.lifecycle.homecoming import HIDDEN, QUARANTINED, Homecoming
 from driver.lifecycle.ports import ClaimFailed
 from driver.lifecycle.projections import Projections
+from driver.lifecycle.workers import KeyedLocks
 from driver.model import (
     AllocatedDevice,
     Claim,
@@ -32,6 +33,7 @@ from driver.model import (
     DriverEvent,
     EventKind,
     NicConfig,
+    PodUid,
     Preparation,
     PreparationKey,
     PreparationState,
@@ -45,6 +47,19 @@ UNPREPARE_PATIENCE = 10.0
 """Seconds that unprepare waits for a clean device before it quarantines it and lets the pod go."""
 
 
+Wanted = tuple[AllocatedDevice, Device, NicConfig]
+Named = tuple[str, NicConfig, IfName]
+"""A device as claimconfig.check_together wants it: its label, its config, its name in the pod."""
+
+
+@dataclass(frozen=True, slots=True)
+class Coming:
+    """A claim that is being prepared: what the other claims of its pods must stand beside."""
+
+    reserved_for: frozenset[PodUid]
+    devices: tuple[Named, ...]
+
+
 class Claims:
     """Implements ports.ClaimHandler."""
 
@@ -55,8 +70,8 @@ class Claims:
         self._projections = projections
         self._homecoming = homecoming
         self._gate = gate
-        self._locks: dict[ClaimUid, asyncio.Lock] = {}
-        self._turn = asyncio.Lock()
+        self._locks: KeyedLocks[ClaimUid] = KeyedLocks()
+        self._coming: dict[ClaimUid, Coming] = {}
 
     async def prepare(
         self, claims: Sequence[ClaimRef], deadline: float
@@ -74,33 +89,54 @@ class Claims:
 
     async def _prepare(self, ref: ClaimRef, deadline: float) -> tuple[PreparedDevice, ...] | ClaimFailed:
         try:
-            async with self._locks.setdefault(ref.uid, asyncio.Lock()):
+            async with self._locks.hold(ref.uid):
                 return await self._prepare_locked(ref, deadline)
-        except DriverError as error:
+        except EXPECTED as error:
             self._tell(ref, "PrepareFailed", str(error))
             return ClaimFailed(str(error))
 
     async def _prepare_locked(self, ref: ClaimRef, deadline: float) -> tuple[PreparedDevice, ...]:
         self._gate.check_prepare()
-        existing = self._context.book.of_claim(ref.uid)
-        if existing and all(p.state is PreparationState.PREPARED for p in existing):
-            return self._answer(existing)
+        existing = self._existing(ref)
         if existing:
-            raise NotNow(f"claim {ref.name} is still being taken back from an earlier attempt")
+            return self._answer(existing)
         claim = await self._context.claims.read_claim(ref)
         token = Token(self._context.clock, deadline)
-        # One claim at a time from here: two claims of one pod are checked against each other.
-        async with self._turn:
-            wanted = self._examine(claim)
+        if any(self._context.devices.get(each.device) is None for each in claim.devices):
+            # What the scheduler knows of it was true once, and its event may still be on the way to us.
+            await self._context.workers.run_until([], self._context.devices.rescan, deadline)
+        wanted = self._examine(claim)
+        # No await since the check, so of two claims of one pod one is checked against the other.
+        self._coming[ref.uid] = Coming(claim.reserved_for, tuple(_named(wanted)))
+        try:
             done = await self._context.workers.run_until(
                 [device.name for _, device, _ in wanted],
                 lambda: self._prepare_devices(claim, wanted, token),
                 deadline,
                 token,
             )
+        except EXPECTED:
+            # Taking it back may have ended in quarantine.
+            self._projections.offer()
+            raise
+        finally:
+            del self._coming[ref.uid]
         return self._answer(done)
 
-    def _examine(self, claim: Claim) -> list[tuple[AllocatedDevice, Device, NicConfig]]:
+    def _existing(self, ref: ClaimRef) -> tuple[Preparation, ...]:
+        """What is on record of the claim, if it is whole and can be given to a pod; empty if nothing is."""
+        book = self._context.book
+        existing = book.of_claim(ref.uid)
+        if any(p.state is not PreparationState.PREPARED for p in existing):
+            raise NotNow(f"claim {ref.name} is still being taken back from an earlier attempt")
+        quarantined = book.quarantines()
+        for preparation in existing:
+            device = preparation.key.device
+            if device in quarantined:
+                raise NotNow(f"{device} is withheld until it is clean: {quarantined[device].reason}")
+        return existing
+
+    def _examine(self, claim: Claim) -> list[Wanted]:
         """Every check that needs no lock. Raises the first lasting reason against the claim."""
         if not claim.allocated:
             raise NotNow(f"claim {claim.ref.name} is not allocated")
@@ -109,7 +145,7 @@ class Claims:
                 "NoDevice", f"claim {claim.ref.name} has no device of driver {self._context.driver}"
             )
         limits = self._context.policy().claim_limits
-        wanted = []
+        wanted: list[Wanted] = []
         for allocated in claim.devices:
             if allocated.admin_access:
                 raise Refusal("AdminAccess", "adminAccess to a network device is not supported")
@@ -120,57 +156,67 @@ class Claims:
             device = self._context.devices.get(allocated.device)
             if device is None:
                 raise Refusal("NoSuchDevice", f"this node has no device {allocated.device} now")
+            if any(device.name == other.name for _, other, _ in wanted):
+                raise Refusal("DeviceTwice", f"{device.name} is allocated twice and cannot be shared")
             config = claimconfig.resolve(allocated, claim.configs, limits)
             wanted.append((allocated, device, config))
         self._check_pod(claim, wanted)
         return wanted
 
-    def _check_pod(self, claim: Claim, wanted: list[tuple[AllocatedDevice, Device, NicConfig]]) -> None:
+    def _check_pod(self, claim: Claim, wanted: Sequence[Wanted]) -> None:
         """ConfigError if two devices of one pod cannot stand together, of other claims of it too."""
-        together: list[tuple[str, NicConfig, IfName]] = [
-            (device.name, config, config.interface.name or device.settings.name)
-            for _, device, config in wanted
-            if device.settings is not None
-        ]
+        together = _named(wanted)
         together += [
             (f"{other.key.device} of claim {other.claim.name}", other.config, other.ifname)
             for other in self._context.book.preparations()
-            if other.key.claim_uid != claim.ref.uid and other.reserved_for & claim.reserved_for
+            if other.key.claim_uid != claim.ref.uid
+            and other.key.claim_uid not in self._coming
+            and other.reserved_for & claim.reserved_for
         ]
+        for coming in self._coming.values():
+            if coming.reserved_for & claim.reserved_for:
+                together += coming.devices
         claimconfig.check_together(together)
 
     def _prepare_devices(
-        self, claim: Claim, wanted: list[tuple[AllocatedDevice, Device, NicConfig]], token: Token
+        self, claim: Claim, wanted: Sequence[Wanted], token: Token
     ) -> tuple[Preparation, ...]:
-        """In a worker, holding every device. All or none."""
-        look = self._context.devices.as_it_is
+        """In a worker, holding every device. All or none, also on record."""
+        context = self._context
+        # An earlier call that nobody waited for any more may have got here first.
+        existing = self._existing(claim.ref)
+        if existing:
+            return existing
+        token.check(0.0)
+        look = context.devices.as_it_is
         wanted = [(allocated, look(device), config) for allocated, device, config in wanted]
         for _, device, _ in wanted:
             self._check_free(device, claim.ref)
-        done: list[Preparation] = []
+        opened = context.book.open_preparations([_new(claim, *each) for each in wanted])
         try:
-            for allocated, device, config in wanted:
-                done.append(self._prepare_device(claim, allocated, device, config, token))
+            for preparation in opened:
+                hint = context.devices.hint(preparation)
+                with open_target(preparation, None, context.host_netns, None, hint) as target:
+                    context.engine.run(plan.prepare(preparation, context.hook), target, token)
+            return context.book.advance_preparations(opened, PreparationState.PREPARED)
         except EXPECTED as error:
-            for preparation in reversed(done):
-                self._take_back(preparation)
+            self.finish(opened)
             if isinstance(error, DriverError):
                 raise
             raise NotNow(str(error)) from error
-        return tuple(done)
 
     def _check_free(self, device: Device, ref: ClaimRef) -> None:
         """The last guard, whatever the scheduler, taints and tolerations say."""
         book = self._context.book
+        quarantine = book.quarantines().get(device.name)
+        if quarantine is not None:
+            raise NotNow(f"{device.name} is withheld until it is clean: {quarantine.reason}")
         for holder in book.of_device(device.name):
             if holder.key.claim_uid != ref.uid:
                 raise Refusal(
                     "DeviceInUse",
                     f"{device.name} is held by claim {holder.claim.namespace}/{holder.claim.name}",
                 )
-        quarantine = book.quarantines().get(device.name)
-        if quarantine is not None:
-            raise NotNow(f"{device.name} is withheld until it is clean: {quarantine.reason}")
         if device.withheld:
             raise Refusal("Withheld", f"{device.name} is not given away: {device.withheld}")
         if device.kind is DeviceKind.RDMA:
@@ -178,43 +224,10 @@ class Claims:
         if device.ifindex is None or device.settings is None:
             raise NotNow(f"{device.name} is not in the host's network namespace now")
 
-    def _prepare_device(
-        self, claim: Claim, allocated: AllocatedDevice, device: Device, config: NicConfig, token: Token
-    ) -> Preparation:
-        assert device.settings is not None
-        context = self._context
-        preparation = context.book.open_preparation(
-            Preparation(
-                key=PreparationKey(claim.ref.uid, allocated.pool, device.name, allocated.share_id),
-                claim=claim.ref,
-                request=allocated.base_request,
-                identity=device.identity,
-                kind=device.kind,
-                dies_with_netns=device.dies_with_netns,
-                config=config,
-                baseline=clean(device.settings),
-                attributes=device.attributes,
-                capacities=device.capacities,
-                reserved_for=claim.reserved_for,
-                slot=Slot(0),
-                state=PreparationState.PREPARING,
-                generation=0,
-            )
-        )
-        try:
-            with open_target(preparation, None, context.host_netns, None, device.ifindex) as target:
-                context.engine.run(plan.prepare(preparation, context.hook), target, token)
-            return context.book.advance_preparation(preparation, PreparationState.PREPARED)
-        except EXPECTED:
-            self._take_back(preparation)
-            raise
-
-    def _take_back(self, preparation: Preparation) -> None:
+    def _take_back(self, leaving: Preparation) -> None:
         """Undo a preparation that is in no pod. The record, which says what clean is, stays until the
         device is clean or is no more; reconcile goes on with what does not work."""
         context = self._context
-        device = preparation.key.device
-        leaving = context.book.advance_preparation(preparation, PreparationState.UNPREPARING, insist=False)
         if self._homecoming.is_hidden(leaving):
             self._withhold(leaving, HIDDEN)
             return
@@ -224,7 +237,6 @@ class Claims:
         if problems and not any(isinstance(problem.error, Vanished) for problem in problems):
             self._withhold(leaving, str(problems[-1].error))
             return
-        context.book.release(device)
         context.book.close_preparation(leaving)
 
     def _withhold(self, preparation: Preparation, reason: str) -> None:
@@ -247,26 +259,32 @@ class Claims:
 
     async def _unprepare(self, ref: ClaimRef, deadline: float) -> ClaimFailed | None:
         try:
-            async with self._locks.setdefault(ref.uid, asyncio.Lock()):
+            async with self._locks.hold(ref.uid):
                 await self._unprepare_locked(ref.uid, deadline)
-        except DriverError as error:
+        except EXPECTED as error:
             log.error("unprepare of claim %s/%s: %s", ref.namespace, ref.name, error)
             return ClaimFailed(str(error))
-        self._locks.pop(ref.uid, None)
+        self._context.statuses.write_status(ref, ())
         return None
 
     async def _unprepare_locked(self, uid: ClaimUid, deadline: float) -> None:
         self._gate.check_unprepare()
-        preparations = self._context.book.of_claim(uid)
-        if not preparations:
+        # At once, not when the devices are free: nothing may be answered or attached from this record
+        # any more, though whoever has a device in hand may be long about it.
+        leaving = await self._context.workers.run([], lambda: self._begin_leaving(uid))
+        if not leaving:
             return
         patience = min(deadline, self._context.clock.monotonic() + UNPREPARE_PATIENCE)
-        devices = [p.key.device for p in preparations]
+        devices = [p.key.device for p in leaving]
         try:
-            await self._context.workers.run_until(devices, lambda: self.finish(preparations), patience)
+            await self._context.workers.run_until(devices, lambda: self.finish(leaving), patience)
         except NotNow:
-            await self._context.workers.run([], lambda: self._note_late(preparations))
+            await self._context.workers.run([], lambda: self._note_late(leaving))
         self._projections.offer()
+
+    def _begin_leaving(self, uid: ClaimUid) -> tuple[Preparation, ...]:
+        book = self._context.book
+        return book.advance_preparations(book.of_claim(uid), PreparationState.UNPREPARING, insist=False)
 
     def _note_late(self, preparations: Sequence[Preparation]) -> None:
         for preparation in preparations:
@@ -278,34 +296,61 @@ class Claims:
             )
 
     async def release_all(self) -> None:
-        """Take back every preparation of this node."""
+        """Take back every preparation of this node. What does not come stays in the book."""
         for preparation in self._context.book.preparations():
             await self._context.workers.run([preparation.key.device], partial(self.finish, [preparation]))
 
     def finish(self, preparations: Sequence[Preparation]) -> None:
-        """In a worker: home from every pod, programs off, and the record closed if nothing is open.
+        """In a worker, holding the devices: home from every pod, programs off, and each record closed if
+        nothing of it is open.
 
         What could not be brought home stays in the book as UNPREPARING, quarantined, for reconcile.
         """
-        context = self._context
-        for known in preparations:
-            preparation = context.book.preparation(known.key)
-            if preparation is None:
-                continue
-            if preparation.state is not PreparationState.UNPREPARING:
-                preparation = context.book.advance_preparation(
-                    preparation, PreparationState.UNPREPARING, insist=False
-                )
-            for attachment in context.book.attachments_of(preparation.key):
-                self._homecoming.bring_home(attachment)
-            if context.book.attachments_of(preparation.key):
-                continue
-            self._take_back(preparation)
+        book = self._context.book
+        living = [now for known in preparations if (now := book.preparation(known.key)) is not None]
+        for leaving in book.advance_preparations(living, PreparationState.UNPREPARING, insist=False):
+            try:
+                for attachment in book.attachments_of(leaving.key):
+                    self._homecoming.bring_home(attachment)
+                if not book.attachments_of(leaving.key):
+                    self._take_back(leaving)
+            except EXPECTED as error:
+                log.error("taking %s back: %s", leaving.key.device, error)
+                self._withhold(leaving, str(error))
 
     def _tell(self, ref: ClaimRef, reason: str, message: str) -> None:
         self._context.events.emit(
             DriverEvent(subject=ref, kind=EventKind.WARNING, reason=reason, message=message)
         )
+
+
+def _named(wanted: Sequence[Wanted]) -> list[Named]:
+    return [
+        (device.name, config, config.interface.name or device.settings.name)
+        for _, device, config in wanted
+        if device.settings is not None
+    ]
+
+
+def _new(claim: Claim, allocated: AllocatedDevice, device: Device, config: NicConfig) -> Preparation:
+    """The record of a device that passed every check; slot and generation are the book's to give."""
+    assert device.settings is not None
+    return Preparation(
+        key=PreparationKey(claim.ref.uid, allocated.pool, device.name, allocated.share_id),
+        claim=claim.ref,
+        request=allocated.base_request,
+        identity=device.identity,
+        kind=device.kind,
+        dies_with_netns=device.dies_with_netns,
+        config=config,
+        baseline=clean(device.settings),
+        attributes=device.attributes,
+        capacities=device.capacities,
+        reserved_for=claim.reserved_for,
+        slot=Slot(0),
+        state=PreparationState.PREPARING,
+        generation=0,
+    )
 
 
 def clean(settings: LinkSettings) -> LinkSettings:
