@@ -61,7 +61,7 @@ def test_pods_that_waited_are_all_served_and_every_event_is_answered_at_once() -
         pods = [await sim.run_sandbox(pod) for pod in pods]
         began = time.monotonic()
         sim.agent.start()
-        await sim.runtime.wait_plugin(30.0)
+        await sim.runtime.wait_plugin(20.0 + 0.5 * PODS)
         connected = time.monotonic()
         (peer,) = sim.runtime.plugins
         first = len(sim.runtime.log)
