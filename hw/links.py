@@ -56,9 +56,16 @@ class Links(Protocol):
         group: int | None = None,
         gso_max_size: int | None = None,
         gro_max_size: int | None = None,
+        gso_max_segs: int | None = None,
+        gso_ipv4_max_size: int | None = None,
+        gro_ipv4_max_size: int | None = None,
+        broadcast: MacAddress | None = None,
+        link_mode: int | None = None,
         set_flags: LinkFlags = NO_FLAGS,
         clear_flags: LinkFlags = NO_FLAGS,
     ) -> None: ...
+
+    def delete(self, ifindex: IfIndex) -> None: ...
 
     def add_address(self, ifindex: IfIndex, address: InterfaceAddress) -> None: ...
 

@@ -99,6 +99,12 @@ class LinkInfo:
     group: int = 0
     gso_max_size: int | None = None
     gro_max_size: int | None = None
+    gso_max_segs: int | None = None
+    gso_ipv4_max_size: int | None = None
+    gro_ipv4_max_size: int | None = None
+    broadcast: MacAddress | None = None
+    link_mode: int | None = None
+    """IFLA_LINKMODE: 1 keeps the link dormant."""
     operstate: int = 0
     carrier: bool = False
     xdp_prog_ids: tuple[int, ...] = ()
@@ -112,6 +118,12 @@ class LinkInfo:
     @property
     def up(self) -> bool:
         return LinkFlags.UP in self.flags
+
+    @property
+    def is_stacked(self) -> bool:
+        """Made on top of another link of its namespace, as a macvlan or VLAN is; a veth is not."""
+        on_other = self.peer is not None and self.peer != self.ifindex and self.peer_nsid is None
+        return on_other and self.kind not in (None, "veth", "netkit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +264,7 @@ class LinkSettings:
 
     The closed list of compared fields: a field not here is either flushed by the kernel when a netdev
     changes its netns (addresses, routes, neighbours, qdiscs, sysctls, multicast and unicast filters)
-    or not settable from a pod.
+    or not settable from a pod. None: the kernel, or the version that wrote this, does not tell it.
     """
 
     name: IfName
@@ -268,6 +280,11 @@ class LinkSettings:
     promisc: bool
     allmulti: bool
     multicast: bool
+    gso_max_segs: int | None = None
+    gso_ipv4_max_size: int | None = None
+    gro_ipv4_max_size: int | None = None
+    broadcast: MacAddress | None = None
+    link_mode: int | None = None
 
     @classmethod
     def of(cls, link: LinkInfo) -> LinkSettings:
@@ -286,4 +303,9 @@ class LinkSettings:
             promisc=LinkFlags.PROMISC in link.flags,
             allmulti=LinkFlags.ALLMULTI in link.flags,
             multicast=LinkFlags.MULTICAST in link.flags,
+            gso_max_segs=link.gso_max_segs,
+            gso_ipv4_max_size=link.gso_ipv4_max_size,
+            gro_ipv4_max_size=link.gro_ipv4_max_size,
+            broadcast=link.broadcast,
+            link_mode=link.link_mode,
         )

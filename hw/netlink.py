@@ -29,6 +29,7 @@ from hw.netns import NetnsHandle
 from hw.transport import DEFAULT_TIMEOUT, Encode, Transport, header, open_netlink
 from hw.wire import BpfFilter
 
+_RTM_DELLINK = 17
 _RTM_GETLINK = 18
 _RTM_SETLINK = 19
 _RTM_NEWADDR = 20
@@ -49,6 +50,9 @@ _NLM_F_CREATE = 0x400
 _RTEXT_FILTER_SKIP_STATS = 8
 """VF lists are left out on purpose: reading them costs a firmware query per VF under the rtnl lock."""
 _IFLA_ADDRESS = 1
+_IFLA_BROADCAST = 2
+_IFLA_GSO_IPV4_MAX_SIZE = 63
+_IFLA_GRO_IPV4_MAX_SIZE = 64
 _XDP_FLAGS_SKB = 2
 _XDP_FLAGS_DRV = 4
 _XDP_FLAGS_HW = 8
@@ -167,7 +171,9 @@ class LinkSocket:
         if mtu is not None:
             attrs.append(("IFLA_MTU", mtu))
         what = f"{self._what('move', ifindex)} to {target.path} as {name!a}"
-        self._transport.change(what, _link(_RTM_SETLINK, ifindex, attrs, mac=mac))
+        self._transport.change(
+            what, _link(_RTM_SETLINK, ifindex, attrs, packed=_hardware(_IFLA_ADDRESS, mac))
+        )
 
     def change(
         self,
@@ -181,6 +187,11 @@ class LinkSocket:
         group: int | None = None,
         gso_max_size: int | None = None,
         gro_max_size: int | None = None,
+        gso_max_segs: int | None = None,
+        gso_ipv4_max_size: int | None = None,
+        gro_ipv4_max_size: int | None = None,
+        broadcast: MacAddress | None = None,
+        link_mode: int | None = None,
         set_flags: LinkFlags = NO_FLAGS,
         clear_flags: LinkFlags = NO_FLAGS,
     ) -> None:
@@ -202,12 +213,25 @@ class LinkSocket:
             ("IFLA_GROUP", group),
             ("IFLA_GSO_MAX_SIZE", gso_max_size),
             ("IFLA_GRO_MAX_SIZE", gro_max_size),
+            ("IFLA_GSO_MAX_SEGS", gso_max_segs),
+            ("IFLA_LINKMODE", link_mode),
         )
         attrs += [(key, value) for key, value in numbers if value is not None]
-        if attrs or mac is not None or set_flags or clear_flags:
+        packed = (
+            _hardware(_IFLA_ADDRESS, mac)
+            + _hardware(_IFLA_BROADCAST, broadcast)
+            + _number(_IFLA_GSO_IPV4_MAX_SIZE, gso_ipv4_max_size)
+            + _number(_IFLA_GRO_IPV4_MAX_SIZE, gro_ipv4_max_size)
+        )
+        if attrs or packed or set_flags or clear_flags:
             mask = set_flags | clear_flags
-            encode = _link(_RTM_SETLINK, ifindex, attrs, flags=set_flags, mask=mask, mac=mac)
+            encode = _link(_RTM_SETLINK, ifindex, attrs, flags=set_flags, mask=mask, packed=packed)
             self._transport.change(self._what("change", ifindex), encode)
+
+    def delete(self, ifindex: IfIndex) -> None:
+        """Remove a software link; one that is gone is no error. Unsupported for hardware."""
+        with contextlib.suppress(NotFound):
+            self._transport.change(self._what("delete", ifindex), _link(_RTM_DELLINK, ifindex, []))
 
     def add_altnames(self, ifindex: IfIndex, names: Sequence[str]) -> None:
         """Give a link more names. Refused with EEXIST if one is taken."""
@@ -332,12 +356,20 @@ def _link(
     *,
     flags: int = 0,
     mask: int = 0,
-    mac: MacAddress | None = None,
+    packed: bytes = b"",
 ) -> Encode:
-    # pyroute2 takes every hardware address for 6 bytes long; those of IPoIB have 20.
-    tail = b"" if mac is None else wire.attribute(_IFLA_ADDRESS, bytes.fromhex(mac.replace(":", "")))
     fields = {"index": ifindex, "flags": int(flags), "change": int(mask)}
-    return _encoder(ifinfmsg, kind, fields, attrs, tail)
+    return _encoder(ifinfmsg, kind, fields, attrs, packed)
+
+
+def _hardware(kind: int, address: MacAddress | None) -> bytes:
+    """pyroute2 takes every hardware address for 6 bytes long; those of IPoIB have 20."""
+    return b"" if address is None else wire.attribute(kind, bytes.fromhex(address.replace(":", "")))
+
+
+def _number(kind: int, value: int | None) -> bytes:
+    """For attributes that pyroute2 does not know."""
+    return b"" if value is None else wire.attribute(kind, struct.pack("=I", value))
 
 
 def _encoder(

@@ -102,7 +102,7 @@ def reserved(links: Sequence[LinkInfo], uplinks: Uplinks) -> Mapping[IfIndex, st
             name = f"{master.name!a}" if master else f"link {link.master}"
             reasons.setdefault(link.ifindex, f"in use by others: it belongs to {name}")
             reasons.setdefault(link.master, f"in use by others: {link.name!a} belongs to it")
-        elif _is_stacked(link) and link.peer in by_index:
+        elif link.is_stacked and link.peer in by_index:
             reasons.setdefault(link.peer, f"in use by others: {link.name!a} is on top of it")
     return reasons
 
@@ -116,12 +116,6 @@ def _neighbours(links: Iterable[LinkInfo]) -> Mapping[IfIndex, set[IfIndex]]:
                 neighbours[link.ifindex].add(other)
                 neighbours[other].add(link.ifindex)
     return neighbours
-
-
-def _is_stacked(link: LinkInfo) -> bool:
-    """Made on top of another link of this namespace, as a macvlan or VLAN is; a veth is not."""
-    on_other = link.peer is not None and link.peer != link.ifindex and link.peer_nsid is None
-    return on_other and link.kind not in (None, "veth", "netkit")
 
 
 def _is_global(address: InterfaceAddress) -> bool:
@@ -176,7 +170,7 @@ class _View:
             if (
                 link.parent_bus == "pci"
                 and link.parent_device
-                and not (is_representor(link) or _is_stacked(link))
+                and not (is_representor(link) or link.is_stacked)
             ):
                 self._netdevs[PciAddress(link.parent_device)].append(link)
 

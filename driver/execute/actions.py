@@ -28,6 +28,13 @@ Fold = Callable[[Attachment, Preparation], None]
 """Put the final counters of an attachment into the ledger, in one transaction."""
 
 
+_RESTORABLE = (
+    *("name", "mtu", "mac", "broadcast", "txqlen", "group", "alias", "link_mode"),
+    *("gso_max_size", "gro_max_size", "gso_max_segs", "gso_ipv4_max_size", "gro_ipv4_max_size"),
+)
+"""Of LinkSettings, what one message sets; flags and altnames go their own ways."""
+
+
 class Vanished(DriverError):
     """The device is neither at home nor in its pod: destroyed with the netns, unplugged, or hidden."""
 
@@ -83,9 +90,9 @@ def differences(link: LinkInfo, baseline: LinkSettings) -> tuple[str, ...]:
     """What keeps a link at home from being clean: every field that is not as in its baseline."""
     now = LinkSettings.of(link)
     found = [
-        f"{name} is {getattr(now, name)!r}, should be {getattr(baseline, name)!r}"
+        f"{name} is {getattr(now, name)!r}, should be {wanted!r}"
         for name in LinkSettings.__slots__
-        if getattr(now, name) != getattr(baseline, name)
+        if (wanted := getattr(baseline, name)) is not None and getattr(now, name) != wanted
     ]
     if link.mac != baseline.mac:
         found.append(f"address is {link.mac}, should be {baseline.mac}")
@@ -158,12 +165,15 @@ class NodeActs:
         self._accounting.zero(target.preparation.slot)
 
     def strip(self, target: Target) -> None:
-        """What would travel with the device: altnames (they may clash at home) and others' programs."""
+        """What would travel with the device: altnames (they may clash at home), others' programs,
+        and NOARP, which a namespace makes a setting of its own from when the device arrives."""
         link = target.find_in_pod()
         if link is None or target.pod is None or target.pod_netns is None:
             return
         if link.altnames:
             target.pod.remove_altnames(link.ifindex, link.altnames)
+        if LinkFlags.NOARP in link.flags and not target.preparation.baseline.noarp:
+            target.pod.change(link.ifindex, clear_flags=LinkFlags.NOARP)
         own = self._own_links(target)
         run_in(target.pod_netns, lambda: detach_foreign(link.ifindex, own=own))
 
@@ -227,8 +237,15 @@ def link_up(target: Target) -> None:
 
 
 def link_down(target: Target) -> None:
+    """What stands on it goes first: it would come along, and of a link that is down the kernel does not
+    take back what it set for it."""
     link = target.find_in_pod()
-    if link is not None and target.pod is not None and link.up:
+    if link is None or target.pod is None:
+        return
+    for child in target.pod.dump():
+        if child.is_stacked and child.peer == link.ifindex:
+            target.pod.delete(child.ifindex)
+    if link.up:
         target.pod.set_down(link.ifindex)
 
 
@@ -277,9 +294,9 @@ def _restore_settings(home: LinkSocket, link: LinkInfo, baseline: LinkSettings) 
     wanted = _flags(baseline)
     mask = LinkFlags.NOARP | LinkFlags.PROMISC | LinkFlags.ALLMULTI | LinkFlags.MULTICAST
     changes = {
-        name: getattr(baseline, name)
-        for name in ("name", "mtu", "mac", "txqlen", "group", "alias", "gso_max_size", "gro_max_size")
-        if getattr(baseline, name) != getattr(link, name)
+        name: value
+        for name in _RESTORABLE
+        if (value := getattr(baseline, name)) is not None and value != getattr(link, name)
     }
     if changes or (link.flags & mask) != wanted:
         home.change(
