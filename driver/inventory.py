@@ -273,5 +273,7 @@ def _quantity(mbps: int) -> str:
 
 def _clamp(value: str) -> str:
     """Cut to the API's limit; what is not printable ASCII is escaped, since others may have chosen it."""
+    if value.isascii() and value.isprintable():
+        return value[:STRING_LIMIT]
     plain = "".join(char if char.isascii() and char.isprintable() else ascii(char)[1:-1] for char in value)
     return plain[:STRING_LIMIT]

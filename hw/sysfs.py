@@ -120,6 +120,6 @@ class Sysfs:
             raise refusal(what, errno.ENODEV if code == errno.ENOENT else code) from errors[0]
 
     def _absolute(self, path: str) -> str:
-        if path.startswith("/") or ".." in path.split("/"):
+        if path.startswith("/") or (".." in path and ".." in path.split("/")):
             raise ValueError(f"{path!r} is not a path below {self._root}")
         return f"{self._root}/{path}"

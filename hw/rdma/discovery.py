@@ -38,12 +38,13 @@ def discover(sysfs: Sysfs) -> RdmaDevices:
         try:
             facts = _facts(sysfs, name)
             parents = (sysfs.target(f"{DEVICES}/{name}") or "").split("/")
-            netdev = sysfs.text(f"{DEVICES}/{name}/parent")
+            on_pci = len(parents) >= 3 and _BDF.fullmatch(parents[-3]) is not None
+            netdev = None if on_pci else sysfs.text(f"{DEVICES}/{name}/parent")
         except HwError as error:
             problems.append(f"RDMA device {name!a} is left out: {error}")
             continue
         # .../0000:3b:00.0/infiniband/mlx5_0
-        if len(parents) >= 3 and _BDF.fullmatch(parents[-3]):
+        if on_pci:
             by_pci.setdefault(PciAddress(parents[-3]), facts)
         elif netdev:
             by_netdev.setdefault(IfName(netdev), facts)
