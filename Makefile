@@ -1,8 +1,10 @@
 # Everything starts here; `make` alone lists the targets. As root on Debian 12 or 13 each target sets up
 # what it needs, once: Debian packages, then .venv from requirements/lock.txt. Set-up talks on stderr, so
 # `make -s demo DEMO_ARGS='-o json'` prints the demo's JSON alone.
-#   PYTEST_ARGS, DEMO_ARGS   passed on          WHEELHOUSE   install from this folder, without a network
-#   PYTHON                   the interpreter    UPGRADE=1    `make lock` takes newer versions
+#   PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS   passed on
+#   WHEELHOUSE         install from this folder, without a network
+#   PYTHON             the interpreter
+#   UPGRADE=1          `make lock` takes newer versions
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c

@@ -53,7 +53,8 @@ class NetnsHandle:
         self._fd = fd
         self.path = path
         if like is not None:
-            self.inode, self.cookie = like.inode, like.cookie
+            self.inode: int = like.inode
+            self.cookie: NetnsCookie = like.cookie
             return
         try:
             _check_kind(fd, path)

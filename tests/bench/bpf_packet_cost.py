@@ -55,13 +55,14 @@ class Lacking(Exception):
 @dataclass(frozen=True, slots=True)
 class Row:
     """Nanoseconds per packet. cost is over `none`, lowest the least of all rounds; None with a reason in
-    skipped."""
+    skipped. samples has one entry a round."""
 
     name: str
     total: float | None = None
     lowest: float | None = None
     cost: float | None = None
     skipped: str = ""
+    samples: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +253,8 @@ def _row(name: str, samples: list[float], base: list[float], skipped: str) -> Ro
     if skipped:
         return Row(name, skipped=skipped)
     differences = [one - other for one, other in zip(samples, base, strict=True)]
-    return Row(name, statistics.median(samples), min(samples), statistics.median(differences))
+    cost = statistics.median(differences)
+    return Row(name, statistics.median(samples), min(samples), cost, samples=tuple(samples))
 
 
 def report(rows: list[Row]) -> str:

@@ -1,0 +1,78 @@
+"""What a benchmark says of a budget: kept or broken only where its samples agree."""
+
+from __future__ import annotations
+
+import json
+import statistics
+
+from tests.bench.outcome import (
+    Outcome,
+    as_json,
+    as_table,
+    counted,
+    high,
+    measured,
+    of_differences,
+    of_medians,
+)
+
+
+def median_of(samples: list[float], budget: float | None) -> Outcome:
+    return measured("row", samples, statistics.median, "ms", budget=budget)
+
+
+STEADY = [10.0 + number / 100 for number in range(40)]
+
+
+def test_a_budget_well_above_or_below_the_samples_is_judged() -> None:
+    assert median_of(STEADY, 20.0).within is True
+    assert median_of(STEADY, 5.0).within is False
+
+
+def test_a_budget_inside_the_range_is_not_judged() -> None:
+    scattered = [5.0, 15.0] * 20
+    assert median_of(scattered, 10.0).within is None
+
+
+def test_without_a_budget_there_is_no_judgement() -> None:
+    outcome = median_of(STEADY, None)
+    assert (outcome.within, outcome.ratio) == (None, None)
+
+
+def test_the_same_samples_say_the_same() -> None:
+    assert median_of(STEADY, 20.0) == median_of(STEADY, 20.0)
+
+
+def test_a_pair_is_drawn_as_one_sample() -> None:
+    """The machine's moods move both of a pair, and cancel out."""
+    pairs = [(mood + 3.0, mood) for mood in (1.0, 100.0, 1000.0, 7.0, 50.0)]
+    outcome = measured("row", pairs, of_differences, "ns")
+    assert outcome.value == 3.0
+    assert outcome.spread == (3.0, 3.0)
+
+
+def test_a_ratio_is_of_the_medians() -> None:
+    assert of_medians([(20.0, 10.0), (30.0, 15.0), (90.0, 12.0)]) == 30.0 / 12.0
+
+
+def test_p99_of_few_samples_is_the_largest() -> None:
+    assert high([1.0, 3.0, 2.0]) == 3.0
+    assert high([float(number) for number in range(200)]) == 198.0
+
+
+def test_nothing_at_all_keeps_a_budget_of_nothing() -> None:
+    assert counted("row", 0, "files", budget=0).within is True
+    assert counted("row", 1, "files", budget=0).within is False
+
+
+def test_the_json_has_what_a_program_needs() -> None:
+    row = json.loads(as_json([median_of(STEADY, 20.0)]))["row"]
+    assert set(row) == {"value", "unit", "budget", "within", "ratio", "samples", "spread", "note"}
+    assert row["within"] is True
+    assert row["samples"] == 40
+    assert row["ratio"] == round(row["value"] / 20.0, 4)
+
+
+def test_the_table_says_where_the_samples_do_not_agree() -> None:
+    assert "unclear" in as_table([median_of([5.0, 15.0] * 20, 10.0)])
+    assert "BROKEN" in as_table([median_of(STEADY, 5.0)])
