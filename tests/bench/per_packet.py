@@ -11,7 +11,7 @@ ROUNDS = 9
 
 
 def per_packet() -> list[Outcome]:
-    """CPU time per packet: accounting beside an empty program, and what else counts or shapes beside nothing."""
+    """CPU time per packet: accounting beside an empty program; what else counts or shapes beside none."""
     rows = {row.name: row for row in bpf_packet_cost.run(ROUNDS)}
     outcomes = []
     for hook in ("tcx", "clsact"):
