@@ -32,8 +32,8 @@ test: setup ## all tests this machine can run (as root: all of them)
 demo: setup ## the real agent against a simulated node: a pod gets a NIC and gives it back
 	@PYTHONPATH=$(SIM) $(BIN)/python -m kndsim.demo $(DEMO_ARGS)
 
-bench: setup ## the budgets, measured: prints ratios, judges nothing
-	@for script in tests/bench/[!_]*.py; do echo "== $$script"; PYTHONPATH=.:$(SIM) $(BIN)/python "$$script"; done
+bench: setup ## the budgets, measured: prints ratios, fails on none (`-o json`, `--only NAME`)
+	@PYTHONPATH=.:$(SIM) $(BIN)/python -m tests.bench $(BENCH_ARGS)
 
 CHECKS := check-lint check-format check-types check-layers check-spelling check-shell check-repo
 .PHONY: $(CHECKS)
