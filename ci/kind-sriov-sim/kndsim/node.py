@@ -146,9 +146,9 @@ class SimNode:
 
     # --- agent --------------------------------------------------------------------------------------
 
-    async def start_agent(self, entry: Sequence[str] | None = None) -> None:
+    async def start_agent(self, entry: Sequence[str] | None = None, *, seconds: float = 30.0) -> None:
         self.agent.start(entry)
-        await asyncio.to_thread(self.agent.wait_ready)
+        await asyncio.to_thread(self.agent.wait_ready, seconds)
 
     async def kill_agent(self) -> None:
         await asyncio.to_thread(self.agent.kill)

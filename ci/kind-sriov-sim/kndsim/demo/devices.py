@@ -1,4 +1,4 @@
-"""The devices a demo gives away: the best that this machine may spare, each with a wire to a peer.
+"""The devices a demo gives away, each with a wire to a peer; and how to see whether they are as before.
 
 Invariant: a device is used only if nothing else uses it, and is put back as it was. A wire's far end
 stands in a network namespace of ours, so traffic never meets another network.
@@ -7,8 +7,7 @@ stands in a network namespace of ours, so traffic never meets another network.
 from __future__ import annotations
 
 import contextlib
-import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from pyroute2 import IPRoute
 
 from kndsim.links import SimNetns, in_thread, netns, private_host, veth_pair
+from kndsim.netns import in_netns
 
 COMPARED = (
     "IFLA_IFNAME",
@@ -35,20 +35,6 @@ COMPARED = (
 _SETTABLE_FLAGS = 0x1 | 0x80 | 0x100 | 0x200 | 0x1000
 
 
-class Backend(enum.StrEnum):
-    SRIOV = "sriov"
-    NETDEVSIM = "netdevsim"
-    VETH = "veth"
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """What is used, and why not something better."""
-
-    backend: Backend
-    reason: str
-
-
 @dataclass(frozen=True, slots=True)
 class Wire:
     """A device to give away, by its name at home, and the peer at the other end."""
@@ -57,26 +43,17 @@ class Wire:
     peer: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Devices:
-    """wires: one per device. far: the netns of all peers. kind selects the devices in slices."""
+    """wires: one per device. far: the netns of all peers. policy: offers these devices and no others."""
 
     wires: tuple[Wire, ...]
     far: SimNetns
     policy: str
-
-
-def choose(sysfs: Path = Path("/sys")) -> Choice:
-    """Look for idle SR-IOV, then netdevsim, else veth; says why the better ones are not used."""
-    physical = [
-        path for path in sorted((sysfs / "bus/pci/devices").glob("*")) if (path / "sriov_totalvfs").exists()
-    ]
-    reasons = ["no SR-IOV PF" if not physical else "its SR-IOV PFs are not wired to a peer of ours"]
-    if not (sysfs / "bus/netdevsim/new_device").exists():
-        reasons.append("no netdevsim in this kernel")
-    else:
-        reasons.append("netdevsim's ports carry no traffic to count")
-    return Choice(Backend.VETH, f"this machine has {', and '.join(reasons)}")
+    peer_of: Callable[[Path, str], str]
+    """The peer of a device that is in a pod: by the pod's netns and the device's name there."""
+    compared: frozenset[int] | None = None
+    """ifindexes of the links that must be as they were; None: all of this namespace, which is ours."""
 
 
 @contextlib.contextmanager
@@ -92,7 +69,21 @@ def make_veths(count: int) -> Iterator[Devices]:
             wire = Wire(f"port{number}", f"peer{number}")
             stack.enter_context(veth_pair(wire.device, wire.peer, peer_where=far))
             wires.append(wire)
-        yield Devices(tuple(wires), far, POLICY)
+        yield Devices(
+            wires=tuple(wires), far=far, policy=POLICY, peer_of=lambda pod, name: _veth_peer(pod, name, far)
+        )
+
+
+def _veth_peer(pod: Path, ifname: str, far: SimNetns) -> str:
+    """The name of the wire's far end, by the index the kernel gives for it."""
+
+    def look() -> int:
+        with IPRoute() as ipr:
+            (link,) = ipr.get_links(ipr.link_lookup(ifname=ifname)[0])
+            return int(link.get_attr("IFLA_LINK"))
+
+    index = in_netns(pod, look)
+    return far.netlink(lambda ipr: str(ipr.get_links(index)[0].get_attr("IFLA_IFNAME")))
 
 
 POLICY = """\
@@ -113,10 +104,14 @@ def disable_ipv6() -> None:
             Path(f"/proc/sys/net/ipv6/conf/{scope}/disable_ipv6").write_text("1")
 
 
-def dump() -> Mapping[str, Mapping[str, Any]]:
-    """Every link of this netns as the kernel shows it, by ifindex: what "home as before" is judged by."""
+def dump(only: frozenset[int] | None = None) -> Mapping[str, Mapping[str, Any]]:
+    """Links of this netns as the kernel shows them, by ifindex: what "home as before" is judged by.
+
+    only: these, wherever others come and go; None is all.
+    """
     # pyroute2 runs an event loop of its own, which a thread that runs one already does not allow.
-    return in_thread(_dump)
+    found = in_thread(_dump)
+    return {key: link for key, link in found.items() if only is None or int(key) in only}
 
 
 def _dump() -> Mapping[str, Mapping[str, Any]]:

@@ -24,6 +24,8 @@ from kndsim.traffic import Flow, encode
 
 BEFORE_KILL, WITHOUT_AGENT, AFTER_RESTART = 1.5, 1.0, 1.5
 """Seconds of traffic in each part."""
+PATIENCE = 60.0
+"""Seconds for what follows by itself, on a slow machine with real devices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +115,10 @@ async def play(
     say: Say,
 ) -> Result:
     """unsent: frames added to the generator's word, to see that a difference is noticed."""
-    before = dump()
+    before = dump(devices.compared)
     async with SimNode(mode=mode, policy=devices.policy, hook=hook, entry=entry) as node:
         say(f"simulated node in {node.root}: kubelet, {mode} runtime, API server")
-        await node.start_agent()
+        await node.start_agent(seconds=2 * PATIENCE)
         say("agent started: registered with kubelet and the runtime, slices published")
         offered = _offered(node)
         pods = [await _start(node, name, count, say) for name, count in PODS]
@@ -127,10 +129,10 @@ async def play(
         say("removing the pods")
         for pod in pods:
             await node.delete_pod(pod)
-        await _until(lambda: not changes(before, dump()), 5.0)
+        await _until(lambda: not changes(before, dump(devices.compared)), PATIENCE)
         usage = json.loads(node.knd("usage", "-o", "json").stdout)
-        await _until(lambda: _offered(node) == offered, 5.0)
-        after, offered_after = dump(), _offered(node)
+        await _until(lambda: _offered(node) == offered, PATIENCE)
+        after, offered_after = dump(devices.compared), _offered(node)
         code = await node.stop_agent()
         surprises = [*node.runtime.violations]
         if code != 0:
@@ -159,7 +161,7 @@ async def _start(node: SimNode, name: str, count: int, say: Say) -> SimPod:
     requests = dict.fromkeys(parameters, any_device)
     claim = ClaimSpec(name=f"{name}-nics", requests=requests, parameters=parameters)
     pod = node.schedule(name, [claim])
-    started = await node.start_pod(pod)
+    started = await node.start_pod(pod, seconds=PATIENCE)
     given = ", ".join(d.device for ds in started.devices.values() for d in ds)
     say(f"pod {name} is running with {given}")
     return started
@@ -180,24 +182,12 @@ def _ports(devices: Devices, pods: Sequence[SimPod]) -> list[Port]:
                     claim=pod.claims[0].name,
                     device=device.device,
                     ifname=ifname,
-                    peer=_peer_of(pod.sandbox.netns_path, ifname, devices.far),
+                    peer=devices.peer_of(pod.sandbox.netns_path, ifname),
                     number=number,
                     netns=pod.sandbox.netns_path,
                 )
             )
     return ports
-
-
-def _peer_of(netns: Path, ifname: str, far: SimNetns) -> str:
-    """The name of the wire's far end, by the index the kernel gives for it."""
-
-    def look() -> int:
-        with IPRoute() as ipr:
-            (link,) = ipr.get_links(ipr.link_lookup(ifname=ifname)[0])
-            return int(link.get_attr("IFLA_LINK"))
-
-    index = in_netns(netns, look)
-    return far.netlink(lambda ipr: str(ipr.get_links(index)[0].get_attr("IFLA_IFNAME")))
 
 
 def _set_neighbours(port: Port, far: SimNetns) -> None:
@@ -278,7 +268,7 @@ async def _traffic(node: SimNode, ports: Sequence[Port], far: SimNetns, say: Say
     async def ask(line: str) -> Mapping[str, Any]:
         to.write(line.encode() + b"\n")
         await to.drain()
-        return dict(json.loads(await asyncio.wait_for(back_from.readline(), 20)))
+        return dict(json.loads(await asyncio.wait_for(back_from.readline(), PATIENCE)))
 
     try:
         ready = await ask(encode([flow for _, _, _, flow in _flows(ports, far.path)]))
@@ -289,7 +279,7 @@ async def _traffic(node: SimNode, ports: Sequence[Port], far: SimNetns, say: Say
         say("agent killed with SIGKILL; traffic goes on")
         await asyncio.sleep(WITHOUT_AGENT)
         back = await ask("mark")
-        await node.start_agent()
+        await node.start_agent(seconds=2 * PATIENCE)
         say("agent started again; traffic goes on")
         await asyncio.sleep(AFTER_RESTART)
         end = await ask("stop")
@@ -361,10 +351,25 @@ def _offered(node: SimNode) -> dict[str, Any]:
 
 
 def _slice_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    names = sorted(before.keys() | after.keys())
-    return [
-        f"slice: {name} is not published as before" for name in names if before.get(name) != after.get(name)
-    ]
+    lines = []
+    for name in sorted(before.keys() | after.keys()):
+        old, new = before.get(name), after.get(name)
+        if old is None or new is None:
+            lines.append(f"slice: {name} {'appeared' if old is None else 'is gone'}")
+        elif old != new:
+            was, now = _flat(old), _flat(new)
+            lines += [
+                f"slice: {name}: {key} was {was.get(key)}, is {now.get(key)}"
+                for key in sorted(was.keys() | now.keys())
+                if was.get(key) != now.get(key)
+            ]
+    return lines
+
+
+def _flat(device: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes and capacities by name, and whatever else a published device has."""
+    rest = {key: value for key, value in device.items() if key not in ("attributes", "capacity")}
+    return {**rest, **device.get("attributes", {}), **device.get("capacity", {})}
 
 
 async def _until(condition: Callable[[], bool], seconds: float) -> None:

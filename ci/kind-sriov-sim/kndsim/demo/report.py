@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from kndsim.demo.devices import Choice
+from kndsim.demo.choice import Choice
 from kndsim.demo.play import Result, Row
 
 
