@@ -31,6 +31,8 @@ _FOLDERS = (
     "/var/lib/kubelet",
     "/var/lib/knd",
 )
+_OTHERS_OWN = frozenset({"/run/mount"})
+"""mount(8) makes it at its first use on a machine, and keeps it."""
 _DEVICE_FOLDERS = (
     "/sys/bus/netdevsim/devices",
     "/sys/class/infiniband",
@@ -120,6 +122,7 @@ def _sysctls() -> Items:
 
 def _folders() -> Items:
     found = {f"{folder}/{name}": "" for folder in _FOLDERS for name in _names(Path(folder))}
+    found = {item: value for item, value in found.items() if item not in _OTHERS_OWN}
     found.update({f"/tmp/{name}": "" for name in _names(Path("/tmp")) if name.startswith("knd")})
     return found
 
