@@ -233,10 +233,14 @@ class Claims:
             return
         with open_target(leaving, None, context.host_netns, None, context.devices.hint(leaving)) as target:
             problems = context.engine.bring_home(plan.unprepare(leaving), target)
-        context.devices.see_home(leaving)
-        if problems and not any(isinstance(problem.error, Vanished) for problem in problems):
-            self._withhold(leaving, str(problems[-1].error))
-            return
+        if any(isinstance(problem.error, Vanished) for problem in problems):
+            # Nothing told us of its end: the picture may be from when it was at home.
+            context.devices.rescan()
+        else:
+            context.devices.see_home(leaving)
+            if problems:
+                self._withhold(leaving, str(problems[-1].error))
+                return
         context.book.close_preparation(leaving)
 
     def _withhold(self, preparation: Preparation, reason: str) -> None:
