@@ -1,0 +1,153 @@
+"""Wherever the agent is killed, the next one brings the node to where it should be.
+
+A clean run writes down every point that the agent passes; then the same is played once for each of them,
+with a SIGKILL there. So a step that is added to a plan is killed at too, without a change here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.node.crash_stage import NotConverged, Stage, devices_that_survive, stage
+from tests.node.node_stage import devices
+
+pytestmark = pytest.mark.timeout(200)
+
+POINTS = ("before-intent", "after-intent", "after-act", "after-record")
+PROJECTIONS = ("write-live-file", "write-cdi-spec", "remove-cdi-spec", "remove-live-file")
+REPEATS = 3
+"""How often a death is played again whose point was not passed: which of two threads is first may differ."""
+
+Story = Callable[[], Coroutine[Any, Any, None]]
+Body = Callable[[Stage], Coroutine[Any, Any, None]]
+
+
+def point_of(line: str) -> tuple[str, str, str]:
+    plan, act, point, _ = line.split("\t")
+    return plan, act, point
+
+
+def find(lines: Iterable[str], plan: str, act: str, point: str) -> str:
+    return next(line for line in lines if point_of(line) == (plan, act, point))
+
+
+async def killed(on: Stage, story: Story, *lines: str, fail: str = "") -> list[str]:
+    """The story with a death at each of these points; the lines that the last agent passed."""
+    for _ in range(REPEATS):
+        on.order(*lines, fail=fail)
+        try:
+            await on.supervised(story())
+        except NotConverged as error:
+            raise NotConverged(f"killed at {lines}: {error}") from error
+        passed = on.lines()
+        left = on.left()
+        on.withdraw()
+        if not left:
+            return passed
+    raise NotConverged(f"not passed in {REPEATS} runs: {left}")
+
+
+@dataclass(slots=True)
+class Matrix:
+    """What was passed in runs without a death, and where there was one."""
+
+    on: Stage
+    passed: set[str] = field(default_factory=set)
+    covered: set[str] = field(default_factory=set)
+
+    async def scene(
+        self,
+        story: Story,
+        *before: str,
+        fail: str = "",
+        where: Callable[[str], bool] = lambda line: True,
+    ) -> list[str]:
+        """Die at every point of the story that no earlier scene died at. before: deaths that come first."""
+        lines = [line for line in await killed(self.on, story, *before, fail=fail) if where(line)]
+        self.passed.update(lines)
+        for line in dict.fromkeys(lines):
+            if line not in self.covered:
+                await killed(self.on, story, *before, line, fail=fail)
+                self.covered.add(line)
+        return lines
+
+
+def played(monkeypatch: pytest.MonkeyPatch, control: Path, hook: str, body: Body) -> None:
+    async def run() -> None:
+        async with stage(made, hook, control) as on:
+            await body(on)
+
+    with devices(1) as made, devices_that_survive(monkeypatch):
+        asyncio.run(run())
+
+
+def is_recovery(line: str) -> bool:
+    return line.rpartition("\t")[2].startswith("Reconcile.")
+
+
+@pytest.mark.parametrize("hook", ["tcx", "clsact"])
+def test_a_kill_at_any_point_of_any_plan_converges(
+    monkeypatch: pytest.MonkeyPatch, short_tmp: Path, hook: str
+) -> None:
+    async def body(on: Stage) -> None:
+        matrix = Matrix(on)
+        lines = await matrix.scene(on.life)
+        await matrix.scene(on.life, fail="link-up", where=lambda line: "undo" in line or "close_" in line)
+        await matrix.scene(on.life, fail="arm-programs" if hook == "tcx" else "put-in-order")
+        # The next agent undoes the whole of the plan, and may be killed at that too.
+        await matrix.scene(on.life, find(lines, "attach", "link-up", "after-act"), where=is_recovery)
+        assert matrix.covered == matrix.passed
+        points = {point_of(line) for line in matrix.covered}
+        planned = {tuple(line.split("\t")) for line in on.planned()}
+        assert {(plan, act, point) for plan, act in planned for point in POINTS} <= points
+        assert {
+            ("projection", act, point) for act in PROJECTIONS for point in ("before-intent", "after-act")
+        } <= points
+        print(f"{hook}: {len(matrix.covered)} points, {on.deaths} deaths")
+
+    played(monkeypatch, short_tmp, hook, body)
+
+
+def test_a_kill_while_recovering_from_a_kill_converges(
+    monkeypatch: pytest.MonkeyPatch, short_tmp: Path
+) -> None:
+    async def body(on: Stage) -> None:
+        matrix = Matrix(on)
+        lines = await killed(on, on.life)
+        for first in (
+            ("prepare", "arm-programs", "after-act"),
+            ("projection", "write-cdi-spec", "after-act"),
+            ("detach", "link-down", "after-act"),
+            ("unprepare", "disarm-programs", "after-act"),
+        ):
+            recovery = await matrix.scene(on.life, find(lines, *first), where=is_recovery)
+            assert recovery, f"nothing to recover from after {first}"
+        assert matrix.covered == matrix.passed
+        print(f"{len(matrix.covered)} points, {on.deaths} deaths")
+
+    played(monkeypatch, short_tmp, "tcx", body)
+
+
+def test_a_pod_that_ends_while_the_agent_is_away_is_charged_nothing_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, short_tmp: Path
+) -> None:
+    async def body(on: Stage) -> None:
+        lines = await killed(on, on.life)
+        attaching = [
+            line
+            for line in dict.fromkeys(lines)
+            if "Sandboxes._attach" in line and not line.split("\t")[2].startswith("before")
+        ]
+        assert len(attaching) > 10
+        for line in attaching:
+            # What the slot's last holder sent would be there to be booked.
+            await killed(on, on.life)
+            await killed(on, on.short_life, line)
+
+    played(monkeypatch, short_tmp, "tcx", body)
