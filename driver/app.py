@@ -18,7 +18,7 @@ from pathlib import Path
 
 from driver.assembly import Outside, assemble, make_folders
 from driver.clock import Clock, SystemClock
-from driver.execute.engine import Observer, Point
+from driver.execute.engine import EXPECTED, Observer, Point
 from driver.kube.hub import KubeHub
 from driver.kubelet.plugin import KubeletPlugin, make_plugin_dir
 from driver.kubelet.takeover import TakeoverLock
@@ -174,9 +174,16 @@ class App:
 
 
 async def watch_links(lifecycle: Lifecycle, monitor: LinkMonitor) -> None:
-    """Feed link events to the lifecycle; several that come together are one look."""
+    """Feed link events to the lifecycle; several that come together are one look. What could not be looked
+    at is part of the next look, which is then at everything."""
+    missed = False
     async for changed in monitor:
-        await lifecycle.links_changed(changed)
+        try:
+            await lifecycle.links_changed(None if missed else changed)
+            missed = False
+        except EXPECTED as error:
+            missed = True
+            log.error("links changed and cannot be looked at: %s", error)
 
 
 async def watch_policy(lifecycle: Lifecycle, policy_file: PolicyFile) -> None:
@@ -186,7 +193,10 @@ async def watch_policy(lifecycle: Lifecycle, policy_file: PolicyFile) -> None:
         await asyncio.sleep(POLICY_EVERY)
         if policy_file.reload() is not None:
             log.info("the node policy changed")
-            await lifecycle.policy_changed()
+            try:
+                await lifecycle.policy_changed()
+            except EXPECTED as error:
+                log.error("the new node policy is in force in part only: %s", error)
 
 
 @contextlib.asynccontextmanager

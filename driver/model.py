@@ -150,6 +150,9 @@ class Device:
     capacities: Mapping[str, str] = field(default_factory=dict)
     withheld: str = ""
     dies_with_netns: bool = False
+    min_mtu: int | None = None
+    max_mtu: int | None = None
+    """What its driver takes; None: no bound is known."""
 
 
 class TaintEffect(enum.StrEnum):

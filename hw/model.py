@@ -105,6 +105,9 @@ class LinkInfo:
     broadcast: MacAddress | None = None
     link_mode: int | None = None
     """IFLA_LINKMODE: 1 keeps the link dormant."""
+    min_mtu: int | None = None
+    max_mtu: int | None = None
+    """What its driver takes; None: no bound, or an old kernel that does not tell it."""
     operstate: int = 0
     carrier: bool = False
     xdp_prog_ids: tuple[int, ...] = ()

@@ -222,6 +222,8 @@ def link(payload: bytes) -> LinkInfo:
         gro_ipv4_max_size=_u32(found.get(64)),
         broadcast=_mac(found.get(2)),
         link_mode=_int(found[17]) if 17 in found else None,
+        min_mtu=_u32(found.get(50)),
+        max_mtu=_u32(found.get(51)) or None,
         operstate=_int(found.get(16)),
         carrier=bool(_int(found.get(33))),
         xdp_prog_ids=tuple(sorted({_int(xdp[number]) for number in (4, 5, 6, 7) if number in xdp} - {0})),

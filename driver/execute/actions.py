@@ -16,11 +16,20 @@ from bpf.attach import TcxPrograms
 from bpf.foreign import detach_foreign, foreign_programs
 from bpf.layout import Hook
 from bpf.sys import LinkId
-from driver.errors import DriverError, NotNow
+from driver.errors import DriverError, NotNow, Refusal
 from driver.model import Attachment, Preparation
 from driver.plan import Act
-from hw.errors import Refused
-from hw.model import Direction, IfIndex, IfName, LinkFlags, LinkInfo, LinkSettings, is_at_home
+from hw.errors import Busy, Refused
+from hw.model import (
+    Direction,
+    IfIndex,
+    IfName,
+    LinkFlags,
+    LinkInfo,
+    LinkSettings,
+    SoftwareIdentity,
+    is_at_home,
+)
 from hw.netlink import LinkSocket
 from hw.netns import NetnsHandle, run_in
 
@@ -184,9 +193,12 @@ class NodeActs:
             detach_foreign(link.ifindex, own=self._own_links(target))
 
     def verify(self, target: Target) -> None:
-        """NotClean or Vanished unless the device is at home exactly as its baseline says."""
+        """NotClean or Vanished unless the device is at home exactly as its baseline says; NotNow if it is
+        still in its pod, from where it can be brought home another time."""
         link = target.find_at_home()
         if link is None:
+            if target.find_in_pod() is not None:
+                raise NotNow(f"{target.device} is still in the pod's network namespace")
             raise Vanished(f"{target.device} did not come home")
         problems = list(differences(link, target.preparation.baseline))
         if target.home.addresses(link.ifindex):
@@ -212,13 +224,26 @@ def move_in(target: Target) -> None:
         raise NotNow(f"{target.device} is not in the host's network namespace")
     if link.up:
         target.home.set_down(link.ifindex)
-    target.home.move(
-        link.ifindex,
-        target.pod_netns,
-        name=preparation.ifname,
-        mtu=preparation.mtu if preparation.mtu != link.mtu else None,
-        mac=preparation.mac if preparation.mac != link.mac else None,
-    )
+    # A software device is known by its index, so it must not be given another one there.
+    known_by_index = isinstance(preparation.identity, SoftwareIdentity)
+    try:
+        target.home.move(
+            link.ifindex,
+            target.pod_netns,
+            name=preparation.ifname,
+            mtu=preparation.mtu if preparation.mtu != link.mtu else None,
+            mac=preparation.mac if preparation.mac != link.mac else None,
+            new_ifindex=link.ifindex if known_by_index else None,
+        )
+    except Busy:
+        other = target.pod.by_index(link.ifindex) if target.pod is not None and known_by_index else None
+        if other is None or preparation.identity.matches(other):
+            raise
+        raise Refusal(
+            "IndexTaken",
+            f"{target.device} keeps interface index {link.ifindex} wherever it is, and in the pod "
+            f"{other.name!a} has it: give that one another index, or the pod another device",
+        ) from None
 
 
 def add_addresses(target: Target) -> None:

@@ -66,14 +66,22 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """An act of a homeward plan that did not work."""
+    """An act on the way home that did not work."""
 
     act: Act
     error: Exception
 
+    def __str__(self) -> str:
+        return f"{self.act}: {self.error}"
+
 
 class UndoFailed(DriverError):
-    """A step failed and so did bringing back what was done; the device needs reconciling."""
+    """A step failed and so did bringing back what was done; the device needs reconciling. first is why
+    there was something to undo."""
+
+    def __init__(self, text: str, first: Exception) -> None:
+        self.first = first
+        super().__init__(text)
 
 
 class Engine(Generic[T]):
@@ -107,7 +115,9 @@ class Engine(Generic[T]):
         except EXPECTED as error:
             problems = self._undo(plan, begun, target)
             if problems:
-                raise UndoFailed(f"{error}; and undoing it: {'; '.join(problems)}") from error
+                raise UndoFailed(
+                    f"{error}; and undoing it: {'; '.join(map(str, problems))}", error
+                ) from error
             raise
 
     def bring_home(self, plan: Plan, target: T) -> tuple[Problem, ...]:
@@ -129,7 +139,7 @@ class Engine(Generic[T]):
         """Undo the whole of a plan, wherever it had got to. UndoFailed with every problem."""
         problems = self._undo(plan, list(plan.steps), target)
         if problems:
-            raise UndoFailed("; ".join(problems))
+            raise UndoFailed("; ".join(map(str, problems)), problems[0].error)
 
     def project(self, owner: str, name: str, write: Callable[[], None]) -> None:
         """Write a projection between observed points. It is not journalled: it is made from the truth."""
@@ -137,7 +147,7 @@ class Engine(Generic[T]):
         write()
         self._observer.at(Point.AFTER_ACT, owner, name)
 
-    def _undo(self, plan: Plan, begun: list[Step], target: T) -> list[str]:
+    def _undo(self, plan: Plan, begun: list[Step], target: T) -> list[Problem]:
         problems = []
         for step in reversed(begun):
             for act in step.undo:
@@ -145,7 +155,7 @@ class Engine(Generic[T]):
                     self._do(plan, act, target, StepPhase.UNDONE, insist=False)
                 except EXPECTED as error:
                     log.warning("undo of %s, %s: %s", plan.owner, act, error)
-                    problems.append(f"{act}: {error}")
+                    problems.append(Problem(act, error))
         return problems
 
     def _do(self, plan: Plan, act: Act, target: T, done: StepPhase, *, insist: bool) -> None:

@@ -15,7 +15,7 @@ from functools import partial
 from bpf.layout import Slot
 from driver import claimconfig, plan
 from driver.cdi import cdi_id
-from driver.errors import DriverError, NotNow, Refusal
+from driver.errors import ConfigError, DriverError, FieldProblem, NotNow, Refusal
 from driver.execute.actions import Vanished, open_target
 from driver.execute.engine import EXPECTED, Token
 from driver.lifecycle.context import Context
@@ -159,6 +159,7 @@ class Claims:
             if any(device.name == other.name for _, other, _ in wanted):
                 raise Refusal("DeviceTwice", f"{device.name} is allocated twice and cannot be shared")
             config = claimconfig.resolve(allocated, claim.configs, limits)
+            _check_mtu(device, config)
             wanted.append((allocated, device, config))
         self._check_pod(claim, wanted)
         return wanted
@@ -326,6 +327,17 @@ class Claims:
         self._context.events.emit(
             DriverEvent(subject=ref, kind=EventKind.WARNING, reason=reason, message=message)
         )
+
+
+def _check_mtu(device: Device, config: NicConfig) -> None:
+    """The kernel would refuse it only when the pod's sandbox is there, and then each time again."""
+    mtu = config.interface.mtu
+    if mtu is None:
+        return
+    least, most = device.min_mtu or 0, device.max_mtu
+    if mtu < least or (most is not None and mtu > most):
+        bounds = f"{least} to {most}" if most is not None else f"at least {least}"
+        raise ConfigError([FieldProblem("interface.mtu", f"{device.name} takes {bounds}, not {mtu}")])
 
 
 def _named(wanted: Sequence[Wanted]) -> list[Named]:

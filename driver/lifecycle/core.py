@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 
+from driver.execute.engine import EXPECTED
 from driver.journal.store import Journal
 from driver.lifecycle.claims import Claims
 from driver.lifecycle.context import Context
@@ -29,6 +30,8 @@ AGAIN_EVERY = 5.0
 """Seconds between tries to finish what a full disk or a pod's leftovers held up. Costs nothing else."""
 CHECKPOINT_EVERY = 60.0
 """Seconds between ledger checkpoints: a crash loses at most this much, and the gap is recorded."""
+LAST_CHECKPOINT = 5.0
+"""Seconds for the one at a stop."""
 
 
 class Lifecycle:
@@ -59,8 +62,9 @@ class Lifecycle:
         """Look at the node and settle what an earlier agent left. Then the adapters may be started."""
         await self._context.workers.run([], self._context.devices.rescan)
         await self._reconcile.at_start()
-        self._spawn(self._checkpoints())
-        self._spawn(self._second_tries())
+        self._spawn(self._context.workers.run([], self._usage.prune))
+        self._spawn(_every(CHECKPOINT_EVERY, self._checkpoint))
+        self._spawn(_every(AGAIN_EVERY, self._reconcile.again))
 
     async def stop(self, deadline: float) -> None:
         """Nothing half done: wait for what is in hand; attached devices stay as they are, counted."""
@@ -68,9 +72,14 @@ class Lifecycle:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._sandboxes.close()
-        if not await self._context.workers.idle(deadline):
+        workers = self._context.workers
+        if not await workers.idle(deadline):
             log.error("stopping with work still in hand; the next start settles it")
-        await self._context.workers.run([], self._usage.checkpoint)
+        try:
+            last = self._context.clock.monotonic() + LAST_CHECKPOINT
+            await workers.run_until([], self._usage.checkpoint, last)
+        except EXPECTED as error:
+            log.error("the last usage checkpoint: %s", error)
         self._homecoming.close()
         self._context.workers.close()
 
@@ -127,16 +136,8 @@ class Lifecycle:
         self._usage.set_class_names(classes.names)
         self._context.accounting.set_classes(classes.dscp, classes.pcp)
 
-    async def _checkpoints(self) -> None:
-        await self._context.workers.run([], self._usage.prune)
-        while True:
-            await asyncio.sleep(CHECKPOINT_EVERY)
-            await self._context.workers.run([], self._usage.checkpoint)
-
-    async def _second_tries(self) -> None:
-        while True:
-            await asyncio.sleep(AGAIN_EVERY)
-            await self._reconcile.again()
+    async def _checkpoint(self) -> None:
+        await self._context.workers.run([], self._usage.checkpoint)
 
     # --- ports.ClaimHandler ---------------------------------------------------------------------------
 
@@ -165,6 +166,7 @@ class Lifecycle:
     ) -> None:
         copied = tuple(sandboxes)
         running = {id: tuple(names) for id, names in containers.items()}
+        self._sandboxes.forget_unlisted({sandbox.id for sandbox in copied})
         self._spawn(self._reconcile.with_runtime(copied, running, self._context.book.attachments()))
 
     async def run_sandbox(self, sandbox: Sandbox, deadline: float) -> None:
@@ -187,6 +189,16 @@ class Lifecycle:
         task = asyncio.get_running_loop().create_task(_logged(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+async def _every(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
+    """Again and again; one time that fails does not end it."""
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            await work()
+        except EXPECTED as error:
+            log.error("%s", error)
 
 
 async def _logged(work: Coroutine[object, object, None]) -> None:

@@ -75,12 +75,18 @@ class Devices:
 
     def as_it_is(self, device: Device) -> Device:
         """The device with the settings it has now rather than when the picture was taken: they become its
-        next baseline. Without ifindex if it is not at home."""
+        next baseline. Without ifindex if it is not at home; withheld if someone has taken it into use."""
         with LinkSocket(None) as links:
             link = links.by_index(device.ifindex) if device.ifindex is not None else None
-        if link is None or not is_at_home(device.identity, link):
-            return replace(device, ifindex=None, settings=None)
-        return replace(device, settings=LinkSettings.of(link))
+            if link is None or not is_at_home(device.identity, link):
+                return replace(device, ifindex=None, settings=None)
+            addressed = any(not address.ip.is_link_local for address in links.addresses(link.ifindex))
+        withheld = device.withheld
+        if addressed:
+            withheld = withheld or "in use by the host: it has an address"
+        elif link.master is not None:
+            withheld = withheld or f"in use by others: it belongs to link {link.master}"
+        return replace(device, settings=LinkSettings.of(link), withheld=withheld)
 
     def look(self, changed: frozenset[IfIndex], away: Mapping[DeviceName, Identity]) -> Look:
         """What changed links mean. Most link events of a node are the CNI's veths coming and going, and
@@ -107,5 +113,7 @@ def _matters(link: LinkInfo | None, known: Device | None, policy: NodePolicy) ->
     if link is None:
         return known is not None
     if known is not None:
-        return not is_at_home(known.identity, link) or known.settings != LinkSettings.of(link)
+        taken = link.up or link.master is not None
+        same = is_at_home(known.identity, link) and known.settings == LinkSettings.of(link)
+        return taken or bool(known.withheld) or not same
     return link.kind is None or policy.selects(link)

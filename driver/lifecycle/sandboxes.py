@@ -11,7 +11,7 @@ import errno
 import logging
 import uuid
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from driver import plan
@@ -30,6 +30,7 @@ from driver.model import (
     DeviceName,
     PodRef,
     Preparation,
+    PreparationState,
     Sandbox,
     SandboxId,
 )
@@ -46,8 +47,11 @@ STOP_LIMIT = 0.45
 """Seconds after which StopPodSandbox is answered; the rest follows."""
 ENDED_MAX = 4096
 """Stopped sandboxes remembered: an event that comes later than so many others would be acted on."""
-LASTING_ERRNOS = frozenset({errno.EEXIST, errno.EINVAL, errno.EOPNOTSUPP, errno.ERANGE, errno.EADDRNOTAVAIL})
-"""What a kernel says to a request that it will refuse again: a name taken in the pod, an MTU too large."""
+LASTING_ERRNOS = frozenset(
+    {errno.EEXIST, errno.EINVAL, errno.EOPNOTSUPP, errno.ERANGE, errno.EADDRNOTAVAIL, errno.EPERM}
+)
+"""What a kernel says to a request that it will refuse again: a name taken in the pod, an MTU too large, a
+MAC that its port keeps for itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +228,7 @@ class Sandboxes:
             try:
                 self._gate.check_unprepare()
                 await self._attach(sandbox, preparations, self._context.clock.monotonic() + 30.0)
-            except DriverError as error:
+            except EXPECTED as error:
                 log.warning("late attach of pod %s: %s", sandbox.pod.name, error)
 
     async def _leave(self, id: SandboxId, deadline: float) -> None:
@@ -250,10 +254,7 @@ class Sandboxes:
             log.info("sandbox %s is stopping; its devices are still on their way home", id)
 
     async def _go_home(self, id: SandboxId, devices: set[DeviceName]) -> None:
-        try:
-            await self._context.workers.run(devices, lambda: self.bring_home(id))
-        except EXPECTED as error:
-            log.error("bringing home the devices of sandbox %s: %s", id, error)
+        await self._context.workers.run(devices, lambda: self.bring_home(id))
         self._attach_who_waited()
 
     def _end(self, id: SandboxId) -> None:
@@ -270,10 +271,18 @@ class Sandboxes:
             self.attach_late(refused.sandbox)
 
     def bring_home(self, id: SandboxId) -> None:
-        """In a worker: every device of one sandbox."""
+        """In a worker: every device of one sandbox. Reconcile goes on with those that make trouble."""
         for attachment in self._context.book.of_sandbox(id):
-            self._homecoming.bring_home(attachment)
+            try:
+                self._homecoming.bring_home(attachment)
+            except EXPECTED as error:
+                log.error("bringing %s home: %s", attachment.preparation.device, error)
         self._projections.offer()
+
+    def forget_unlisted(self, listed: Collection[SandboxId]) -> None:
+        """The runtime's list has come: of a sandbox that is not in it no Stop may ever be heard."""
+        for id in self._refused.keys() - listed:
+            del self._refused[id]
 
     def _refuse(self, sandbox: Sandbox, refusal: Refusal) -> None:
         before = self._refused.get(sandbox.id)
@@ -288,34 +297,51 @@ class Sandboxes:
 
     def _attach_now(self, sandbox: Sandbox, preparations: Sequence[Preparation], token: Token) -> None:
         current = [self._context.book.preparation(p.key) for p in preparations]
-        living = [p for p in current if p is not None]
+        living = [p for p in current if p is not None and p.state is PreparationState.PREPARED]
         if len(living) < len(preparations):
             raise NotNow("the claim was taken back meanwhile")
         token.check(0.0)
-        if self.is_attached(sandbox, living):
+        # What is in this sandbox already stays there: its containers may be running.
+        missing = [p for p in living if not self.is_attached(sandbox, [p])]
+        if not missing:
             return
-        # Opened first: a sandbox that is gone must not take the device from the one that lives.
-        with self._open(sandbox) as netns:
-            self._make_way(sandbox, living)
-            made: list[tuple[Attachment, Preparation]] = []
-            try:
-                for preparation in living:
-                    attachment = self._attach_one(sandbox, preparation, netns, token)
-                    made.append((attachment, preparation))
-                # The last step may have been the one that stalled.
-                token.check(0.0)
-                self._confirm(made)
-            except EXPECTED as error:
-                for attachment, preparation in reversed(made):
-                    self._back_out(attachment, preparation, netns)
-                raise _classified(error) from error
+        try:
+            # Opened first: a sandbox that is gone must not take the device from the one that lives.
+            with self._open(sandbox) as netns:
+                self._make_way(sandbox, missing)
+                self._attach_all(sandbox, missing, netns, token)
+        except EXPECTED as error:
+            classified = _classified(error)
+            if classified is error:
+                raise
+            raise classified from error
+
+    def _attach_all(
+        self, sandbox: Sandbox, preparations: Sequence[Preparation], netns: NetnsHandle, token: Token
+    ) -> None:
+        made: list[tuple[Attachment, Preparation]] = []
+        try:
+            for preparation in preparations:
+                attachment = self._attach_one(sandbox, preparation, netns, token)
+                made.append((attachment, preparation))
+            # The last step may have been the one that stalled.
+            token.check(0.0)
+            self._confirm(made)
+        except EXPECTED:
+            for attachment, preparation in reversed(made):
+                self._back_out(attachment, preparation, netns)
+            raise
 
     def _back_out(self, attachment: Attachment, preparation: Preparation, netns: NetnsHandle) -> None:
         current = self._context.book.attachment(attachment.id)
-        if current is not None and current.state is AttachmentState.ATTACHING:
-            self._homecoming.undo_attach(current, preparation, netns)
-        elif current is not None:
-            self._homecoming.bring_home(current)
+        try:
+            if current is not None and current.state is AttachmentState.ATTACHING:
+                self._homecoming.undo_attach(current, preparation, netns)
+            elif current is not None:
+                self._homecoming.bring_home(current)
+        except EXPECTED as error:
+            # It is on record, so reconcile goes on with it; the others must still come out.
+            log.error("taking %s out again: %s", preparation.key.device, error)
 
     def _open(self, sandbox: Sandbox) -> NetnsHandle:
         if sandbox.netns_path is None:
@@ -340,6 +366,17 @@ class Sandboxes:
                     )
                 if not self._homecoming.bring_home(other):
                     raise NotNow(f"{preparation.key.device} has not come home clean from an earlier sandbox")
+            self._check_clean(preparation)
+
+    def _check_clean(self, preparation: Preparation) -> None:
+        """There is no second prepare for a sandbox made anew, so a withheld device is looked at here too."""
+        device = preparation.key.device
+        if device not in self._context.book.quarantines():
+            return
+        problems = self._homecoming.check_clean(preparation)
+        if problems:
+            raise NotNow(f"{device} is withheld until it is clean: {problems[-1].error}")
+        self._context.book.release(device)
 
     def _attach_one(
         self, sandbox: Sandbox, preparation: Preparation, netns: NetnsHandle, token: Token
@@ -359,13 +396,14 @@ class Sandboxes:
                 generation=context.book.next_generation(),
             )
         )
-        self._homecoming.hold(attachment, preparation, netns)
         hint = context.devices.hint(preparation)
         try:
+            self._homecoming.hold(attachment, preparation, netns)
             with open_target(preparation, attachment, context.host_netns, netns, hint) as target:
                 context.engine.run(plan.attach(attachment, preparation, context.hook), target, token)
-        except UndoFailed:
-            self._homecoming.bring_home(attachment)
+        except UndoFailed as failed:
+            if self._homecoming.bring_home(attachment):
+                raise failed.first from None
             raise
         except EXPECTED:
             self._homecoming.close_attachment(attachment)
