@@ -6,6 +6,7 @@ Invariant: each way a connection can end is followed by a whole new handshake or
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import random
 from pathlib import Path
@@ -184,6 +185,8 @@ def test_10_000_events_with_drops_leave_tasks_and_descriptors_as_they_were(short
     async def test() -> None:
         async with world(short_tmp, RuntimeMode.POD_RPC) as w:
             w.handler.behaviours["p"] = some_time
+            # What earlier tests left to the collector is not this test's to count.
+            gc.collect()
             tasks, files = len(asyncio.all_tasks()), open_files()
             for round_ in range(10):
                 await asyncio.gather(
@@ -197,7 +200,7 @@ def test_10_000_events_with_drops_leave_tasks_and_descriptors_as_they_were(short
                 await w.runtime.drop_plugins()
                 await w.runtime.wait_plugin()
             await until(lambda: w.plugin.connected and len(asyncio.all_tasks()) <= tasks)
-            assert open_files() == files
+            assert open_files() <= files
             assert all(record.outcome is HookOutcome.OK for record in w.runtime.log)
             assert len(w.runtime.log) == 10_000
 
