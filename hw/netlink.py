@@ -50,6 +50,7 @@ _NLM_F_CREATE = 0x400
 _RTEXT_FILTER_SKIP_STATS = 8
 """VF lists are left out on purpose: reading them costs a firmware query per VF under the rtnl lock."""
 _IFLA_ADDRESS = 1
+_IFLA_EXT_MASK = 29
 _IFLA_BROADCAST = 2
 _IFLA_GSO_IPV4_MAX_SIZE = 63
 _IFLA_GRO_IPV4_MAX_SIZE = 64
@@ -93,13 +94,13 @@ class LinkSocket:
 
     def dump(self) -> tuple[LinkInfo, ...]:
         """All links of the namespace."""
-        encode = _link(_RTM_GETLINK, 0, [("IFLA_EXT_MASK", _RTEXT_FILTER_SKIP_STATS)])
+        encode = _get_link(0)
         what = f"read the links of {self._where}"
         return tuple(map(wire.link, self._transport.dump(what, encode, wire.RTM_NEWLINK)))
 
     def by_index(self, ifindex: IfIndex) -> LinkInfo | None:
         """The link of that index; None if there is none."""
-        encode = _link(_RTM_GETLINK, ifindex, [("IFLA_EXT_MASK", _RTEXT_FILTER_SKIP_STATS)])
+        encode = _get_link(ifindex)
         try:
             answer = self._transport.get(self._what("read", ifindex), encode)
         except NotFound:
@@ -388,6 +389,13 @@ def _encoder(
         return header(kind, flags, sequence, bytes(message.data)[16:] + tail)
 
     return encode
+
+
+def _get_link(ifindex: int) -> Encode:
+    # By hand: this is asked several times for every pod and for every link event, and what pyroute2
+    # makes of it is the same.
+    mask = wire.attribute(_IFLA_EXT_MASK, struct.pack("=I", _RTEXT_FILTER_SKIP_STATS))
+    return _packed(_RTM_GETLINK, struct.pack("=BxHiII", 0, 0, ifindex, 0, 0) + mask)
 
 
 def _packed(kind: int, payload: bytes) -> Encode:

@@ -75,6 +75,7 @@ class Transport:
         """Takes over sock."""
         self._sock = sock
         self._timeout = timeout
+        sock.settimeout(timeout)
         self._sequence = int(time.monotonic()) & 0xFFFF
         self._lock = threading.Lock()
         self._buffer = bytearray(_BUFFER_BYTES)
@@ -125,7 +126,6 @@ class Transport:
         answer: list[Message] = []
         interrupted = False
         try:
-            self._sock.settimeout(self._timeout)
             self._sock.sendto(encode(flags, sequence), (0, 0))
             while True:
                 for message in messages(self._receive(what, deadline)):
@@ -145,12 +145,14 @@ class Transport:
             raise refusal(what, code) from error
 
     def _receive(self, what: str, deadline: float) -> bytes:
-        """The next datagram from the kernel; others' are dropped. TimeoutError at the deadline."""
+        """The next datagram from the kernel; others' are dropped.
+
+        TimeoutError once the deadline has passed, at most one time-out of the socket later: that is set
+        once, since setting it costs as much as a request.
+        """
         while True:
-            left = deadline - time.monotonic()
-            if left <= 0:
+            if time.monotonic() > deadline:
                 raise TimeoutError
-            self._sock.settimeout(left)
             size, _, flags, sender = self._sock.recvmsg_into([self._buffer])
             if sender[0] != 0:
                 continue
