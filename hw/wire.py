@@ -128,12 +128,14 @@ def messages(data: bytes) -> Iterator[Message]:
 def attribute_list(data: bytes, offset: int = 0) -> list[tuple[int, bytes]]:
     """(type without flag bits, payload) in order. HwError where a length does not fit."""
     found: list[tuple[int, bytes]] = []
-    end = len(data)
-    while end - offset >= _ATTRIBUTE.size:
-        length, kind = _ATTRIBUTE.unpack_from(data, offset)
-        if length < _ATTRIBUTE.size or offset + length > end:
+    # Locals and numbers: a dump of a thousand links is fifty thousand turns.
+    end, last, unpack_from, append = len(data), len(data) - 4, _ATTRIBUTE.unpack_from, found.append
+    while offset <= last:
+        length, kind = unpack_from(data, offset)
+        after = offset + length
+        if length < 4 or after > end:
             raise HwError(f"netlink: attribute {kind & _TYPE_MASK} does not fit in its message")
-        found.append((kind & _TYPE_MASK, data[offset + 4 : offset + length]))
+        append((kind & _TYPE_MASK, data[offset + 4 : after]))
         offset += (length + 3) & ~3
     return found
 
