@@ -169,7 +169,7 @@ def _device(
         kind=device.kind,
         identity=device.identity,
         ifindex=device.link.ifindex if device.link else None,
-        settings=LinkSettings.of(device.link) if device.link else None,
+        settings=LinkSettings.of(device.link, kind=device.kind) if device.link else None,
         attributes=attributes,
         capacities=capacities,
         withheld=device.withheld or _bad_name(device) or policy.withheld(device, name),
@@ -249,7 +249,7 @@ def _optional(device: HwDevice, speed: int | None) -> dict[str, AttributeValue |
         "product": pci.product if pci else None,
         "eswitchMode": device.pf_eswitch.value if device.pf_eswitch else None,
         "mtu": link.mtu if link else None,
-        "mac": (link.permanent_mac or link.mac) if link else None,
+        "mac": LinkSettings.of(link, kind=device.kind).mac if link else None,
         "nodeGuid": rdma.node_guid if rdma else None,
         "firmware": rdma.firmware if rdma else None,
     }

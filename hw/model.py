@@ -290,12 +290,15 @@ class LinkSettings:
     link_mode: int | None = None
 
     @classmethod
-    def of(cls, link: LinkInfo) -> LinkSettings:
-        """The settings a link has now. The permanent MAC wins over the current one where there is one."""
+    def of(cls, link: LinkInfo, *, kind: DeviceKind | None = None) -> LinkSettings:
+        """The settings a link has now. The permanent MAC wins over the current one where there is one,
+        but for a VF: there the drivers (igbvf, iavf) call permanent what its PF last knew of it, and that
+        may be what a tenant chose.
+        """
         return cls(
             name=link.name,
             mtu=link.mtu,
-            mac=link.permanent_mac or link.mac,
+            mac=link.mac if kind is DeviceKind.VF else link.permanent_mac or link.mac,
             txqlen=link.txqlen,
             group=link.group,
             alias=link.alias,

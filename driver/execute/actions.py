@@ -21,6 +21,7 @@ from driver.model import Attachment, Preparation
 from driver.plan import Act
 from hw.errors import Busy, Refused
 from hw.model import (
+    DeviceKind,
     Direction,
     IfIndex,
     IfName,
@@ -95,9 +96,9 @@ class Target:
         return next((link for link in self.pod.dump() if identity.matches(link)), None)
 
 
-def differences(link: LinkInfo, baseline: LinkSettings) -> tuple[str, ...]:
+def differences(link: LinkInfo, baseline: LinkSettings, kind: DeviceKind) -> tuple[str, ...]:
     """What keeps a link at home from being clean: every field that is not as in its baseline."""
-    now = LinkSettings.of(link)
+    now = LinkSettings.of(link, kind=kind)
     found = [
         f"{name} is {getattr(now, name)!r}, should be {wanted!r}"
         for name in LinkSettings.__slots__
@@ -200,7 +201,8 @@ class NodeActs:
             if target.find_in_pod() is not None:
                 raise NotNow(f"{target.device} is still in the pod's network namespace")
             raise Vanished(f"{target.device} did not come home")
-        problems = list(differences(link, target.preparation.baseline))
+        preparation = target.preparation
+        problems = list(differences(link, preparation.baseline, preparation.kind))
         if target.home.addresses(link.ifindex):
             problems.append("it has addresses")
         if foreign_programs(link.ifindex, own=self._own_links(target)):

@@ -86,7 +86,7 @@ class Devices:
             withheld = withheld or "in use by the host: it has an address"
         elif link.master is not None:
             withheld = withheld or f"in use by others: it belongs to link {link.master}"
-        return replace(device, settings=LinkSettings.of(link), withheld=withheld)
+        return replace(device, settings=LinkSettings.of(link, kind=device.kind), withheld=withheld)
 
     def look(self, changed: frozenset[IfIndex], away: Mapping[DeviceName, Identity]) -> Look:
         """What changed links mean. Most link events of a node are the CNI's veths coming and going, and
@@ -114,6 +114,7 @@ def _matters(link: LinkInfo | None, known: Device | None, policy: NodePolicy) ->
         return known is not None
     if known is not None:
         taken = link.up or link.master is not None
-        same = is_at_home(known.identity, link) and known.settings == LinkSettings.of(link)
+        settings = LinkSettings.of(link, kind=known.kind)
+        same = is_at_home(known.identity, link) and known.settings == settings
         return taken or bool(known.withheld) or not same
     return link.kind is None or policy.selects(link)

@@ -48,6 +48,7 @@ def make_ports(count: int) -> Iterator[Devices]:
             policy=_policy(near_id),
             peer_of=peer_of,
             compared=frozenset(index for index, _ in near_ports),
+            patience=_PATIENCE,
         )
 
 

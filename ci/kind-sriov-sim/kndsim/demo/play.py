@@ -129,10 +129,17 @@ async def play(
         say("removing the pods")
         for pod in pods:
             await node.delete_pod(pod)
-        await _until(lambda: not changes(before, dump(devices.compared)), PATIENCE)
         usage = json.loads(node.knd("usage", "-o", "json").stdout)
-        await _until(lambda: _offered(node) == offered, PATIENCE)
+
+        def as_before() -> bool:
+            return not changes(before, dump(devices.compared)) and _offered(node) == offered
+
+        await _until(as_before, devices.patience)
         after, offered_after = dump(devices.compared), _offered(node)
+        if changes(before, after) or offered_after != offered:
+            for line in node.agent.tail(200).splitlines():
+                if " WARNING " in line or " ERROR " in line:
+                    say(f"agent: {line}")
         code = await node.stop_agent()
         surprises = [*node.runtime.violations]
         if code != 0:

@@ -49,6 +49,7 @@ def make_vfs(pf: PhysicalFunction, count: int) -> Iterator[Devices]:
             policy=_policy(pf),
             peer_of=lambda _netns, _ifname: peer,
             compared=frozenset(_index(name) for name in (pf.name, *names[:-1])),
+            patience=_PATIENCE / 2,
         )
 
 
