@@ -40,6 +40,8 @@ FAR = "198.18.0.1"
 CLAIMED = {"name": "net1", "mtu": 1400, "hardwareAddress": "02:00:5e:10:00:01"}
 ADDRESS = "198.18.0.2"
 FAILURES = (PrepareFailed, SandboxFailed, ContainerFailed)
+DIRECTIONS = ("egress", "ingress")
+"""By their numbers in the ledger."""
 _IFF_UP = 1
 
 
@@ -181,13 +183,15 @@ class Stage:
                 self._next_order()
                 await self._may_start.wait()
                 if await self._start():
-                    await self._within(self._halfway, "after the start")
+                    await self.within(self._halfway, "after the start")
             await asyncio.sleep(0.02)
 
-    async def _start(self) -> bool:
+    async def _start(self, *, wait: bool = True) -> bool:
         """Start it and wait until it is ready. False if it died on the way there, as it was told to."""
         agent = self.sim.agent
         agent.process = self._nursery.new()  # type: ignore[assignment]
+        if not wait:
+            return False
         give_up = time.monotonic() + PATIENCE
         while not await asyncio.to_thread(agent.ready):
             if not agent.alive() and not (self.control / "kill").exists():
@@ -208,9 +212,9 @@ class Stage:
         if problems := self._attached():
             raise NotConverged(f"a container runs and {problems}")
         await asyncio.to_thread(send, pod)
-        await self._delete(pod)
+        await self.delete(pod)
         self.pod = None
-        await self._within(lambda: self._over(pod.spec.name, FRAMES), "when the pod was gone")
+        await self.within(lambda: self._over(pod.spec.name, FRAMES), "when the pod was gone")
 
     async def short_life(self) -> None:
         """A pod whose sandbox is stopped again before the agent, killed in its attach, is back."""
@@ -222,8 +226,8 @@ class Stage:
             await self.sim.runtime.stop_pod(pod.sandbox)
         finally:
             self._may_start.set()
-        await self._delete(pod)
-        await self._within(lambda: self._over(pod.spec.name, 0), "when the pod was gone")
+        await self.delete(pod)
+        await self.within(lambda: self._over(pod.spec.name, 0), "when the pod was gone")
 
     def _schedule(self) -> SimPod:
         self._pods += 1
@@ -246,7 +250,8 @@ class Stage:
                 raise NotConverged(f"the pod does not start\n{self.sim.agent.tail()}")
             await asyncio.sleep(0.05)
 
-    async def _delete(self, pod: SimPod) -> None:
+    async def delete(self, pod: SimPod) -> None:
+        """sim.delete_pod, repeated until the driver has let go of the claims."""
         give_up = time.monotonic() + 3 * PATIENCE
         while True:
             try:
@@ -259,12 +264,22 @@ class Stage:
 
     # --- judging --------------------------------------------------------------------------------------
 
-    async def _within(self, problems: Callable[[], list[str]], when: str) -> None:
+    async def within(self, problems: Callable[[], list[str]], when: str) -> None:
         """No problems at some moment before the patience is over, counted from the last readiness."""
         while found := await asyncio.to_thread(problems):
             if time.monotonic() > self.ready_at + PATIENCE and self.sim.agent.alive():
                 raise NotConverged(f"{when}: {'; '.join(found)}\n{self.sim.agent.tail()}")
             await asyncio.sleep(0.02)
+
+    async def kill_and_start(self) -> None:
+        """No order, no waiting: SIGKILL now, and the next agent."""
+        await self.sim.kill_agent()
+        self.deaths += 1
+        await self._start(wait=False)
+
+    async def wait_ready(self) -> None:
+        await asyncio.to_thread(self.sim.agent.wait_ready)
+        self.ready_at = time.monotonic()
 
     def _halfway(self) -> list[str]:
         """Either wholly in the pod or wholly at home."""
@@ -286,36 +301,46 @@ class Stage:
         return [] if link == wanted else [f"its net1 is {link}, not {wanted}"]
 
     def _over(self, pod: str, frames: int) -> list[str]:
-        """Everything that is not as it was before the pod."""
+        """Everything that is not as it was before the pod, or not counted as it was sent."""
+        counted = self.counted().get(pod, {}).get("egress", (0, 0))
+        problems = self.leftovers()
+        if counted != (frames * FRAME_BYTES, frames):
+            problems.append(f"sent {frames} frames of {FRAME_BYTES} bytes, counted {counted}")
+        return problems
+
+    def leftovers(self) -> list[str]:
+        """Everything that is not as it was before there was any pod; accounts that are open or have gaps."""
         problems = changes(self._before.links, dump())
         if self._pins() != self._before.pins:
             problems.append(f"pins: {self._pins()}")
-        root = self.sim.root
         for folder in ("var/run/cdi", "run/knd/live"):
-            if left := sorted(os.listdir(root / folder)):
+            if left := sorted(os.listdir(self.sim.root / folder)):
                 problems.append(f"{folder} holds {left}")
-        journal = root / "var/lib/knd/journal.sqlite"
         for table in ("records", "steps"):
-            if rows := query(journal, f"SELECT * FROM {table}"):
+            if rows := self.journal(f"SELECT * FROM {table}"):
                 problems.append(f"the journal's {table}: {rows}")
         if self._offered() != self._before.offered:
             problems.append(f"the slices say {self._offered()}")
-        return problems + self._accounts(pod, frames)
-
-    def _accounts(self, pod: str, frames: int) -> list[str]:
-        ledger = self.sim.root / "var/lib/knd/ledger.sqlite"
-        problems = [f"gap {row}" for row in query(ledger, "SELECT * FROM gaps")]
-        if rows := query(ledger, "SELECT id FROM attachments WHERE ended IS NULL"):
+        problems += [f"gap {row}" for row in self._ledger("SELECT * FROM gaps")]
+        if rows := self._ledger("SELECT id FROM attachments WHERE ended IS NULL"):
             problems.append(f"accounts still open: {rows}")
-        counted = query(
-            ledger,
-            "SELECT coalesce(sum(u.bytes - u.base_bytes), 0), coalesce(sum(u.packets - u.base_packets), 0)"
-            " FROM usage u JOIN attachments a ON a.id = u.attachment WHERE a.pod_name = ?",
-            pod,
-        )
-        if counted != [(frames * FRAME_BYTES, frames)]:
-            problems.append(f"sent {frames} frames of {FRAME_BYTES} bytes, counted {counted}")
         return problems
+
+    def counted(self) -> dict[str, dict[str, tuple[int, int]]]:
+        """Bytes and packets by pod and direction."""
+        found: dict[str, dict[str, tuple[int, int]]] = {}
+        for pod, direction, size, packets in self._ledger(
+            "SELECT a.pod_name, u.direction, sum(u.bytes - u.base_bytes), sum(u.packets - u.base_packets)"
+            " FROM usage u JOIN attachments a ON a.id = u.attachment GROUP BY 1, 2"
+        ):
+            found.setdefault(pod, {})[DIRECTIONS[direction]] = (size, packets)
+        return found
+
+    def journal(self, statement: str) -> list[tuple[Any, ...]]:
+        return query(self.sim.root / "var/lib/knd/journal.sqlite", statement)
+
+    def _ledger(self, statement: str) -> list[tuple[Any, ...]]:
+        return query(self.sim.root / "var/lib/knd/ledger.sqlite", statement)
 
     def _pins(self) -> list[str]:
         return sorted(str(path.relative_to(self.sim.bpffs)) for path in self.sim.bpffs.rglob("*"))
@@ -328,9 +353,9 @@ class Stage:
         }
 
 
-def query(path: Path, statement: str, *values: object) -> list[tuple[Any, ...]]:
+def query(path: Path, statement: str) -> list[tuple[Any, ...]]:
     with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
-        return connection.execute(statement, values).fetchall()
+        return connection.execute(statement).fetchall()
 
 
 def look() -> dict[str, tuple[str, int, bool, list[str]]]:
