@@ -277,5 +277,11 @@ def test_a_device_that_is_away_has_no_settings_and_the_permanent_mac_is_its_own(
     assert (away.ifindex, away.settings) == (None, None)
     assert away.attributes["ebpf"] is True
     own = link(permanent_mac=MacAddress("b8:3f:d2:00:00:01"))
-    home = only(build([replace(FULL, link=own)], Policy()))
+    home = only(build([replace(FULL, kind=DeviceKind.PF, link=own)], Policy()))
     assert home.attributes["mac"] == home.settings.mac == "b8:3f:d2:00:00:01"
+
+
+def test_a_vfs_mac_is_the_one_it_has() -> None:
+    """What its driver calls permanent is what the PF last knew, a tenant's choice included."""
+    vf = only(build([replace(FULL, link=link(permanent_mac=MacAddress("02:00:5e:00:00:01")))], Policy()))
+    assert vf.attributes["mac"] == vf.settings.mac == "02:00:00:00:00:07"
