@@ -20,9 +20,9 @@ from driver.lifecycle.projections import Projections
 from driver.lifecycle.reconcile import Reconcile
 from driver.lifecycle.sandboxes import Sandboxes
 from driver.lifecycle.usage import Usage
-from driver.model import ClaimRef, ClaimUid, PreparedDevice, Sandbox, SandboxId
+from driver.model import ClaimRef, ClaimUid, DeviceName, PreparedDevice, Sandbox, SandboxId
 from driver.qos import class_maps
-from hw.model import IfIndex
+from hw.model import Identity, IfIndex
 
 log = logging.getLogger(__name__)
 
@@ -111,20 +111,25 @@ class Lifecycle:
     async def links_changed(self, changed: frozenset[IfIndex] | None) -> None:
         """None: events were lost, look at everything."""
         context = self._context
-        away = {
-            a.preparation.device: p.identity
-            for a in context.book.attachments()
-            if (p := context.book.preparation(a.preparation)) is not None
-        }
-        returned = frozenset(away)
+        returned = None
         if changed is not None:
-            seen = await context.workers.run([], lambda: context.devices.look(changed, away))
+            seen = await context.workers.run([], lambda: context.devices.look(changed, self._away))
             if not seen.rescan and not seen.returned:
                 return
-            returned = returned if seen.rescan else seen.returned
-        if changed is None or seen.rescan:
+            returned = None if seen.rescan else seen.returned
+        if returned is None:
             await context.workers.run([], context.devices.rescan)
+            returned = frozenset(self._away())
         await self._reconcile.after_change(returned)
+
+    def _away(self) -> dict[DeviceName, Identity]:
+        """The devices that are in pods."""
+        book = self._context.book
+        return {
+            a.preparation.device: p.identity
+            for a in book.attachments()
+            if (p := book.preparation(a.preparation)) is not None
+        }
 
     async def policy_changed(self) -> None:
         """Offer by the new policy, and count by its classes from now on."""

@@ -88,21 +88,23 @@ class Devices:
             withheld = withheld or f"in use by others: it belongs to link {link.master}"
         return replace(device, settings=LinkSettings.of(link, kind=device.kind), withheld=withheld)
 
-    def look(self, changed: frozenset[IfIndex], away: Mapping[DeviceName, Identity]) -> Look:
+    def look(self, changed: frozenset[IfIndex], away: Callable[[], Mapping[DeviceName, Identity]]) -> Look:
         """What changed links mean. Most link events of a node are the CNI's veths coming and going, and
         our own moves: one of those costs one look-up each, however many devices there are, and no scan.
 
-        away: devices that are in pods, so that their leaving is no news and their return is.
+        away: devices that are in pods, so that their leaving is no news and their return is. Asked only
+        when a device of ours changed.
         """
         policy = self._policy()
+        pods = away() if self._by_index.keys() & changed else {}
         rescan = False
         returned = set()
         with LinkSocket(None) as links:
             for ifindex in changed:
                 link = links.by_index(ifindex)
                 known = self._by_index.get(ifindex)
-                if known is not None and known.name in away:
-                    if link is not None and is_at_home(away[known.name], link):
+                if known is not None and known.name in pods:
+                    if link is not None and is_at_home(pods[known.name], link):
                         returned.add(known.name)
                 elif _matters(link, known, policy):
                     rescan = True
