@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+DEVICE_PATIENCE = 20.0
+"""Seconds that a pass waits for one device."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listed:
@@ -146,19 +149,22 @@ class Reconcile:
             await self._on_device(attachment.preparation.device, self._resume_attachment(attachment))
         for preparation in context.book.preparations():
             await self._on_device(preparation.key.device, self._resume_preparation(preparation))
-        await self._in_worker(self._projections.sweep)
-        await self._in_worker(self._sweep_programs)
+        await self._try("sweeping CDI specs and live files", self._projections.sweep)
+        await self._try("sweeping programs", self._sweep_programs)
         await self._mend()
         if self._journal.state().boot_changed:
+            await self._try("after the reboot", self._forget_before_boot)
             await self._note(self._journal.boot_done)
         self._gate.settled = True
         self._projections.offer()
 
     def _resume_attachment(self, attachment: Attachment) -> Callable[[], object]:
         def work() -> None:
+            if self._context.book.attachment(attachment.id) != attachment:
+                return
             preparation = self._context.book.preparation(attachment.preparation)
             with self._homecoming.netns_of(attachment) as netns:
-                if preparation is None or netns is None or attachment.state is AttachmentState.DETACHING:
+                if preparation is None or netns is None or self._is_over(attachment, preparation):
                     self._homecoming.bring_home(attachment)
                 elif attachment.state is AttachmentState.ATTACHING:
                     self._homecoming.undo_attach(attachment, preparation, netns)
@@ -168,6 +174,15 @@ class Reconcile:
                     self._projections.report_claim(attachment.preparation.claim_uid)
 
         return work
+
+    def _is_over(self, attachment: Attachment, preparation: Preparation) -> bool:
+        """Whether it is on its way home, or its device is home though its netns lives: its driver was bound
+        anew while no agent ran, say. The scan at start says so for nothing."""
+        if attachment.state is not AttachmentState.ATTACHED:
+            return attachment.state is AttachmentState.DETACHING
+        seen = self._context.devices.get(preparation.key.device)
+        at_home = seen is not None and seen.ifindex is not None and seen.identity == preparation.identity
+        return at_home and self._homecoming.is_home(attachment)
 
     def _resume_preparation(self, preparation: Preparation) -> Callable[[], object]:
         def work() -> None:
@@ -195,12 +210,17 @@ class Reconcile:
         if programs is None:
             return
         device = preparation.key.device
-        pair = programs.state(device)
         ifindex = self._context.devices.hint(preparation)
-        if pair is None and must_be_home and ifindex is not None:
+        if must_be_home and ifindex is not None:
             programs.attach(device, ifindex, preparation.slot)
-        elif pair is not None:
-            programs.repoint_all({device: preparation.slot})
+        elif programs.repoint_all({device: preparation.slot}):
+            log.error("the programs of %s are gone while it is in a pod: it is not counted there", device)
+
+    def _forget_before_boot(self) -> None:
+        """A reboot makes every device anew: one that is withheld with no record of it is as good as any."""
+        book = self._context.book
+        for device in book.quarantines().keys() - {p.key.device for p in book.preparations()}:
+            book.release(device)
 
     def _sweep_programs(self) -> None:
         programs = self._context.programs
@@ -323,11 +343,20 @@ class Reconcile:
         return await self._in_worker(lambda: self._homecoming.is_alive(attachment))
 
     async def _on_device(self, device: DeviceName, work: Callable[[], object]) -> None:
-        """One device's trouble is its own: it is logged, and the pass goes on."""
+        """One device's trouble is its own: it is logged, and the pass goes on, at the latest when patience
+        with a device that is stuck is over; the work is still done when its turn comes."""
         try:
-            await self._context.workers.run([device], work)
+            patience = self._context.clock.monotonic() + DEVICE_PATIENCE
+            await self._context.workers.run_until([device], work, patience)
         except EXPECTED as error:
             log.error("reconciling %s: %s", device, error)
+
+    async def _try(self, what: str, work: Callable[[], None]) -> None:
+        """Leftovers are in no pod's way: what does not work is logged, and tried again at the next start."""
+        try:
+            await self._in_worker(work)
+        except EXPECTED as error:
+            log.error("%s: %s", what, error)
 
     async def _in_worker(self, work: Callable[[], T]) -> T:
         return await self._context.workers.run([], work)
