@@ -33,6 +33,7 @@ class SeenLink:
 
     index: int
     name: str
+    up: bool = False
     master: int | None = None
     lower: int | None = None
     """IFLA_LINK, where that is a link of the same namespace."""
@@ -122,7 +123,7 @@ def _sriov(
             objections.append(f"{name} {objection or failed[address]}")
             continue
         return pf, (
-            f"{pf} is idle: no address, master, route, upper device, listener or XDP program, "
+            f"{pf} is idle: down, no address, master, route, upper device, listener or XDP program, "
             f"0 of its {pf.total_vfs} VFs made"
         )
     if not objections:
@@ -186,6 +187,9 @@ def _of_link(link: SeenLink, links: Sequence[SeenLink]) -> Iterator[str]:
         yield "is listened on by others"
     if link.xdp:
         yield "has an XDP program"
+    if link.up:
+        # A pod's macvlan on top of it is in another namespace, and nothing here tells of it.
+        yield "is up, so others may use it (take it down to have it used)"
 
 
 def _uppers(base: Path, link: SeenLink) -> Iterator[str]:

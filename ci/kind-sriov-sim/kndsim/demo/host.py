@@ -41,6 +41,7 @@ def _seen_links(ipr: IPRoute) -> tuple[SeenLink, ...]:
         SeenLink(
             index=link["index"],
             name=link.get_attr("IFLA_IFNAME"),
+            up=bool(link["flags"] & _IFF_UP),
             master=link.get_attr("IFLA_MASTER"),
             lower=_lower(link),
             listeners=(link.get_attr("IFLA_PROMISCUITY") or 0) + (link.get_attr("IFLA_ALLMULTI") or 0),
