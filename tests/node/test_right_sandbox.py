@@ -112,6 +112,7 @@ def test_the_end_of_another_sandbox_changes_nothing_of_the_living_one(mode: Runt
 
         # Replaced without a word to the agent: the runtime was restarted, and forgot what it had told.
         await sim.runtime.restart()
+        await sim.runtime.wait_plugin()
         await seen.until(sim.agent.ready, "ready again")
         replaced = pod
         pod = await recreated(sim, pod)
