@@ -18,6 +18,7 @@ from hw.netlink import LinkSocket
 from hw.scan import scan, uplinks_of
 from hw.sysfs import Sysfs
 from kndsim.links import SimNetns
+from kndsim.node import SimNode
 from kndsim.sysfs_tree import vf_farm, write_tree
 from tests.bench import processes
 from tests.bench.outcome import Outcome, measured, of_medians
@@ -98,15 +99,20 @@ async def _watch_events(host: SimNetns) -> list[float]:
     async with bench_node() as node:
         await node.start_agent()
         await asyncio.sleep(1.0)
-        costs = []
-        for number in range(EVENTS):
-            before = processes.cpu_seconds(node.agent.pid)
-            await asyncio.to_thread(_change_mtu, host, 1400 + number)
-            await asyncio.sleep(EVENT_PERIOD)
-            costs.append((processes.cpu_seconds(node.agent.pid) - before) * 1e3)
-        if not statistics.median(costs):
-            raise RuntimeError("the agent did not hear of the changes")
-        return costs
+        return await event_costs(node, host)
+
+
+async def event_costs(node: SimNode, host: SimNetns) -> list[float]:
+    """Milliseconds of the agent's CPU time for each of some changes of the stranger."""
+    costs = []
+    for number in range(EVENTS):
+        before = processes.cpu_seconds(node.agent.pid)
+        await asyncio.to_thread(_change_mtu, host, 1400 + number)
+        await asyncio.sleep(EVENT_PERIOD)
+        costs.append((processes.cpu_seconds(node.agent.pid) - before) * 1e3)
+    if not statistics.median(costs):
+        raise RuntimeError("the agent did not hear of the changes")
+    return costs
 
 
 def _change_mtu(host: SimNetns, mtu: int) -> None:

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from bpf import layout, sys
 from bpf.layout import TrafficKind
 from kndsim.agent import wait_until
+from kndsim.links import SimNetns
 from kndsim.node import ClaimSpec, SimNode, SimPod, any_device
 from tests.bench import processes
+from tests.bench.big_node import STRANGER, event_costs
 from tests.bench.outcome import Outcome, counted, high, measured
 from tests.bench.stage import bench_node, wired_host
 
@@ -34,11 +36,11 @@ _KEY = struct.Struct("=I")
 
 def full_node(cycle_seconds: float = CYCLE_SECONDS) -> list[Outcome]:
     """256 pods with a device each: memory, API requests, scrapes, a rest, then devices that come and go."""
-    with wired_host(PODS + CYCLING):
-        return asyncio.run(_full_node(cycle_seconds))
+    with wired_host(PODS + CYCLING, also=(STRANGER,)) as host:
+        return asyncio.run(_full_node(host, cycle_seconds))
 
 
-async def _full_node(cycle_seconds: float) -> list[Outcome]:
+async def _full_node(host: SimNetns, cycle_seconds: float) -> list[Outcome]:
     async with bench_node() as node:
         await node.start_agent()
         pid = node.agent.pid
@@ -68,6 +70,14 @@ async def _full_node(cycle_seconds: float) -> list[Outcome]:
             _maps(pid),
             *await _scrapes(node),
             *await _at_rest(node),
+            measured(
+                "idle.link-event",
+                await event_costs(node, host),
+                statistics.median,
+                "ms of CPU",
+                budget=1.0,
+                note=f"a change of a link that is none of the agent's, {PODS} devices in pods",
+            ),
             *await _cycles(node, cycle_seconds),
         ]
         return outcomes
