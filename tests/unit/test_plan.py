@@ -1,0 +1,140 @@
+"""Plans: whatever is put into a pod or onto a device has its way back in the same plan, in order."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from bpf.layout import Hook
+from driver import plan
+from driver.model import NicConfig, Preparation, attachment_owner, preparation_owner
+from driver.plan import Act, Plan
+from tests.unit.journal_values import attachment, preparation
+
+WITH_ADDRESSES = preparation(0, generation=7)
+BARE = replace(WITH_ADDRESSES, config=NicConfig())
+ATTACHMENT = attachment(0, generation=9)
+
+LOOKS = {Act.VERIFY}
+"""Changes nothing."""
+GOES_WITH_THE_MOVE = {Act.ADDRESS, Act.FILTER}
+"""The kernel drops it when the device leaves the netns."""
+HOMEWARD = {Act.DISARM, Act.DOWN, Act.FOLD, Act.STRIP, Act.MOVE_HOME, Act.TIDY, Act.RESTORE}
+"""Brings a device nearer to clean, whatever came before."""
+
+OUTWARD = [
+    pytest.param(made, id=f"{name}-{hook.value}-{'addresses' if which is WITH_ADDRESSES else 'bare'}")
+    for hook in Hook
+    for which in (WITH_ADDRESSES, BARE)
+    for name, made in (
+        ("prepare", plan.prepare(which, hook)),
+        ("attach", plan.attach(ATTACHMENT, which, hook)),
+    )
+]
+HOME = [
+    pytest.param(plan.unprepare(WITH_ADDRESSES), id="unprepare"),
+    pytest.param(plan.tidy(WITH_ADDRESSES), id="tidy"),
+    pytest.param(plan.detach(ATTACHMENT), id="detach"),
+]
+
+
+def acts(made: Plan) -> list[Act]:
+    return [step.act for step in made.steps]
+
+
+def undone(made: Plan) -> list[Act]:
+    """The acts of a whole undo, as the engine runs them."""
+    return [act for step in reversed(made.steps) for act in step.undo]
+
+
+@pytest.mark.parametrize("made", OUTWARD)
+def test_every_act_with_an_effect_is_undone_by_the_plan_it_is_in(made: Plan) -> None:
+    undo = set(undone(made))
+    for step in made.steps:
+        if step.act in LOOKS | HOMEWARD:
+            continue
+        if step.act in GOES_WITH_THE_MOVE:
+            assert Act.MOVE_HOME in undo
+        else:
+            assert step.undo, f"{step.act} has no undo"
+    if Act.MOVE_IN in acts(made):
+        assert Act.MOVE_HOME in undo
+        assert Act.RESTORE in undo
+    if Act.ARM in acts(made):
+        assert Act.DISARM in undo
+
+
+@pytest.mark.parametrize("made", [*OUTWARD, *HOME])
+def test_an_undo_and_a_way_home_only_bring_a_device_nearer_to_clean(made: Plan) -> None:
+    assert set(undone(made)) <= HOMEWARD
+    if made.homeward:
+        assert set(acts(made)) <= HOMEWARD | LOOKS
+        assert not undone(made)
+
+
+@pytest.mark.parametrize("made", [*OUTWARD, *HOME])
+def test_no_act_is_in_a_plan_twice(made: Plan) -> None:
+    """The journal keeps a step by its act's name."""
+    assert len(set(acts(made))) == len(made.steps)
+
+
+@pytest.mark.parametrize("hook", Hook)
+def test_nothing_passes_uncounted_on_the_way_in(hook: Hook) -> None:
+    prepared = acts(plan.prepare(WITH_ADDRESSES, hook))
+    attached = acts(plan.attach(ATTACHMENT, WITH_ADDRESSES, hook))
+    assert attached[0] is Act.ZERO_SLOT
+    assert attached[-1] is Act.UP
+    if hook is Hook.TCX:
+        assert Act.ARM in prepared
+        assert Act.FILTER not in attached
+    else:
+        assert Act.ARM not in prepared
+        assert attached.index(Act.MOVE_IN) < attached.index(Act.FILTER) < attached.index(Act.UP)
+
+
+@pytest.mark.parametrize("hook", Hook)
+def test_nothing_passes_uncounted_on_the_way_out(hook: Hook) -> None:
+    """The link is down before its counters are read for the last time, also where an attach is undone."""
+    for order in (acts(plan.detach(ATTACHMENT)), undone(plan.attach(ATTACHMENT, WITH_ADDRESSES, hook))):
+        assert order.index(Act.DOWN) < order.index(Act.FOLD)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [acts(plan.detach(ATTACHMENT)), undone(plan.attach(ATTACHMENT, BARE, Hook.TCX))],
+    ids=["detach", "undo"],
+)
+def test_a_device_is_emptied_then_moved_then_restored(order: list[Act]) -> None:
+    wanted = [Act.DOWN, Act.STRIP, Act.MOVE_HOME, Act.RESTORE]
+    assert sorted(wanted, key=order.index) == wanted
+
+
+@pytest.mark.parametrize("made", HOME)
+def test_a_way_home_ends_with_a_look_at_the_device(made: Plan) -> None:
+    assert made.homeward
+    assert acts(made)[-1] is Act.VERIFY
+
+
+def test_programs_stay_on_a_device_until_it_is_unprepared() -> None:
+    assert Act.DISARM not in acts(plan.detach(ATTACHMENT))
+    assert acts(plan.unprepare(WITH_ADDRESSES))[0] is Act.DISARM
+
+
+def test_addresses_are_a_step_only_where_there_are_some() -> None:
+    assert Act.ADDRESS in acts(plan.attach(ATTACHMENT, WITH_ADDRESSES, Hook.TCX))
+    assert Act.ADDRESS not in acts(plan.attach(ATTACHMENT, BARE, Hook.TCX))
+
+
+@pytest.mark.parametrize("which", [WITH_ADDRESSES, BARE])
+def test_a_plan_is_the_record_it_is_made_for(which: Preparation) -> None:
+    for made in (plan.prepare(which, Hook.TCX), plan.unprepare(which), plan.tidy(which)):
+        assert (made.owner, made.generation) == (preparation_owner(which.key), 7)
+    for made in (plan.attach(ATTACHMENT, which, Hook.TCX), plan.detach(ATTACHMENT)):
+        assert (made.owner, made.generation) == (attachment_owner(ATTACHMENT.id), 9)
+
+
+@pytest.mark.parametrize("made", OUTWARD)
+def test_every_step_asks_for_some_time_and_all_fit_into_a_hook(made: Plan) -> None:
+    assert all(step.budget > 0 for step in made.steps)
+    assert sum(step.budget for step in made.steps) < 0.5
