@@ -71,6 +71,11 @@ USED = {
         [PF],
         "carries storage",
     ),
+    "odd name": (
+        function(name="ens1[f0]"),
+        [replace(PF, name="ens1[f0]")],
+        "has a name that a node policy cannot select",
+    ),
     "elsewhere": (function(), [], "has no netdev in this network namespace"),
     "no number of VFs": (
         f"{PORT}{ADDRESS} = {IGB} sriov_totalvfs=7\nnetdev {ADDRESS} ens1f0 dev_port=0",
