@@ -17,7 +17,7 @@ from pathlib import Path
 from driver.model import NodeName
 from driver.paths import Paths
 
-_DRIVER_NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
+_SUBDOMAIN = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
 
 
 class HookChoice(enum.StrEnum):
@@ -42,7 +42,9 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.node:
             raise ValueError("no node name: give --node-name or set NODE_NAME")
-        if len(self.paths.driver) > 63 or not _DRIVER_NAME.fullmatch(self.paths.driver):
+        if len(self.node) > 253 or not _SUBDOMAIN.fullmatch(self.node):
+            raise ValueError(f"--node-name {self.node!r} is not a node's name: it is a DNS subdomain")
+        if len(self.paths.driver) > 63 or not _SUBDOMAIN.fullmatch(self.paths.driver):
             raise ValueError(
                 f"--driver {self.paths.driver!r} is not a DNS subdomain of at most 63 characters"
             )

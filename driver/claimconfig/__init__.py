@@ -13,6 +13,7 @@ from driver.claimconfig.sections import (
     FieldPath,
     MtuBounds,
     decode,
+    decode_tree,
     json_schema,
 )
 
@@ -27,6 +28,7 @@ __all__ = [
     "MtuBounds",
     "check_together",
     "decode",
+    "decode_tree",
     "json_schema",
     "resolve",
 ]

@@ -16,6 +16,7 @@ from typing import Annotated, Any, NewType
 from driver.strict import (
     Key,
     Kind,
+    Node,
     Problem,
     Problems,
     integer,
@@ -241,9 +242,14 @@ def decode(parameters: str) -> tuple[Document | None, tuple[Problem, ...]]:
     """The document, or None and everything that is wrong with it."""
     problems = Problems()
     node = parse_json(parameters, problems)
-    document = _DOCUMENT.decode(node, problems) if node is not None else None
+    document = decode_tree(node, problems) if node is not None else None
     found = tuple(problems)
     return (None if found else document), found
+
+
+def decode_tree(node: Node, problems: Problems) -> Document | None:
+    """As decode, of a document that is part of another. What is wrong with it is added to problems."""
+    return _DOCUMENT.decode(node, problems)
 
 
 def json_schema() -> dict[str, object]:

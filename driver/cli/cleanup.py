@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
+from driver.cli.output import printable
 from driver.settings import add_agent_arguments, settings_from
 
 
@@ -20,7 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     problems = clean_up(settings_from(arguments, os.environ), force=arguments.force)
     for problem in problems:
-        print(problem)
+        print(printable(problem))
     if not problems:
         print("every device is home")
     return 1 if problems else 0

@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     paths = paths_from(arguments)
     policy_file = PolicyFile(arguments.policy)
     if policy_file.problem:
-        raise ValueError(policy_file.problem)
+        raise DriverError(policy_file.problem)
     devices = Devices(Sysfs(paths.sysfs), lambda: policy_file.current)
     devices.rescan()
     held, quarantined = _records(paths)

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 from driver.cli import agent, cleanup, devices, records, validate
+from driver.cli.output import printable
 
 FAILED = 1
 WRONG_USAGE = 2
@@ -40,5 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(error: Exception, code: int, *, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"knd: {error or type(error).__name__}", file=sys.stderr)
+    # One line, and nothing in it that a terminal would obey: it may name what a tenant named.
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    print(f"knd: {printable(text)}", file=sys.stderr)
     return code

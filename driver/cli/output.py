@@ -17,10 +17,20 @@ def add_output_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", choices=["table", "json"], default="table")
 
 
-def show(rows: Sequence[Row], columns: Sequence[str], output: str, *, nothing: str) -> None:
-    """Print {"rows": [...]} or a table of the named columns; `nothing` is said in place of an empty one."""
+def show(
+    rows: Sequence[Row],
+    columns: Sequence[str],
+    output: str,
+    *,
+    nothing: str,
+    more: Mapping[str, Sequence[Row]] | None = None,
+) -> None:
+    """Print {"rows": [...]} or a table of the named columns; `nothing` is said in place of an empty one.
+
+    more: further lists of the JSON object, beside rows.
+    """
     if output == "json":
-        print(json.dumps({"rows": list(rows)}))
+        print(json.dumps({"rows": list(rows), **(more or {})}))
         return
     if not rows:
         print(nothing)

@@ -6,12 +6,12 @@ import argparse
 import re
 import time
 
-from driver.cli.output import Row, add_output_argument, show
+from driver.cli.output import Row, add_output_argument, printable, show
 from driver.journal.ledger import Ledger
 from driver.journal.store import Journal
 from driver.settings import add_place_arguments, paths_from
 
-_AGE = re.compile(r"(\d+)([smhd])")
+_AGE = re.compile(r"([0-9]{1,9})([smhd])")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -82,11 +82,14 @@ def run_usage(arguments: argparse.Namespace) -> int:
         *("namespace", "pod", "claim", "device", "interface"),
         *("direction", "class", "kind", "source", "bytes", "packets"),
     ]
-    show(rows, columns, arguments.output, nothing="nothing was counted")
+    not_counted: list[Row] = [
+        {"attachment": gap.attachment, "from": gap.start, "to": gap.end, "reason": gap.reason} for gap in gaps
+    ]
+    show(rows, columns, arguments.output, nothing="nothing was counted", more={"gaps": not_counted})
     if gaps and arguments.output == "table":
         print(f"\nnot counted: {len(gaps)} gaps")
         for gap in gaps:
-            print(f"  {gap.attachment or 'all'}: {gap.reason}")
+            print(f"  {gap.attachment or 'all'}: {printable(gap.reason)}")
     return 0
 
 
