@@ -170,8 +170,8 @@ class Claims:
         together += [
             (f"{other.key.device} of claim {other.claim.name}", other.config, other.ifname)
             for other in self._context.book.preparations()
-            if other.key.claim_uid != claim.ref.uid
-            and other.key.claim_uid not in self._coming
+            if other.state is PreparationState.PREPARED
+            and other.key.claim_uid not in {claim.ref.uid, *self._coming}
             and other.reserved_for & claim.reserved_for
         ]
         for coming in self._coming.values():
