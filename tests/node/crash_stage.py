@@ -345,12 +345,9 @@ class Stage:
     def _pins(self) -> list[str]:
         return sorted(str(path.relative_to(self.sim.bpffs)) for path in self.sim.bpffs.rglob("*"))
 
-    def _offered(self) -> dict[str, Any]:
-        return {
-            device["name"]: device
-            for each in self.sim.api.slices(self.sim.driver, self.sim.name)
-            for device in each["spec"].get("devices") or []
-        }
+    def _offered(self) -> Any:
+        """The slices with their versions: attach, detach and a restart write none."""
+        return self.sim.api.slices(self.sim.driver, self.sim.name)
 
 
 def query(path: Path, statement: str) -> list[tuple[Any, ...]]:
