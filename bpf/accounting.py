@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 import struct
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,10 +23,12 @@ from bpf.program import CompiledPrograms
 
 DEFAULT_SLOTS = 512
 PROGRAM_NAMES = ("knd_eg", "knd_in")
-"""As the kernel shows them, per direction."""
+"""As the kernel shows them, per direction, followed by `_` and the slot: who counts where can be told from
+the kernel alone."""
 BATCH_BYTES = 4 << 20
 """Most that one batch call copies: one call for 512 slots on 8 possible CPUs."""
 
+_COUNTS_INTO = re.compile(r"knd_(?:eg|in)_([0-9]{1,5})")
 _KEY = struct.Struct("=I")
 _LANES = struct.Struct(f"={layout.VALUE_BYTES // 8}Q")
 _ZEROS = bytes(layout.VALUE_BYTES)
@@ -121,6 +124,23 @@ class Accounting:
                 found[slot] = _cells(values, (slot - run[0]) * size, self._cpus)
         return found
 
+    @staticmethod
+    def busy_slots() -> frozenset[Slot]:
+        """Slots that any living program counts into, whoever has it attached; also those of another agent
+        on this machine, which does no harm."""
+        found = set()
+        number = sys.prog_get_next_id(0)
+        while number is not None:
+            try:
+                with sys.prog_get_fd_by_id(number) as program:
+                    found.add(slot_of(program))
+            except CallRefused as error:
+                # Gone meanwhile.
+                if error.errno != errno.ENOENT:
+                    raise
+            number = sys.prog_get_next_id(number)
+        return frozenset(slot for slot in found if slot is not None)
+
     def set_classes(self, dscp: Sequence[int], pcp: Sequence[int], *, pcp_wins: bool = True) -> None:
         """Which class each DSCP (64) and VLAN priority (8) is counted in; counts already made stay.
 
@@ -148,7 +168,13 @@ def _load(
 ) -> sys.ProgramFd:
     maps: Mapping[str, int] = {"acct": counters.fd, "classes": classes.fd}
     code = programs.programs[direction].specialise(slot, maps)
-    return sys.prog_load(sys.ProgramType.SCHED_CLS, code, name=PROGRAM_NAMES[direction])
+    return sys.prog_load(sys.ProgramType.SCHED_CLS, code, name=f"{PROGRAM_NAMES[direction]}_{slot}")
+
+
+def slot_of(program: sys.ProgramFd) -> Slot | None:
+    """The slot that a program of ours counts into; None for a program of others."""
+    found = _COUNTS_INTO.fullmatch(sys.prog_name(program))
+    return None if found is None else Slot(int(found[1]))
 
 
 def _try_out(programs: CompiledPrograms) -> None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bpf import sys
-from bpf.accounting import Accounting, make_pin_directory
+from bpf.accounting import Accounting, make_pin_directory, slot_of
 from bpf.errors import BpfError, CallRefused
 from bpf.layout import Hook, Slot
 
@@ -105,6 +105,19 @@ class TcxPrograms:
         _check_name(name)
         halves = [_state(self._pin(name, way)) for way in range(len(_HOOKS))]
         return LinkPair(*halves) if any(halves) else None
+
+    def slot(self, name: str) -> Slot | None:
+        """The slot that name's egress program counts into; None where nothing is pinned."""
+        _check_name(name)
+        try:
+            with sys.obj_get_link(self._pin(name, 0)) as link:
+                info = sys.link_info(link)
+        except CallRefused as error:
+            if error.errno == errno.ENOENT:
+                return None
+            raise
+        with sys.prog_get_fd_by_id(info.program) as program:
+            return slot_of(program)
 
     def names(self) -> frozenset[str]:
         """Every name with at least one pin."""

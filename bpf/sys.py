@@ -42,6 +42,7 @@ class Command(enum.IntEnum):
     OBJ_GET = 7
     PROG_DETACH = 9
     PROG_TEST_RUN = 10
+    PROG_GET_NEXT_ID = 11
     PROG_GET_FD_BY_ID = 13
     OBJ_GET_INFO_BY_FD = 15
     PROG_QUERY = 16
@@ -295,6 +296,12 @@ def prog_get_fd_by_id(program: ProgramId) -> ProgramFd:
     return ProgramFd(_call(Command.PROG_GET_FD_BY_ID, what, "=III", program, 0, 0)[0])
 
 
+def prog_get_next_id(after: int) -> ProgramId | None:
+    """The id behind `after` of all programs of this machine, or None at the end."""
+    found = _next_id(Command.PROG_GET_NEXT_ID, "listing BPF programs", after)
+    return None if found is None else ProgramId(found)
+
+
 def prog_detach(program: ProgramFd, ifindex: int, where: AttachType) -> None:
     """Take a program off a tcx hook that was attached without a link."""
     args = (ifindex, program.fd, where, 0, 0, 0, 0)
@@ -341,13 +348,18 @@ def link_get_fd_by_id(link: LinkId) -> LinkFd:
 
 def link_get_next_id(after: int) -> LinkId | None:
     """The id behind `after` of all links of this machine, or None at the end."""
+    found = _next_id(Command.LINK_GET_NEXT_ID, "listing BPF links", after)
+    return None if found is None else LinkId(found)
+
+
+def _next_id(command: Command, what: str, after: int) -> int | None:
     try:
-        raw = _call(Command.LINK_GET_NEXT_ID, "listing BPF links", "=III", after, 0, 0)[1]
+        raw = _call(command, what, "=III", after, 0, 0)[1]
     except CallRefused as error:
         if error.errno == errno.ENOENT:
             return None
         raise
-    return LinkId(struct.unpack_from("=I", raw, 4)[0])
+    return int(struct.unpack_from("=I", raw, 4)[0])
 
 
 # --- pins and what an object is ---------------------------------------------------------------------
@@ -393,6 +405,11 @@ def prog_info(program: ProgramFd) -> bytes:
 
 def prog_id(program: ProgramFd) -> ProgramId:
     return ProgramId(struct.unpack_from("=II", prog_info(program))[1])
+
+
+def prog_name(program: ProgramFd) -> str:
+    """As it was loaded under."""
+    return prog_info(program)[64:80].split(b"\0", 1)[0].decode("ascii", "replace")
 
 
 def link_info(link: LinkFd) -> LinkInfo:

@@ -30,6 +30,7 @@ from driver.lifecycle.ports import ClaimReader, EventSink, PodDirectory, SlicePu
 from driver.lifecycle.usage import Usage
 from driver.lifecycle.workers import DeviceWorkers
 from driver.model import BootId, PoolName
+from driver.paths import Paths
 from driver.policy import NodePolicy, PolicyFile
 from driver.qos import class_maps
 from driver.settings import HookChoice, Settings
@@ -70,9 +71,11 @@ def assemble(
     boot_id = read_boot_id(paths.proc)
     with Reserve(paths.reserve):
         journal = stack.enter_context(
-            Journal.open(paths.journal, mirror=paths.run / "mirror", boot_id=boot_id)
+            Journal.open(
+                paths.journal, mirror=paths.run / "mirror", boot_id=boot_id, traces=lambda: traces(paths)
+            )
         )
-        ledger = stack.enter_context(Ledger.open(paths.ledger))
+        ledger = stack.enter_context(Ledger.open(paths.ledger, expected=journal.used))
     programs = ProgramCache(paths.program_cache).ensure()
     accounting = stack.enter_context(Accounting.open(paths.pins, programs, slots=settings.slots))
     classes = class_maps(policy_file.current.classes)
@@ -121,6 +124,16 @@ def assemble(
     return Assembly(
         lifecycle=Lifecycle(context, journal, usage), context=context, usage=usage, journal=journal
     )
+
+
+def traces(paths: Paths) -> str:
+    """What tells, apart from the records, that an agent has given devices away since the node was booted:
+    the end of a sentence, or ""."""
+    claims = CdiProjection(paths).claims() | LiveFiles(paths).claims()
+    if claims:
+        return f"{len(claims)} claims have CDI specs or live files"
+    pins = [path.name for path in (paths.pins / "links").glob("*")]
+    return f"programs are pinned for devices ({len(pins)} links)" if pins else ""
 
 
 def choose_hook(flag: HookChoice, policy: NodePolicy) -> Hook:

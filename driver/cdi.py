@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from driver.errors import NotNow, Refusal
-from driver.model import ClaimUid, PreparationKey
+from driver.model import ClaimUid, DeviceName, PreparationKey
 from driver.paths import Paths
 from hw.model import IfName, NetnsCookie, check_ifname
 
@@ -118,6 +118,16 @@ class CdiProjection:
         """From here on the runtime starts no container of the claim. Fine where there is no spec."""
         with _writing("CDI spec", claim_uid):
             _remove(self._file(claim_uid))
+
+    def devices(self, claim_uid: ClaimUid) -> frozenset[DeviceName]:
+        """The devices that a claim's spec names; none where there is no spec that can be read. For when
+        nothing else is left to tell of them."""
+        try:
+            spec = json.loads(self._file(claim_uid).read_text())
+            names = [str(device["name"]) for device in spec["devices"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            return frozenset()
+        return frozenset(DeviceName(name.removeprefix(f"{claim_uid}-")) for name in names)
 
     def claims(self) -> frozenset[ClaimUid]:
         """Claims that have a spec or the remains of one: for sweeping what is stale."""

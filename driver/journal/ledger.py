@@ -170,8 +170,10 @@ class Ledger(_Reading):
         """Why the ledger begins anew, a sentence, or ""."""
 
     @classmethod
-    def open(cls, path: Path, *, wall: Callable[[], float] = time.time) -> Ledger:
+    def open(cls, path: Path, *, expected: bool = False, wall: Callable[[], float] = time.time) -> Ledger:
         """Open or make the ledger. A damaged one is set aside and a new one begun with a gap.
+
+        expected: there was one, by what other records say, so that a missing one is a gap too.
 
         LedgerUnusable: it is from a later release, or the disk does not let us read or replace it.
         """
@@ -181,6 +183,9 @@ class Ledger(_Reading):
             if isinstance(found, sqlite3.Connection):
                 return cls(path, found)
             lost = ""
+            if found is None and expected:
+                lost = f"the usage ledger {path} is missing, and with it who used what before"
+                _log.error("%s", lost)
             if found is not None:
                 aside = database.set_aside(path, int(wall()))
                 lost = f"the usage ledger {path} {found}; it is kept as {aside}"

@@ -11,6 +11,7 @@ import logging
 import os
 import sqlite3
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,7 +36,9 @@ class Opened:
     """The mirror says the same already."""
 
 
-def open_journal(path: Path, mirror: Mirror, boot_id: BootId, stamp: int) -> Opened:
+def open_journal(
+    path: Path, mirror: Mirror, boot_id: BootId, stamp: int, traces: Callable[[], str]
+) -> Opened:
     """A journal to go on with: the one at path, a first one, or one recovered from the mirror.
 
     JournalUnusable if it is from a later release; OSError and sqlite3.Error if the disk is not usable.
@@ -52,7 +55,7 @@ def open_journal(path: Path, mirror: Mirror, boot_id: BootId, stamp: int) -> Ope
                 return replace(found, mirrored=_same_commit(found.contents, testimony))
             found.connection.close()
         elif found is None and testimony.empty:
-            contents = Contents(_first_meta(boot_id), ())
+            contents = Contents(replace(_first_meta(boot_id), recovery=_both_lost(path, traces())), ())
             _make(path, contents)
             return Opened(database.connect(path), contents)
         else:
@@ -102,6 +105,10 @@ def _contradiction(path: Path, contents: Contents, testimony: Testimony) -> str:
     if _same_commit(contents, testimony) and set(contents.plain) != set(testimony.records):
         return f"the journal {path} and its mirror tell different things of the same change"
     return ""
+
+
+def _both_lost(path: Path, traces: str) -> str:
+    return f"the journal {path} and its mirror are missing, though {traces}" if traces else ""
 
 
 def _same_commit(contents: Contents, testimony: Testimony) -> bool:

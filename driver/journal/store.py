@@ -110,15 +110,25 @@ class Journal:
 
     @classmethod
     def open(
-        cls, path: Path, *, mirror: Path, boot_id: BootId, wall: Callable[[], float] = time.time
+        cls,
+        path: Path,
+        *,
+        mirror: Path,
+        boot_id: BootId,
+        wall: Callable[[], float] = time.time,
+        traces: Callable[[], str] = lambda: "",
     ) -> Journal:
         """Open, make or recover the journal at path. mirror is a folder on a tmpfs.
+
+        traces is asked where there is neither: what else tells that there was a journal in this boot, the
+        end of a sentence, or "".
 
         JournalUnusable: the file is from a later release, or the disk does not let us read or replace it.
         """
         witness = Mirror(mirror)
         try:
-            return cls(path, witness, open_journal(path, witness, boot_id, int(wall())), boot_id)
+            opened = open_journal(path, witness, boot_id, int(wall()), traces)
+            return cls(path, witness, opened, boot_id)
         except (OSError, sqlite3.Error) as error:
             raise JournalUnusable(
                 f"the journal {path} cannot be opened: {database.explain(error)}"
@@ -156,6 +166,11 @@ class Journal:
                 raise JournalUnusable(
                     f"the journal {self._path} cannot be read: {database.explain(error)}"
                 ) from error
+
+    @property
+    def used(self) -> bool:
+        """Whether anything was ever journalled on this node."""
+        return self._meta.counter > 0 or bool(self._meta.recovery)
 
     @property
     def mirror_problem(self) -> str:

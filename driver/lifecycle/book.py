@@ -46,6 +46,7 @@ class Book:
         self._slots = slots
         self._lock = threading.Lock()
         self._writing = threading.RLock()
+        self._reserved: frozenset[Slot] = frozenset()
         self._late: dict[Hashable, Callable[[], None]] = {}
         self._preparations = {p.key: p for p in state.preparations}
         self._attachments = {a.id: a for a in state.attachments}
@@ -106,13 +107,17 @@ class Book:
 
     def _free_slots(self, count: int) -> list[Slot]:
         """The lowest slots no preparation has; NotNow when so many are not left."""
-        taken = {p.slot for p in self.preparations()}
+        taken = {p.slot for p in self.preparations()} | self._reserved
         free = [slot for number in range(self._slots) if (slot := Slot(number)) not in taken][:count]
         if len(free) < count:
             raise NotNow(f"all {self._slots} accounting slots of this node are in use")
         return free
 
     # --- writing ------------------------------------------------------------------------------------
+
+    def reserve(self, slots: frozenset[Slot]) -> None:
+        """Slots that are given to nobody, in place of those named before."""
+        self._reserved = slots
 
     @property
     def behind(self) -> bool:

@@ -21,6 +21,7 @@ from driver.execute.engine import EXPECTED, Token
 from driver.lifecycle.context import Context
 from driver.lifecycle.gate import Gate
 from driver.lifecycle.homecoming import HIDDEN, QUARANTINED, Homecoming
+from driver.lifecycle.orphans import Orphans
 from driver.lifecycle.ports import ClaimFailed
 from driver.lifecycle.projections import Projections
 from driver.lifecycle.workers import KeyedLocks
@@ -64,8 +65,9 @@ class Claims:
     """Implements ports.ClaimHandler."""
 
     def __init__(
-        self, context: Context, projections: Projections, homecoming: Homecoming, gate: Gate
+        self, context: Context, projections: Projections, homecoming: Homecoming, gate: Gate, orphans: Orphans
     ) -> None:
+        self._orphans = orphans
         self._context = context
         self._projections = projections
         self._homecoming = homecoming
@@ -278,6 +280,8 @@ class Claims:
         # any more, though whoever has a device in hand may be long about it.
         leaving = await self._context.workers.run([], lambda: self._begin_leaving(uid))
         if not leaving:
+            await self._context.workers.run([], lambda: self._orphans.end(uid))
+            self._projections.offer()
             return
         patience = min(deadline, self._context.clock.monotonic() + UNPREPARE_PATIENCE)
         devices = [p.key.device for p in leaving]

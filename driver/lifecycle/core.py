@@ -15,6 +15,7 @@ from driver.lifecycle.claims import Claims
 from driver.lifecycle.context import Context
 from driver.lifecycle.gate import Gate
 from driver.lifecycle.homecoming import Homecoming
+from driver.lifecycle.orphans import Orphans
 from driver.lifecycle.ports import ClaimFailed
 from driver.lifecycle.projections import Projections
 from driver.lifecycle.reconcile import Reconcile
@@ -42,7 +43,8 @@ class Lifecycle:
         self.gate = Gate(journal.state().recovery)
         self._projections = Projections(context)
         self._homecoming = Homecoming(context, self._projections)
-        self._claims = Claims(context, self._projections, self._homecoming, self.gate)
+        self._orphans = Orphans(context, self._projections, usage)
+        self._claims = Claims(context, self._projections, self._homecoming, self.gate, self._orphans)
         self._sandboxes = Sandboxes(context, self._projections, self._homecoming, self.gate, usage)
         self._reconcile = Reconcile(
             context,
@@ -52,6 +54,7 @@ class Lifecycle:
             self._claims,
             self._sandboxes,
             self.gate,
+            self._orphans,
         )
         self._usage = usage
         self._tasks: set[asyncio.Task[None]] = set()
@@ -104,6 +107,7 @@ class Lifecycle:
     async def release_all(self) -> tuple[str, ...]:
         """Take every claim back, whatever lives; returns what did not come home, a sentence each."""
         await self._claims.release_all()
+        await self._context.workers.run([], self._orphans.end_all)
         left = [f"{p.key.device} did not come home" for p in self._context.book.preparations()]
         left += [f"{q.device}: {q.reason}" for q in self._context.book.quarantines().values()]
         return tuple(left)

@@ -53,15 +53,15 @@ class Projections:
         context.engine.project(owner, "write-live-file", lambda: context.live.write(uid, cookies))
         context.engine.project(owner, "write-cdi-spec", lambda: context.cdi.write(uid, entries))
 
-    def sweep(self) -> None:
-        """Remove specs and live files of claims that have nothing attached."""
+    def sweep(self, keep: frozenset[ClaimUid]) -> None:
+        """Remove specs and live files of claims that have nothing attached, but of those to keep."""
         attached = {
             a.preparation.claim_uid
             for a in self._context.book.attachments()
             if a.state is AttachmentState.ATTACHED
         }
         for uid in self._context.cdi.claims() | self._context.live.claims():
-            if uid not in attached:
+            if uid not in attached and uid not in keep:
                 log.info("removing what is left of claim %s, which has no live attachment", uid)
                 self.publish_claim(uid)
 

@@ -20,6 +20,7 @@ from driver.lifecycle.claims import Claims
 from driver.lifecycle.context import Context
 from driver.lifecycle.gate import Gate
 from driver.lifecycle.homecoming import Homecoming
+from driver.lifecycle.orphans import Orphans
 from driver.lifecycle.projections import Projections
 from driver.lifecycle.sandboxes import Sandboxes
 from driver.model import (
@@ -64,7 +65,9 @@ class Reconcile:
         claims: Claims,
         sandboxes: Sandboxes,
         gate: Gate,
+        orphans: Orphans,
     ) -> None:
+        self._orphans = orphans
         self._context = context
         self._journal = journal
         self._projections = projections
@@ -81,8 +84,13 @@ class Reconcile:
     async def at_start(self) -> None:
         """Finish or undo what an earlier agent began, before anything new is taken on."""
         async with self._lane:
-            if not self._gate.recovery:
-                await self._settle()
+            if self._gate.recovery:
+                return
+            if self._journal.state().recovery:
+                # Whoever started us goes on without the runtime's word.
+                await self._in_worker(self._orphans.find)
+                await self._note(self._journal.recovery_done)
+            await self._settle()
 
     async def with_runtime(
         self,
@@ -122,6 +130,8 @@ class Reconcile:
         """Go on with what did not work before, if there is anything: nothing else may ever ask for it."""
         book = self._context.book
         await self._in_worker(book.catch_up)
+        if await self._in_worker(self._orphans.forget_gone):
+            self._projections.offer()
         leaving = any(a.state is AttachmentState.DETACHING for a in book.attachments())
         if leaving or self._unfinished():
             await self.after_change(())
@@ -149,7 +159,10 @@ class Reconcile:
             await self._on_device(attachment.preparation.device, self._resume_attachment(attachment))
         for preparation in context.book.preparations():
             await self._on_device(preparation.key.device, self._resume_preparation(preparation))
-        await self._try("sweeping CDI specs and live files", self._projections.sweep)
+        await self._try("looking for devices that no record tells of", self._orphans.keep_slots)
+        await self._try(
+            "sweeping CDI specs and live files", lambda: self._projections.sweep(self._orphans.claims())
+        )
         await self._try("sweeping programs", self._sweep_programs)
         await self._mend()
         if self._journal.state().boot_changed:
@@ -226,7 +239,7 @@ class Reconcile:
         programs = self._context.programs
         if programs is None:
             return
-        wanted = {p.key.device for p in self._context.book.preparations()}
+        wanted = {p.key.device for p in self._context.book.preparations()} | self._orphans.devices()
         for name in programs.names():
             if DeviceName(name) not in wanted:
                 log.info("removing the programs left on %s", name)
@@ -245,24 +258,10 @@ class Reconcile:
             len(confirmed),
             len(self._context.book.attachments()),
         )
-        await self._in_worker(self._withhold_unknown)
+        await self._in_worker(self._orphans.find)
         await self._note(self._journal.recovery_done)
         self._gate.recovery = ""
         await self._settle()
-
-    def _withhold_unknown(self) -> None:
-        """Programs on a device no record names: a pod had it, and nobody knows what it was like before."""
-        programs = self._context.programs
-        if programs is None:
-            return
-        wanted = {p.key.device for p in self._context.book.preparations()}
-        for name in programs.names():
-            if DeviceName(name) not in wanted:
-                self._context.book.quarantine(
-                    DeviceName(name),
-                    "it was held when the journal was lost, so what it was like before is not known",
-                    self._context.clock.wall(),
-                )
 
     async def _mend(self) -> None:
         """What is on its way home, or was not clean, and is in no pod."""

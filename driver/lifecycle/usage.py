@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 
 from bpf.accounting import Accounting
-from bpf.layout import Cell, Hook
+from bpf.layout import Cell, Hook, Slot
 from driver.clock import Clock
 from driver.errors import DriverError
 from driver.journal.ledger import Ledger, UsageOwner
@@ -78,16 +78,31 @@ class Usage:
         self.checkpoint()
         self._class_names = names
 
+    def close_orphan(self, owner: UsageOwner, slot: Slot | None, reason: str) -> None:
+        """Close an account whose attachment is on no record. slot None: nobody knows where it was counted,
+        and the reason is noted as a gap."""
+        now = self._clock.wall()
+        if slot is None:
+            self._ledger.gap(owner.attachment, owner.started, now, reason)
+        cells = self._accounting.read(slot) if slot is not None else ()
+        self._ledger.fold(
+            owner.attachment, cells, source=self._hook, class_names=self._class_names, ended=now
+        )
+
     def checkpoint(self) -> None:
         """Write the totals of all living attachments, so that a crash loses at most a minute."""
         rows = self._read()
         try:
-            self._ledger.checkpoint(
+            skipped = self._ledger.checkpoint(
                 {attachment.id: cells for attachment, _, cells in rows},
                 source=self._hook,
                 class_names=self._class_names,
                 wall=self._clock.wall(),
             )
+            for attachment, preparation, _ in rows:
+                if attachment.id in skipped:
+                    # The ledger was lost; totals are absolute, so a new account misses nothing.
+                    self.begin(attachment, preparation)
         except DriverError as error:
             log.error("usage checkpoint: %s", error)
 

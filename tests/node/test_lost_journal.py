@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pyroute2 import IPRoute
 
 from kndsim.demo.devices import Devices, changes, dump
 from kndsim.kubelet import PrepareFailed
+from kndsim.links import in_thread
 from kndsim.node import SimNode, SimPod, unmount
+from kndsim.runtime import SimSandbox
 from tests.node import seen_outside as seen
 from tests.node.node_stage import claim, play
-from tests.node.traffic_stage import Station, Traffic, counted, knd, stations, traffic
+from tests.node.traffic_stage import Station, Traffic, counted, knd, station, stations, traffic
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -43,7 +46,7 @@ def keep(sim: SimNode, to: Path) -> None:
         shutil.copy(path, to)
 
 
-def offered(sim: SimNode) -> dict[str, object]:
+def offered(sim: SimNode) -> dict[str, dict[str, Any]]:
     return {
         device["name"]: device
         for each in sim.api.slices(sim.driver, sim.name)
@@ -197,7 +200,7 @@ def test_on_a_full_disk_nothing_new_is_taken_on_and_what_leaves_leaves(how: str)
 
                 fill(False)
                 await seen.until(
-                    lambda: counted(sim)[leaving.pod.spec.name, "egress"] > 0, "it goes on by itself"
+                    lambda: counted(sim).get((leaving.pod.spec.name, "egress")), "it goes on by itself"
                 )
                 await seen.until(lambda: held(sim) == {each.device for each in pods[1:]}, "and lets go")
                 late = await sim.start_pod(late)
@@ -215,3 +218,98 @@ def test_on_a_full_disk_nothing_new_is_taken_on_and_what_leaves_leaves(how: str)
             assert await sim.stop_agent() == 0
 
     play(5, story, start=False)
+
+
+@pytest.mark.parametrize("hook", ["tcx", "clsact"])
+def test_with_journal_and_mirror_gone_pods_keep_their_devices_and_nothing_dirty_is_offered(hook: str) -> None:
+    async def story(sim: SimNode, made: Devices) -> None:
+        before = {index: link.name for index, link in seen.links_at_home().items()}
+        pods = await stations(sim, made, 3)
+        async with traffic(made, pods) as flows:
+            specs, live, devices = seen.specs(sim), seen.live_files(sim), set(offered(sim))
+            lost = {each.device for each in pods}
+            for _ in range(2):  # the second start knows it from what the first one wrote down
+                await sim.kill_agent()
+                if not sim.agent.log.read_text().count("its mirror are missing"):
+                    delete(sim)
+                    shutil.rmtree(sim.root / "run/knd/mirror")
+                await sim.start_agent()
+                assert [each.device for each in pods if not seen.is_attached(sim, each.pod)] == []
+                assert (seen.specs(sim), seen.live_files(sim)) == (specs, live)
+            assert "its mirror are missing, though 3 claims have CDI specs" in sim.agent.log.read_text()
+            one = await sim.create_container(pods[0].pod, "restarted")
+            assert seen.runs(one.containers[-1])
+
+            # Who comes now is counted apart from those nobody knows.
+            fresh = await station(sim, made, PODS, "fresh")
+            assert fresh.device not in lost
+            async with traffic(made, [fresh]) as more:
+                late = await more.end()
+            await sim.delete_pod(fresh.pod)
+            assert {key: value for key, value in counted(sim).items() if key[0] == "fresh"} == late
+
+            sent = await flows.end()
+            back = pods[0]
+            seen.send_home(pod_sandbox(back), [seen.index_of(back.device)])
+            in_thread(lambda: rename(seen.index_of(back.device), before[seen.index_of(back.device)]))
+            for each in pods:
+                await sim.delete_pod(each.pod)
+            if hook == "tcx":
+                assert {key: value for key, value in counted(sim).items() if key[0] != "fresh"} == sent
+            else:
+                assert "the records were lost" in knd(sim, "usage")
+        assert seen.specs(sim) == seen.live_files(sim) == {}
+        home, gone = {back.device}, lost - {back.device}
+        await seen.until(lambda: quarantined(sim) == home, "withheld")
+        await seen.until(lambda: set(offered(sim)) == devices - gone, "offered again")
+        shown = {row["device"]: row for row in devices_shown(sim)}
+        assert all("records were lost" in shown[name]["why_not"] for name in home)
+
+        assert await sim.stop_agent() == 0
+        # The kernel takes namespaces apart when it gets to it, and only tcx links tell when it has.
+        await seen.until(
+            lambda: len(made.far.link_names()) == 1 + len(devices - gone), "destroyed", seconds=60
+        )
+        done = sim.knd("cleanup", "--force", f"--policy={sim.policy_file}")
+        said = {name for name in lost if f"{name}: it was in a pod when the records were lost" in done.stdout}
+        assert (done.returncode, said) == ((0, set()) if hook == "tcx" else (1, gone))
+        await sim.start_agent()
+        await seen.until(lambda: quarantined(sim) == set(), "taken as they are")
+
+    play(5, story, hook=hook)
+
+
+def devices_shown(sim: SimNode) -> list[dict[str, Any]]:
+    rows = json.loads(knd(sim, "devices", "-o", "json", f"--policy={sim.policy_file}"))["rows"]
+    return list(rows)
+
+
+def rename(index: int, name: str) -> None:
+    with IPRoute() as ipr:
+        ipr.link("set", index=index, ifname=name)
+
+
+def pod_sandbox(station: Station) -> SimSandbox:
+    assert station.pod.sandbox is not None
+    return station.pod.sandbox
+
+
+def quarantined(sim: SimNode) -> set[str]:
+    return {name for name, device in offered(sim).items() if device.get("taints")}
+
+
+def test_a_lost_ledger_costs_no_byte_of_who_still_lives() -> None:
+    async def story(sim: SimNode, made: Devices) -> None:
+        before = dump()
+        gone = await station(sim, made, 0, "gone")
+        await sim.delete_pod(gone.pod)
+        pods = await stations(sim, made, 2)
+        async with traffic(made, pods) as flows:
+            scene = Scene(sim, pods, flows)
+            await scene.again(lambda: delete(sim, "ledger"))
+            shown = {row["pod"] for row in json.loads(knd(sim, "usage", "-o", "json"))["rows"]}
+            assert "gone" not in shown
+            assert "is missing" in knd(sim, "usage"), "history is lost, and that is said"
+            await all_home(sim, scene, before)
+
+    play(3, story)
