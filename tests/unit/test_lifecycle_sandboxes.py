@@ -1,0 +1,503 @@
+"""Sandboxes, over a real book, engine and workers; netns and devices are made up.
+
+A sandbox is attached as a whole or not at all, what is attached in it stays while it lives, and a hook fails
+only for what a retry can mend.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from bpf.layout import Hook
+from driver.clock import SystemClock
+from driver.errors import DriverError, NotNow, Refusal
+from driver.execute.engine import Engine
+from driver.journal import Journal
+from driver.lifecycle import sandboxes as sandboxes_module
+from driver.lifecycle.book import Book
+from driver.lifecycle.gate import Gate
+from driver.lifecycle.sandboxes import Sandboxes
+from driver.lifecycle.workers import DeviceWorkers
+from driver.model import (
+    Attachment,
+    AttachmentState,
+    ClaimRef,
+    DeviceName,
+    PodRef,
+    PodUid,
+    Preparation,
+    PreparationState,
+    Sandbox,
+    SandboxId,
+)
+from driver.plan import Act
+from hw.errors import BadNetns, Busy, HwError, NotFound, Refused
+from tests.conftest import WaitUntilAsync
+from tests.unit.journal_values import BOOT, preparation
+
+FAR = 20.0
+POD = PodRef("ml", "train", PodUid("pod-1"))
+OTHER = PodRef("ml", "eval", PodUid("pod-x"))
+
+
+@dataclass
+class Netns:
+    cookie: int = 7
+
+    def __enter__(self) -> Netns:
+        return self
+
+    def __exit__(self, *rest: object) -> None: ...
+
+
+@dataclass
+class Home:
+    """A Homecoming that always gets there, unless told otherwise."""
+
+    book: Book
+    log: list[tuple[str, DeviceName]] = field(default_factory=list)
+    alive: set[SandboxId] = field(default_factory=set)
+    stuck: dict[DeviceName, Exception] = field(default_factory=dict)
+    dirty: set[DeviceName] = field(default_factory=set)
+
+    def hold(self, made: Attachment, of: Preparation, netns: object) -> None: ...
+
+    def is_alive(self, made: Attachment) -> bool:
+        return made.sandbox in self.alive
+
+    def bring_home(self, made: Attachment) -> bool:
+        device = made.preparation.device
+        self.log.append(("home", device))
+        (leaving,) = self.book.advance_attachments([made], AttachmentState.DETACHING)
+        if device in self.stuck:
+            raise self.stuck[device]
+        self.book.close_attachment(leaving)
+        return True
+
+    def undo_attach(self, made: Attachment, of: Preparation, netns: object) -> None:
+        self.log.append(("undo", made.preparation.device))
+        self.book.close_attachment(made)
+
+    def close_attachment(self, made: Attachment) -> None:
+        self.book.close_attachment(made)
+
+    def check_clean(self, made: Preparation) -> tuple[object, ...]:
+        dirty = made.key.device in self.dirty
+        return (SimpleNamespace(error=NotNow("it has addresses")),) if dirty else ()
+
+
+class World:
+    def __init__(self, journal: Journal) -> None:
+        self.book = Book(journal, slots=8)
+        self.home = Home(self.book)
+        self.acts: list[tuple[Act, DeviceName]] = []
+        self.fail: dict[tuple[Act, DeviceName], Exception] = {}
+        self.stall: dict[tuple[Act, DeviceName], threading.Event] = {}
+        self.published: list[str] = []
+        self.told: list[tuple[PodRef, str]] = []
+        self.names: dict[PodUid, frozenset[str]] = {}
+        self.looked_up: list[PodUid] = []
+        self.clock = SystemClock()
+        self.workers = DeviceWorkers(self.clock)
+        self.gate = Gate("")
+        engine: Engine[Any] = Engine(
+            journal=journal,
+            acts={act: self.act(act) for act in Act},
+            clock=self.clock,
+            observer=SimpleNamespace(at=lambda *a: None, step_done=lambda *a: None),
+        )
+        context = SimpleNamespace(
+            boot_id=BOOT,
+            clock=self.clock,
+            hook=Hook.TCX,
+            host_netns=None,
+            book=self.book,
+            engine=engine,
+            workers=self.workers,
+            devices=SimpleNamespace(hint=lambda made: None),
+            pods=SimpleNamespace(claims_of=self.names.get, look_up=self.look_up),
+            telemetry=SimpleNamespace(refused=lambda reason: None),
+        )
+        projections = SimpleNamespace(
+            publish_claim=self.published.append,
+            report_claim=lambda uid: None,
+            offer=lambda: None,
+            tell_pod=lambda pod, reason, text: self.told.append((pod, reason)),
+        )
+        usage = SimpleNamespace(begin=lambda made, of: None)
+        parts = [cast(Any, part) for part in (context, projections, self.home, self.gate, usage)]
+        self.sandboxes = Sandboxes(*parts)
+
+    def act(self, act: Act) -> Callable[[Any], None]:
+        def do(target: Any) -> None:
+            device = target.preparation.key.device
+            self.acts.append((act, device))
+            if (act, device) in self.stall:
+                assert self.stall[act, device].wait(FAR)
+            if (act, device) in self.fail:
+                raise self.fail[act, device]
+
+        return do
+
+    async def look_up(self, pod: PodRef, deadline: float) -> None:
+        self.looked_up.append(pod.uid)
+
+    def prepare(self, *numbers: int, pods: tuple[PodUid, ...] = (POD.uid,)) -> list[Preparation]:
+        made = [
+            replace(preparation(number, state=PreparationState.PREPARING), reserved_for=frozenset(pods))
+            for number in numbers
+        ]
+        opened = self.book.open_preparations(made)
+        return list(self.book.advance_preparations(opened, PreparationState.PREPARED))
+
+    async def run(self, sandbox: Sandbox, seconds: float = FAR) -> None:
+        await self.sandboxes.run_sandbox(sandbox, self.clock.monotonic() + seconds)
+
+    async def stop(self, sandbox: Sandbox) -> None:
+        await self.sandboxes.stop_sandbox(sandbox, self.clock.monotonic() + FAR)
+
+    async def container(self, sandbox: Sandbox) -> None:
+        await self.sandboxes.create_container(sandbox, "main", self.clock.monotonic() + FAR)
+
+    def states(self) -> dict[tuple[SandboxId, DeviceName], AttachmentState]:
+        return {(a.sandbox, a.preparation.device): a.state for a in self.book.attachments()}
+
+
+def sandbox(name: str, pod: PodRef = POD, netns: str | None = "/run/netns/x") -> Sandbox:
+    return Sandbox(id=SandboxId(name), pod=pod, netns_path=Path(netns) if netns else None)
+
+
+ATTACHED, DETACHING = AttachmentState.ATTACHED, AttachmentState.DETACHING
+ONE = sandbox("one")
+
+
+@pytest.fixture
+def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    @contextlib.contextmanager
+    def no_kernel(made: Preparation, *rest: object) -> Iterator[object]:
+        del rest
+        yield SimpleNamespace(preparation=made)
+
+    def no_netns(path: Path) -> Netns:
+        if path.name == "gone":
+            raise NotFound("it is gone")
+        if path.name == "host":
+            raise BadNetns("it is the host's")
+        return Netns()
+
+    monkeypatch.setattr(sandboxes_module, "open_target", no_kernel)
+    monkeypatch.setattr(sandboxes_module, "open_netns", no_netns)
+
+    def run(story: Callable[[World], Awaitable[None]]) -> None:
+        async def inside() -> None:
+            with Journal.open(tmp_path / "j.sqlite", mirror=tmp_path / "m", boot_id=BOOT) as journal:
+                world = World(journal)
+                try:
+                    await story(world)
+                    assert await world.workers.idle(world.clock.monotonic() + FAR)
+                    assert world.sandboxes._under_way == {}
+                finally:
+                    await world.sandboxes.close()
+                    world.workers.close()
+
+        asyncio.run(inside())
+
+    return run
+
+
+A, B, C = (DeviceName(f"dev-{number}") for number in range(3))
+
+
+def test_a_sandbox_is_attached_as_a_whole(play) -> None:  # type: ignore[no-untyped-def]
+    async def story(world: World) -> None:
+        world.prepare(0, 1)
+        await world.run(ONE)
+        assert world.states() == {(ONE.id, A): ATTACHED, (ONE.id, B): ATTACHED}
+        await world.container(ONE)
+        done = list(world.acts)
+        await world.run(ONE)
+        assert world.acts == done
+
+    play(story)
+
+
+@pytest.mark.parametrize("error", [HwError("no"), OSError("no"), NotNow("no")])
+def test_when_one_device_fails_all_come_out_again_and_the_hook_fails_for_a_retry(
+    play, error: Exception
+) -> None:  # type: ignore[no-untyped-def]
+    async def story(world: World) -> None:
+        world.prepare(0, 1, 2)
+        world.fail[Act.UP, C] = error
+        with pytest.raises(NotNow, match="no"):
+            await world.run(ONE)
+        assert world.states() == {}
+        assert [device for how, device in world.home.log if how == "undo"] == [B, A]
+        assert world.published == []
+        with pytest.raises(NotNow, match="has not been given"):
+            await world.container(ONE)
+
+    play(story)
+
+
+LASTING = [errno.EEXIST, errno.EINVAL, errno.EPERM, errno.EADDRNOTAVAIL]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [*(Refused("move", number) for number in LASTING), Refusal("IndexTaken", "no")],
+    ids=lambda error: getattr(error, "reason", None) or errno.errorcode[error.errno],
+)
+def test_what_a_retry_cannot_mend_does_not_fail_the_hook_but_refuses_the_containers(play, error) -> None:  # type: ignore[no-untyped-def]
+    async def story(world: World) -> None:
+        world.prepare(0)
+        world.fail[Act.MOVE_IN, A] = error
+        await world.run(ONE)
+        with pytest.raises(Refusal) as raised:
+            await world.container(ONE)
+        assert str(raised.value) == str(error)
+        assert [pod for pod, _ in world.told] == [POD]
+        assert world.states() == {}
+
+    play(story)
+
+
+def test_a_busy_device_fails_the_hook(play) -> None:  # type: ignore[no-untyped-def]
+    async def story(world: World) -> None:
+        world.prepare(0)
+        world.fail[Act.MOVE_IN, A] = Busy("move", errno.EBUSY)
+        with pytest.raises(NotNow, match="EBUSY"):
+            await world.run(ONE)
+
+    play(story)
+
+
+def test_an_undo_that_failed_and_then_ended_well_is_told_as_what_failed_first(play) -> None:  # type: ignore[no-untyped-def]
+    async def story(world: World) -> None:
+        world.prepare(0)
+        world.fail[Act.MOVE_IN, A] = Refused("move", errno.EEXIST)
+        world.fail[Act.RESTORE, A] = HwError("not now")
+        await world.run(ONE)
+        with pytest.raises(Refusal, match="EEXIST"):
+            await world.container(ONE)
+        assert world.home.log == [("home", A)]
+
+    play(story)
+
+
+def test_what_is_in_the_sandbox_already_stays_there(play) -> None:  # type: ignore[no-untyped-def]
+    """A second claim of the pod comes later: the first one's device is in use by its containers."""
+
+    async def story(world: World) -> None:
+        world.prepare(0)
+        await world.run(ONE)
+        (first,) = world.book.attachments()
+        world.prepare(1)
+        world.acts.clear()
+        await world.run(ONE)
+        assert world.book.attachment(first.id) == first
+        assert {device for _, device in world.acts} == {B}
+        assert world.home.log == []
+        await world.container(ONE)
+
+    play(story)
+
+
+def test_a_claim_on_its_way_home_is_given_to_no_sandbox(play) -> None:  # type: ignore[no-untyped-def]
+    async def story(world: World) -> None:
+        (made,) = world.prepare(0)
+        go_on = threading.Event()
+        busy = asyncio.create_task(world.workers.run([A], lambda: go_on.wait(FAR)))
+        running = asyncio.create_task(world.run(ONE))
+        await asyncio.sleep(0)
+        world.book.advance_preparations([made], PreparationState.UNPREPARING)
+        go_on.set()
+        await busy
+        with pytest.raises(NotNow, match="taken back meanwhile"):
+            await running
+        assert world.acts == []
+
+    play(story)
+
+
+def test_a_living_pod_keeps_its_device_and_the_next_one_is_refused_until_it_ends(  # type: ignore[no-untyped-def]
+    play, wait_until_async: WaitUntilAsync
+) -> None:
+    async def story(world: World) -> None:
+        world.prepare(0, pods=(POD.uid, OTHER.uid))
+        await world.run(ONE)
+        world.home.alive.add(ONE.id)
+        before = world.book.attachments()
+        two = sandbox("two", OTHER)
+        await world.run(two)
+        with pytest.raises(Refusal, match="is in pod ml/train"):
+            await world.container(two)
+        assert world.book.attachments() == before
+        await world.stop(ONE)
+        await wait_until_async(lambda: world.states() == {(two.id, A): ATTACHED})
+        await world.container(two)
+
+    play(story)
+
+
+def test_a_sandbox_made_anew_takes_its_pods_device_over_and_a_late_stop_changes_nothing(play) -> None:  # type: ignore[no-untyped-def]
+    async def story(world: World) -> None:
+        world.prepare(0)
+        await world.run(ONE)
+        two = sandbox("two")
+        await world.run(two)
+        assert world.states() == {(two.id, A): ATTACHED}
+        for late in (ONE, sandbox("unknown"), ONE):
+            await world.stop(late)
+        assert world.states() == {(two.id, A): ATTACHED}
+        with pytest.raises(NotNow, match="has been stopped"):
+            await world.run(ONE)
+
+    play(story)
+
+
+def test_a_sandbox_that_is_gone_does_not_take_the_device_from_the_one_that_lives(play) -> None:  # type: ignore[no-untyped-def]
+    async def story(world: World) -> None:
+        world.prepare(0)
+        await world.run(ONE)
+        with pytest.raises(NotNow, match="it is gone"):
+            await world.run(sandbox("late", netns="/run/netns/gone"))
+        await world.run(sandbox("host", netns="/run/netns/host"))
+        await world.run(sandbox("none", netns=None))
+        assert world.states() == {(ONE.id, A): ATTACHED}
+        for refused in ("host", "none"):
+            with pytest.raises(Refusal):
+                await world.container(sandbox(refused, netns=None))
+
+    play(story)
+
+
+def test_a_stop_during_an_attach_ends_it_and_brings_everything_home(  # type: ignore[no-untyped-def]
+    play, wait_until_async: WaitUntilAsync
+) -> None:
+    async def story(world: World) -> None:
+        world.prepare(0, 1)
+        go_on = world.stall[Act.MOVE_IN, A] = threading.Event()
+        running = asyncio.create_task(world.run(ONE))
+        await wait_until_async(lambda: (Act.MOVE_IN, A) in world.acts)
+        stopping = asyncio.create_task(world.stop(ONE))
+        await asyncio.sleep(0)
+        go_on.set()
+        with pytest.raises(NotNow, match="overtaken"):
+            await running
+        await stopping
+        assert world.states() == {}
+        assert not any(device == B for _, device in world.acts)
+
+    play(story)
+
+
+def test_a_hook_is_answered_by_its_deadline_and_the_attach_undone_behind_it(  # type: ignore[no-untyped-def]
+    play, wait_until_async: WaitUntilAsync
+) -> None:
+    async def story(world: World) -> None:
+        world.prepare(0)
+        go_on = world.stall[Act.UP, A] = threading.Event()
+        with pytest.raises(NotNow, match="did not finish"):
+            await world.run(ONE, 0.5)
+        go_on.set()
+        await wait_until_async(lambda: world.states() == {})
+        assert world.home.log == [("undo", A)]
+        assert world.published == []
+
+    play(story)
+
+
+def test_a_withheld_device_is_looked_at_before_the_next_sandbox_gets_it(play) -> None:  # type: ignore[no-untyped-def]
+    async def story(world: World) -> None:
+        world.prepare(0)
+        world.book.quarantine(A, "it has addresses", 1.0)
+        world.home.dirty.add(A)
+        with pytest.raises(NotNow, match="withheld until it is clean: it has addresses"):
+            await world.run(ONE)
+        assert world.acts == []
+        world.home.dirty.clear()
+        await world.run(ONE)
+        assert world.book.quarantines() == {}
+        assert world.states() == {(ONE.id, A): ATTACHED}
+
+    play(story)
+
+
+def test_trouble_with_one_device_at_a_stop_does_not_keep_the_others(play) -> None:  # type: ignore[no-untyped-def]
+    async def story(world: World) -> None:
+        world.prepare(0, 1, 2)
+        await world.run(ONE)
+        world.home.stuck[A] = HwError("too many open files")
+        await world.stop(ONE)
+        assert world.states() == {(ONE.id, A): DETACHING}
+
+    play(story)
+
+
+def test_a_refused_sandbox_that_the_runtime_no_longer_lists_is_forgotten(play) -> None:  # type: ignore[no-untyped-def]
+    async def story(world: World) -> None:
+        world.prepare(0)
+        world.fail[Act.MOVE_IN, A] = Refusal("IndexTaken", "no")
+        two = sandbox("two")
+        await world.run(ONE)
+        await world.run(two)
+        world.sandboxes.forget_unlisted({two.id})
+        assert set(world.sandboxes._refused) == {two.id}
+
+    play(story)
+
+
+def test_a_pod_that_nobody_knows_is_let_through_only_where_no_claim_could_be_its(play) -> None:  # type: ignore[no-untyped-def]
+    async def story(world: World) -> None:
+        stranger = sandbox("stranger", OTHER)
+        elsewhere = sandbox("elsewhere", replace(OTHER, namespace="other"))
+        await world.container(stranger)
+        assert world.looked_up == []
+        world.prepare(0)
+        await world.container(elsewhere)
+        assert world.looked_up == []
+        with pytest.raises(NotNow, match="the API server did not say"):
+            await world.container(stranger)
+        assert world.looked_up == [OTHER.uid]
+        world.names[OTHER.uid] = frozenset()
+        await world.container(stranger)
+
+    play(story)
+
+
+def test_in_recovery_nothing_is_attached(play) -> None:  # type: ignore[no-untyped-def]
+    async def story(world: World) -> None:
+        world.prepare(0)
+        world.gate.recovery = "the journal is older than its mirror"
+        with pytest.raises(DriverError, match="older than its mirror"):
+            await world.run(ONE)
+        assert world.acts == []
+        other = sandbox("other", OTHER)
+        world.names[OTHER.uid] = frozenset()
+        await world.run(other)
+
+    play(story)
+
+
+def test_the_claim_of_the_pod_is_known_by_name_too(play) -> None:  # type: ignore[no-untyped-def]
+    """A second pod of a claim is not in what the claim was reserved for when it was prepared."""
+
+    async def story(world: World) -> None:
+        (made,) = world.prepare(0, pods=())
+        world.names[OTHER.uid] = frozenset({made.claim.name})
+        assert made.claim == ClaimRef("ml", "nic-0", made.key.claim_uid)
+        two = sandbox("two", OTHER)
+        await world.run(two)
+        assert world.states() == {(two.id, A): ATTACHED}
+
+    play(story)
