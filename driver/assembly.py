@@ -69,13 +69,7 @@ def assemble(
     """DriverError, BpfError, HwError or OSError, each a sentence, if this node cannot do it."""
     paths = settings.paths
     boot_id = read_boot_id(paths.proc)
-    with Reserve(paths.reserve):
-        journal = stack.enter_context(
-            Journal.open(
-                paths.journal, mirror=paths.run / "mirror", boot_id=boot_id, traces=lambda: traces(paths)
-            )
-        )
-        ledger = stack.enter_context(Ledger.open(paths.ledger, expected=journal.used))
+    journal, ledger = open_records(stack, paths, boot_id)
     programs = ProgramCache(paths.program_cache).ensure()
     accounting = stack.enter_context(Accounting.open(paths.pins, programs, slots=settings.slots))
     classes = class_maps(policy_file.current.classes)
@@ -124,6 +118,17 @@ def assemble(
     return Assembly(
         lifecycle=Lifecycle(context, journal, usage), context=context, usage=usage, journal=journal
     )
+
+
+def open_records(stack: ExitStack, paths: Paths, boot_id: BootId) -> tuple[Journal, Ledger]:
+    with Reserve(paths.reserve):
+        journal = stack.enter_context(
+            Journal.open(
+                paths.journal, mirror=paths.run / "mirror", boot_id=boot_id, traces=lambda: traces(paths)
+            )
+        )
+        ledger = stack.enter_context(Ledger.open(paths.ledger, expected=journal.used))
+    return journal, ledger
 
 
 def traces(paths: Paths) -> str:
