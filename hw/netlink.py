@@ -47,8 +47,9 @@ _NLM_F_EXCL = 0x200
 _NLM_F_REPLACE = 0x100
 _NLM_F_CREATE = 0x400
 
+_RTEXT_FILTER_VF = 1
+"""Left out wherever it can be: reading VF lists costs a firmware query per VF under the rtnl lock."""
 _RTEXT_FILTER_SKIP_STATS = 8
-"""VF lists are left out on purpose: reading them costs a firmware query per VF under the rtnl lock."""
 _IFLA_ADDRESS = 1
 _IFLA_EXT_MASK = 29
 _IFLA_BROADCAST = 2
@@ -106,6 +107,13 @@ class LinkSocket:
         except NotFound:
             return None
         return wire.link(answer[0]) if answer else None
+
+    def vf_mac(self, pf: IfIndex, vf: int) -> MacAddress | None:
+        """The address that was given to a VF on its PF, which the VF cannot change; None if it was given
+        none. Asks the hardware for all VFs of the PF: not for where time matters."""
+        encode = _get_link(pf, _RTEXT_FILTER_VF | _RTEXT_FILTER_SKIP_STATS)
+        answer = self._transport.get(self._what("read the VFs of", pf), encode)
+        return wire.vf_macs(answer[0]).get(vf) if answer else None
 
     def addresses(self, ifindex: IfIndex) -> tuple[InterfaceAddress, ...]:
         """IPv4 and IPv6 addresses of a link, link-local ones included."""
@@ -391,10 +399,10 @@ def _encoder(
     return encode
 
 
-def _get_link(ifindex: int) -> Encode:
+def _get_link(ifindex: int, extensions: int = _RTEXT_FILTER_SKIP_STATS) -> Encode:
     # By hand: this is asked several times for every pod and for every link event, and what pyroute2
     # makes of it is the same.
-    mask = wire.attribute(_IFLA_EXT_MASK, struct.pack("=I", _RTEXT_FILTER_SKIP_STATS))
+    mask = wire.attribute(_IFLA_EXT_MASK, struct.pack("=I", extensions))
     return _packed(_RTM_GETLINK, struct.pack("=BxHiII", 0, 0, ifindex, 0, 0) + mask)
 
 

@@ -7,9 +7,10 @@ identity, wherever it is; a name is only ever set, never looked up.
 from __future__ import annotations
 
 import errno
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bpf.accounting import Accounting
 from bpf.attach import TcxPrograms
@@ -28,21 +29,25 @@ from hw.model import (
     LinkFlags,
     LinkInfo,
     LinkSettings,
+    MacAddress,
+    PciIdentity,
     SoftwareIdentity,
     is_at_home,
 )
 from hw.netlink import LinkSocket
 from hw.netns import NetnsHandle, run_in
 
+log = logging.getLogger(__name__)
+
 Fold = Callable[[Attachment, Preparation], None]
 """Put the final counters of an attachment into the ledger, in one transaction."""
 
 
 _RESTORABLE = (
-    *("name", "mtu", "mac", "broadcast", "txqlen", "group", "alias", "link_mode"),
+    *("name", "mtu", "broadcast", "txqlen", "group", "alias", "link_mode"),
     *("gso_max_size", "gro_max_size", "gso_max_segs", "gso_ipv4_max_size", "gro_ipv4_max_size"),
 )
-"""Of LinkSettings, what one message sets; flags and altnames go their own ways."""
+"""Of LinkSettings, what one message sets; flags, altnames and MAC go their own ways."""
 
 
 class Vanished(DriverError):
@@ -83,6 +88,16 @@ class Target:
             if link is not None and is_at_home(identity, link):
                 return link
         return next((link for link in self.home.dump() if is_at_home(identity, link)), None)
+
+    def given_mac(self) -> MacAddress | None:
+        """The address the node's admin gave a VF on its PF, which its driver takes up sooner or later and
+        no tenant can change; None if there is none to be seen."""
+        identity = self.preparation.identity
+        if not isinstance(identity, PciIdentity) or identity.pf is None or identity.vf_index is None:
+            return None
+        pfs = (link for link in self.home.dump() if PciIdentity(identity.pf).matches(link))
+        pf = min(pfs, key=lambda link: link.ifindex, default=None)
+        return self.home.vf_mac(pf.ifindex, identity.vf_index) if pf is not None else None
 
     def find_in_pod(self) -> LinkInfo | None:
         if self.pod is None:
@@ -202,7 +217,10 @@ class NodeActs:
                 raise NotNow(f"{target.device} is still in the pod's network namespace")
             raise Vanished(f"{target.device} did not come home")
         preparation = target.preparation
-        problems = list(differences(link, preparation.baseline, preparation.kind))
+        baseline = preparation.baseline
+        if link.mac != baseline.mac and link.mac is not None and link.mac == target.given_mac():
+            baseline = replace(baseline, mac=link.mac)
+        problems = list(differences(link, baseline, preparation.kind))
         if target.home.addresses(link.ifindex):
             problems.append("it has addresses")
         if foreign_programs(link.ifindex, own=self._own_links(target)):
@@ -226,6 +244,7 @@ def move_in(target: Target) -> None:
         raise NotNow(f"{target.device} is not in the host's network namespace")
     if link.up:
         target.home.set_down(link.ifindex)
+    asked = preparation.config.interface.hardware_address
     # A software device is known by its index, so it must not be given another one there.
     known_by_index = isinstance(preparation.identity, SoftwareIdentity)
     try:
@@ -234,7 +253,7 @@ def move_in(target: Target) -> None:
             target.pod_netns,
             name=preparation.ifname,
             mtu=preparation.mtu if preparation.mtu != link.mtu else None,
-            mac=preparation.mac if preparation.mac != link.mac else None,
+            mac=asked if asked != link.mac else None,
             new_ifindex=link.ifindex if known_by_index else None,
         )
     except Busy:
@@ -246,6 +265,14 @@ def move_in(target: Target) -> None:
             f"{target.device} keeps interface index {link.ifindex} wherever it is, and in the pod "
             f"{other.name!a} has it: give that one another index, or the pod another device",
         ) from None
+    except Refused as error:
+        if error.errno != errno.EADDRNOTAVAIL or asked in (None, link.mac):
+            raise
+        raise Refusal(
+            "AddressRefused",
+            f"{target.device} cannot have the address {asked}: its driver keeps it at {link.mac}, "
+            "as it does where an address was set on the PF for it; leave hardwareAddress out of the claim",
+        ) from error
 
 
 def add_addresses(target: Target) -> None:
@@ -289,7 +316,12 @@ def move_home(target: Target) -> None:
     except Refused as error:
         if error.errno != errno.EEXIST:
             raise
-        target.pod.move(link.ifindex, target.home_netns, name=stand_in_name(link))
+        # The kernel moves before it renames: it may be at home by now, under the name a pod gave it.
+        came = target.find_at_home()
+        if came is not None:
+            target.home.change(came.ifindex, name=stand_in_name(came))
+        else:
+            target.pod.move(link.ifindex, target.home_netns, name=stand_in_name(link))
 
 
 def stand_in_name(link: LinkInfo) -> IfName:
@@ -307,6 +339,7 @@ def tidy(target: Target) -> LinkInfo | None:
     if link.up:
         target.home.set_down(link.ifindex)
     _restore_settings(target.home, link, target.preparation.baseline)
+    _restore_mac(target, link)
     return link
 
 
@@ -335,6 +368,20 @@ def _restore_settings(home: LinkSocket, link: LinkInfo, baseline: LinkSettings) 
     missing = tuple(name for name in baseline.altnames if name not in link.altnames)
     if missing:
         home.add_altnames(link.ifindex, missing)
+
+
+def _restore_mac(target: Target, link: LinkInfo) -> None:
+    """Last and alone: the kernel stops at what a driver refuses, and a VF's does not give up an address
+    that it was given on the PF."""
+    mac = target.preparation.baseline.mac
+    if mac is None or mac == link.mac:
+        return
+    try:
+        target.home.change(link.ifindex, mac=mac)
+    except Refused as error:
+        if error.errno != errno.EADDRNOTAVAIL or link.mac is None or link.mac != target.given_mac():
+            raise
+        log.info("%s keeps the address %s, which it was given on its PF", target.device, link.mac)
 
 
 def _flags(settings: LinkSettings) -> LinkFlags:
