@@ -130,7 +130,8 @@ def _maps(pid: int) -> Outcome:
         "memory.kernel-maps",
         size / 1024,
         "KiB",
-        note=f"{size / 1024 / cpus:.0f} KiB per possible CPU; this machine has {cpus}",
+        note=f"{size / 1024 / cpus:.0f} KiB per possible CPU: {size / cpus * 256 / 2**20:.0f} MiB "
+        f"on a node with 256; this machine has {cpus}",
     )
 
 

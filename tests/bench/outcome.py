@@ -16,6 +16,10 @@ from typing import TypeVar
 
 S = TypeVar("S")
 
+LEGEND = (
+    "range: where the value lies with 95 % certainty, from samples drawn again; ratio: of the value to its "
+    "budget; unclear: the budget lies inside the range"
+)
 DRAWS = 1000
 _TAIL = 0.025
 
@@ -125,7 +129,7 @@ def as_table(outcomes: Iterable[Outcome]) -> str:
             f"{each.name:30} {_short(each.value):>9} {spread:>19}  {each.unit:11} {budget:>7} {ratio:>6}  "
             f"{_word(each):8} {each.note}".rstrip()
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, LEGEND])
 
 
 def _word(outcome: Outcome) -> str:
