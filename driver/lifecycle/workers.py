@@ -72,9 +72,8 @@ class DeviceWorkers:
         Work whose deadline has passed already is started all the same, with its token revoked.
         """
         remaining = deadline - self._clock.monotonic()
-        if remaining <= 0 and token is not None:
-            token.revoke()
         task = self._start(devices, work)
+        # Without an await the task has not begun when its token is revoked below.
         if remaining > 0:
             done, _ = await asyncio.wait({task}, timeout=remaining)
             if done:

@@ -15,6 +15,7 @@ from kndsim.links import in_thread
 from kndsim.netns import in_netns
 from kndsim.node import REPOSITORY, SimNode
 from kndsim.runtime import RuntimeMode
+from kndsim.waiting import wait_until_async
 from tests.node.node_stage import play, running
 
 pytestmark = pytest.mark.timeout(120)
@@ -38,7 +39,10 @@ def test_a_pod_gets_its_device_configured_and_gives_it_back_clean(mode: RuntimeM
         )
         assert pod.sandbox is not None
         assert links_in(pod.sandbox.netns_path)["net1"] == "02:00:5e:10:00:01"
-        (status,) = sim.api.claim("default", "p-nic")["status"]["devices"]
+        # Written off the critical path: the pod may be running before it is there.
+        (status,) = await wait_until_async(
+            lambda: sim.api.claim("default", "p-nic")["status"].get("devices"), what="the claim's status"
+        )
         assert status["networkData"] == {
             "interfaceName": "net1",
             "hardwareAddress": "02:00:5e:10:00:01",

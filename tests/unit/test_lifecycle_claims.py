@@ -499,6 +499,38 @@ def test_a_prepare_that_waited_too_long_for_its_device_touches_nothing(play) -> 
     play(story)
 
 
+def test_a_call_that_finds_another_before_it_says_how_that_one_ended(play) -> None:  # type: ignore[no-untyped-def]
+    """The first was late while its intent was being written, so the second saw nothing on record yet."""
+
+    async def story(world: World) -> None:
+        ref = world.claim("c", A)
+        go_on, opens = threading.Event(), world.book.open_preparations
+
+        def slow(made: Any) -> Any:
+            assert go_on.wait(FAR)
+            return opens(made)
+
+        world.book.open_preparations = slow  # type: ignore[method-assign]
+        world.node.fail[Act.VERIFY, A] = HwError("it has addresses")
+        assert "did not finish" in str(await world.prepare(ref, 0.3))
+        second = asyncio.create_task(world.prepare(ref))
+        await asyncio.sleep(0)
+        go_on.set()
+        assert "still being taken back" in str(await second)
+
+    play(story)
+
+
+def test_half_a_claim_is_never_answered_for(play) -> None:  # type: ignore[no-untyped-def]
+    async def story(world: World) -> None:
+        ref = world.claim("c", A, B)
+        assert await world.prepare(ref) == [A, B]
+        world.book.advance_preparations(world.book.of_device(B), UNPREPARING)
+        assert "still being taken back" in str(await world.prepare(ref))
+
+    play(story)
+
+
 def test_an_unprepare_during_a_prepare_wins(play, wait_until_async: WaitUntilAsync) -> None:  # type: ignore[no-untyped-def]
     """Kubelet gave up on the prepare and the pod was deleted while the work went on."""
 
