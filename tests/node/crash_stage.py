@@ -105,6 +105,8 @@ class Stage:
         self._nursery = nursery
         self.made = made
         self.control = control
+        self.mortal = False
+        """Whether devices die with the netns they are in."""
         self.deaths = 0
         self.ready_at = 0.0
         self.pod: SimPod | None = None
@@ -160,6 +162,9 @@ class Stage:
 
     async def begin(self) -> None:
         await self._start()
+        self._look()
+
+    def _look(self) -> None:
         self._before = Before(links=dump(), pins=self._pins(), offered=self._offered())
 
     async def supervised(self, story: Coroutine[Any, Any, None]) -> None:
@@ -227,7 +232,11 @@ class Stage:
         finally:
             self._may_start.set()
         await self.delete(pod)
-        await self.within(lambda: self._over(pod.spec.name, 0), "when the pod was gone")
+        if not self.mortal:
+            await self.within(lambda: self._over(pod.spec.name, 0), "when the pod was gone")
+            return
+        await self.within(lambda: [*self._records_left(), *self._unlike_home()], "when the pod was gone")
+        self._look()
 
     def _schedule(self) -> SimPod:
         self._pods += 1
@@ -309,19 +318,25 @@ class Stage:
         return problems
 
     def leftovers(self) -> list[str]:
-        """Everything that is not as it was before there was any pod; accounts that are open or have gaps."""
-        problems = changes(self._before.links, dump())
-        if self._pins() != self._before.pins:
-            problems.append(f"pins: {self._pins()}")
-        for folder in ("var/run/cdi", "run/knd/live"):
-            if left := sorted(os.listdir(self.sim.root / folder)):
-                problems.append(f"{folder} holds {left}")
-        for table in ("records", "steps"):
-            if rows := self.journal(f"SELECT * FROM {table}"):
-                problems.append(f"the journal's {table}: {rows}")
+        """Everything that is not as it was before there was any pod; gaps, and accounts still open."""
+        problems = changes(self._before.links, dump()) + self._records_left()
         if self._offered() != self._before.offered:
             problems.append(f"the slices say {self._offered()}")
+        return problems
+
+    def _unlike_home(self) -> list[str]:
+        """Where the slices offer anything but the veths that are at home."""
+        home = {f"veth-{index}" for index, link in dump().items() if link["IFLA_IFNAME"].startswith("port")}
+        offered = {device["name"] for each in self._offered() for device in each["spec"]["devices"]}
+        return [] if offered == home else [f"offered are {offered}, at home {home}"]
+
+    def _records_left(self) -> list[str]:
+        folders = {name: os.listdir(self.sim.root / name) for name in ("var/run/cdi", "run/knd/live")}
+        tables = {name: self.journal(f"SELECT * FROM {name}") for name in ("records", "steps")}
+        problems = [f"{name} holds {left}" for name, left in (folders | tables).items() if left]
         problems += [f"gap {row}" for row in self._ledger("SELECT * FROM gaps")]
+        if self._pins() != self._before.pins:
+            problems.append(f"pins: {self._pins()}")
         if rows := self._ledger("SELECT id FROM attachments WHERE ended IS NULL"):
             problems.append(f"accounts still open: {rows}")
         return problems

@@ -7,6 +7,7 @@ with a SIGKILL there. So a step that is added to a plan is killed at too, withou
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,12 +79,16 @@ class Matrix:
         return lines
 
 
-def played(monkeypatch: pytest.MonkeyPatch, control: Path, hook: str, body: Body) -> None:
+def played(monkeypatch: pytest.MonkeyPatch, control: Path, hook: str, body: Body, *, mortal: int = 0) -> None:
+    """The body on a stage with one device; or with so many more, which die with the netns they are in."""
+
     async def run() -> None:
         async with stage(made, hook, control) as on:
+            on.mortal = mortal > 0
             await body(on)
 
-    with devices(1) as made, devices_that_survive(monkeypatch):
+    immortal = devices_that_survive(monkeypatch) if not mortal else contextlib.nullcontext()
+    with devices(1 + mortal) as made, immortal:
         asyncio.run(run())
 
 
@@ -151,3 +156,22 @@ def test_a_pod_that_ends_while_the_agent_is_away_is_charged_nothing_and_leaves_n
             await killed(on, on.short_life, line)
 
     played(monkeypatch, short_tmp, "tcx", body)
+
+
+def test_a_device_that_dies_with_its_pod_while_the_agent_is_away_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, short_tmp: Path
+) -> None:
+    deaths = (
+        ("attach", "move-in", "after-act"),
+        ("attach", "link-up", "after-record"),
+        ("record", "advance_attachments attached", "after-change"),
+        ("projection", "write-cdi-spec", "after-act"),
+    )
+
+    async def body(on: Stage) -> None:
+        lines = await killed(on, on.life)
+        for point in deaths:
+            await killed(on, on.short_life, find(lines, *point))
+        await killed(on, on.life)
+
+    played(monkeypatch, short_tmp, "tcx", body, mortal=len(deaths))
