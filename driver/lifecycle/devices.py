@@ -53,6 +53,15 @@ class Devices:
         device = self.get(preparation.key.device)
         return device.ifindex if device is not None else None
 
+    def is_at_home(self, preparation: Preparation) -> bool:
+        """By one look-up, where the last scan or its identity says it would be."""
+        ifindex = self.hint(preparation)
+        if ifindex is None:
+            return False
+        with LinkSocket(None) as links:
+            link = links.by_index(ifindex)
+        return link is not None and is_at_home(preparation.identity, link)
+
     def rescan(self) -> inventory.InventoryDiff:
         """Look at everything again; returns what changed."""
         with self._lock, LinkSocket(None) as links:

@@ -190,12 +190,10 @@ class Reconcile:
 
     def _is_over(self, attachment: Attachment, preparation: Preparation) -> bool:
         """Whether it is on its way home, or its device is home though its netns lives: its driver was bound
-        anew while no agent ran, say. The scan at start says so for nothing."""
-        if attachment.state is not AttachmentState.ATTACHED:
-            return attachment.state is AttachmentState.DETACHING
-        seen = self._context.devices.get(preparation.key.device)
-        at_home = seen is not None and seen.ifindex is not None and seen.identity == preparation.identity
-        return at_home and self._homecoming.is_home(attachment)
+        anew while no agent ran, say."""
+        if attachment.state is AttachmentState.ATTACHED:
+            return self._context.devices.is_at_home(preparation)
+        return attachment.state is AttachmentState.DETACHING
 
     def _resume_preparation(self, preparation: Preparation) -> Callable[[], object]:
         def work() -> None:
