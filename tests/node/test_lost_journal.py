@@ -176,6 +176,7 @@ def test_on_a_full_disk_nothing_new_is_taken_on_and_what_leaves_leaves(how: str)
         with small_disk(sim) as fill:
             await sim.start_agent()
             pods = await stations(sim, made, 3)
+            idle = await sim.prepare(sim.schedule("idle", [claim("idle-nic")]))
             async with traffic(made, pods) as flows:
                 scene = Scene(sim, pods, flows)
                 fill(True)
@@ -196,6 +197,7 @@ def test_on_a_full_disk_nothing_new_is_taken_on_and_what_leaves_leaves(how: str)
                 sent = await flows.end()
                 leaving = pods[0]
                 await sim.delete_pod(leaving.pod)
+                await sim.delete_pod(idle)
                 assert changes_of(before, leaving) == []
 
                 fill(False)
@@ -217,7 +219,7 @@ def test_on_a_full_disk_nothing_new_is_taken_on_and_what_leaves_leaves(how: str)
                 assert held(sim) == set()
             assert await sim.stop_agent() == 0
 
-    play(5, story, start=False)
+    play(6, story, start=False)
 
 
 @pytest.mark.parametrize("hook", ["tcx", "clsact"])
@@ -310,6 +312,40 @@ def test_a_lost_ledger_costs_no_byte_of_who_still_lives() -> None:
             shown = {row["pod"] for row in json.loads(knd(sim, "usage", "-o", "json"))["rows"]}
             assert "gone" not in shown
             assert "is missing" in knd(sim, "usage"), "history is lost, and that is said"
+            await all_home(sim, scene, before)
+
+    play(3, story)
+
+
+def test_before_the_runtime_was_asked_nothing_is_taken_on_and_what_runs_runs() -> None:
+    async def story(sim: SimNode, made: Devices) -> None:
+        before = dump()
+        pods = await stations(sim, made, 2)
+        late = sim.schedule("late", [claim("late-nic")])
+        async with traffic(made, pods) as flows:
+            scene = Scene(sim, pods, flows)
+            await sim.kill_agent()
+            delete(sim)
+            away = sim.runtime.socket.with_suffix(".away")
+            sim.runtime.socket.rename(away)
+            sim.agent.start()
+            await seen.until(
+                lambda: "journal: the journal" in sim.agent.get("/readyz")[1], "not ready, and why"
+            )
+            await sim.kubelet.wait_registered(sim.driver)
+            await scene.untouched()
+            assert seen.metric(sim, "knd_journal_recovery") == 1
+            with pytest.raises(PrepareFailed, match="compares the node with its records first"):
+                await sim.prepare(late)
+            again = await sim.create_container(pods[0].pod, "restarted")
+            assert seen.runs(again.containers[-1])
+
+            away.rename(sim.runtime.socket)
+            await seen.until(sim.agent.ready, "ready by itself")
+            assert seen.metric(sim, "knd_journal_recovery") == 0
+            await scene.untouched()
+            late = await sim.start_pod(late)
+            await sim.delete_pod(late)
             await all_home(sim, scene, before)
 
     play(3, story)
