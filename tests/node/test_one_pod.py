@@ -56,7 +56,7 @@ def test_a_pod_gets_its_device_configured_and_gives_it_back_clean(mode: RuntimeM
 
 def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "kndsim.demo", "-o", "json", *arguments],
+        [sys.executable, "-m", "kndsim.demo", "-o", "json", "--backend", "veth", *arguments],
         capture_output=True,
         text=True,
         check=False,
