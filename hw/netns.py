@@ -31,6 +31,7 @@ _CLONE_NEWNET = 0x40000000
 _NS_GET_NSTYPE = 0xB703
 _NSFS_MAGIC = 0x6E736673
 _SO_NETNS_COOKIE = 71
+_ROUTE_SOCKET = (socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
 _OPEN = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 """O_NONBLOCK: a path that turns out to be a FIFO must not hold us."""
 
@@ -43,14 +44,16 @@ class NetnsHandle:
     Use as a context manager. cookie is unique for this boot; inode only tells two living ones apart.
     """
 
-    __slots__ = ("_fd", "cookie", "inode", "path")
+    __slots__ = ("_fd", "_spare", "cookie", "inode", "path")
 
-    def __init__(self, fd: int, path: Path, *, like: NetnsHandle | None = None) -> None:
+    def __init__(self, fd: int, path: Path, *, like: NetnsHandle | None = None, spare: bool = False) -> None:
         """Takes over fd, also when it raises. BadNetns if fd is not a network namespace.
 
-        like: a handle that fd was duplicated from, so that nothing has to be found out again.
+        like: a handle that fd was duplicated from, so that nothing has to be found out again. spare: keep
+        the socket that told the cookie, for take_spare().
         """
         self._fd = fd
+        self._spare: socket.socket | None = None
         self.path = path
         if like is not None:
             self.inode: int = like.inode
@@ -59,7 +62,12 @@ class NetnsHandle:
         try:
             _check_kind(fd, path)
             self.inode = os.fstat(fd).st_ino
-            self.cookie = _cookie_of(self)
+            with contextlib.ExitStack() as stack:
+                sock = stack.enter_context(socket_in(self, *_ROUTE_SOCKET))
+                self.cookie = socket_cookie(sock)
+                if spare:
+                    self._spare = sock
+                    stack.pop_all()
         except BaseException:
             self.close()
             raise
@@ -79,6 +87,14 @@ class NetnsHandle:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+        spare = self.take_spare()
+        if spare is not None:
+            spare.close()
+
+    def take_spare(self) -> socket.socket | None:
+        """A route netlink socket of this namespace, once, if one was kept; whoever takes it closes it."""
+        spare, self._spare = self._spare, None
+        return spare
 
     def __enter__(self) -> NetnsHandle:
         return self
@@ -92,13 +108,13 @@ class NetnsHandle:
         return f"NetnsHandle({str(self.path)!r}, cookie={getattr(self, 'cookie', None)})"
 
 
-def open_netns(path: Path, *, proc: Path = PROC) -> NetnsHandle:
-    """Open a pod's network namespace.
+def open_netns(path: Path, *, proc: Path = PROC, spare: bool = False) -> NetnsHandle:
+    """Open a pod's network namespace. spare: a LinkSocket of it is wanted next, and is spared a thread.
 
     NotFound if path does not exist (any more); BadNetns if it is no network namespace, or is the
     host's (that of PID 1) or the one this process is in: such a one must never be given a device.
     """
-    handle = NetnsHandle(_open(path), path)
+    handle = NetnsHandle(_open(path), path, spare=spare)
     try:
         _refuse_own(handle, proc)
     except BaseException:
@@ -197,11 +213,6 @@ def _refuse_own(handle: NetnsHandle, proc: Path) -> None:
             other = os.stat(path)
             if (other.st_dev, other.st_ino) == (mine.st_dev, mine.st_ino):
                 raise BadNetns(f"{handle.path} is {whose} network namespace: no device is moved for it")
-
-
-def _cookie_of(handle: NetnsHandle) -> NetnsCookie:
-    with socket_in(handle, socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        return socket_cookie(sock)
 
 
 def _enter(handle: NetnsHandle) -> None:

@@ -52,7 +52,8 @@ def open_netlink(
     if netns is None:
         sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
     else:
-        sock = socket_in(netns, socket.AF_NETLINK, socket.SOCK_RAW, protocol)
+        kept = netns.take_spare() if protocol == socket.NETLINK_ROUTE else None
+        sock = kept or socket_in(netns, socket.AF_NETLINK, socket.SOCK_RAW, protocol)
     try:
         if netns is not None and socket_cookie(sock) != netns.cookie:
             raise BadNetns(f"the socket made for {netns.path} belongs to another network namespace")

@@ -347,7 +347,7 @@ class Sandboxes:
         if sandbox.netns_path is None:
             raise Refusal("HostNetwork", HOST_NETWORK)
         try:
-            return open_netns(sandbox.netns_path)
+            return open_netns(sandbox.netns_path, spare=True)
         except BadNetns as error:
             raise Refusal("BadNetworkNamespace", str(error)) from error
         except NotFound as error:

@@ -80,6 +80,31 @@ def test_a_pods_socket_acts_in_the_pod_from_every_thread(pod: NetnsHandle, name:
         assert {link.name for link in links.dump()} == {"lo"}
 
 
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_socket_kept_from_opening_acts_in_the_pod(host: SimNetns, name: str) -> None:
+    with netns() as made, open_netns(made.path, spare=True) as pod:
+        before = threading.active_count(), os.listdir("/proc/self/fd")
+        with LinkSocket(pod) as links:
+            CHANGES[name](links, LO)
+            assert pod.take_spare() is None
+        assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == (before[0], len(before[1]) - 1)
+
+
+def test_a_kept_socket_that_is_another_pods_is_refused(pod: NetnsHandle) -> None:
+    with netns() as made, open_netns(made.path, spare=True) as other:
+        other.cookie = pod.cookie
+        with pytest.raises(BadNetns, match="another network namespace"):
+            LinkSocket(other)
+
+
+def test_a_kept_socket_goes_with_its_handle() -> None:
+    with netns() as made:
+        before = len(os.listdir("/proc/self/fd"))
+        with open_netns(made.path, spare=True):
+            assert len(os.listdir("/proc/self/fd")) == before + 2
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_two_pods_sockets_do_not_mix(pod: NetnsHandle) -> None:
     errors: list[BaseException] = []
 
