@@ -80,6 +80,10 @@ REFUSED: dict[str, tuple[Callable[[Path], contextlib.AbstractContextManager[None
 }
 
 
+def told(sim: SimNode, uid: str) -> bool:
+    return bool(seen.events(sim, "BadNetworkNamespace", uid))
+
+
 async def prepared(sim: SimNode, name: str, **fields: object) -> SimPod:
     return await sim.prepare(sim.schedule(name, [claim(f"{name}-nic", name="net1", **fields)]))
 
@@ -103,7 +107,7 @@ def test_a_path_that_is_no_namespace_of_a_pod_is_refused_and_the_next_sandbox_is
                 assert reason in hook.detail
                 assert changes(before, dump()) == []
                 assert seen.specs(sim) == {}
-                assert seen.events(sim, "BadNetworkNamespace", pod.spec.uid)
+                await seen.until(lambda uid=pod.spec.uid: told(sim, uid), "an event says why")  # type: ignore[misc]
                 await sim.runtime.send_event(pb.STOP_POD_SANDBOX, sandbox, netns_path=path)
                 await sim.runtime.send_event(pb.REMOVE_POD_SANDBOX, sandbox)
             pod = await sim.start_pod(pod)
