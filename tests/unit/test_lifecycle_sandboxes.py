@@ -7,175 +7,26 @@ only for what a retry can mend.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import threading
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
 
-from bpf.layout import Hook
-from driver.clock import SystemClock
 from driver.errors import DriverError, NotNow, Refusal
-from driver.execute.engine import Engine
-from driver.journal import Journal
-from driver.lifecycle import sandboxes as sandboxes_module
-from driver.lifecycle.book import Book
-from driver.lifecycle.gate import Gate
-from driver.lifecycle.sandboxes import Sandboxes
-from driver.lifecycle.workers import DeviceWorkers
 from driver.model import (
-    Attachment,
     AttachmentState,
     ClaimRef,
     DeviceName,
-    PodRef,
-    PodUid,
-    Preparation,
     PreparationState,
-    Sandbox,
-    SandboxId,
 )
 from driver.plan import Act
-from hw.errors import BadNetns, Busy, HwError, NotFound, Refused
+from hw.errors import Busy, HwError, Refused
 from tests.conftest import WaitUntilAsync
-from tests.unit.journal_values import BOOT, preparation
-
-FAR = 20.0
-POD = PodRef("ml", "train", PodUid("pod-1"))
-OTHER = PodRef("ml", "eval", PodUid("pod-x"))
-
-
-@dataclass
-class Netns:
-    cookie: int = 7
-
-    def __enter__(self) -> Netns:
-        return self
-
-    def __exit__(self, *rest: object) -> None: ...
-
-
-@dataclass
-class Home:
-    """A Homecoming that always gets there, unless told otherwise."""
-
-    book: Book
-    log: list[tuple[str, DeviceName]] = field(default_factory=list)
-    alive: set[SandboxId] = field(default_factory=set)
-    stuck: dict[DeviceName, Exception] = field(default_factory=dict)
-    dirty: set[DeviceName] = field(default_factory=set)
-
-    def hold(self, made: Attachment, of: Preparation, netns: object) -> None: ...
-
-    def is_alive(self, made: Attachment) -> bool:
-        return made.sandbox in self.alive
-
-    def bring_home(self, made: Attachment) -> bool:
-        device = made.preparation.device
-        self.log.append(("home", device))
-        (leaving,) = self.book.advance_attachments([made], AttachmentState.DETACHING)
-        if device in self.stuck:
-            raise self.stuck[device]
-        self.book.close_attachment(leaving)
-        return True
-
-    def undo_attach(self, made: Attachment, of: Preparation, netns: object) -> None:
-        self.log.append(("undo", made.preparation.device))
-        self.book.close_attachment(made)
-
-    def close_attachment(self, made: Attachment) -> None:
-        self.book.close_attachment(made)
-
-    def check_clean(self, made: Preparation) -> tuple[object, ...]:
-        dirty = made.key.device in self.dirty
-        return (SimpleNamespace(error=NotNow("it has addresses")),) if dirty else ()
-
-
-class World:
-    def __init__(self, journal: Journal) -> None:
-        self.book = Book(journal, slots=8)
-        self.home = Home(self.book)
-        self.acts: list[tuple[Act, DeviceName]] = []
-        self.fail: dict[tuple[Act, DeviceName], Exception] = {}
-        self.stall: dict[tuple[Act, DeviceName], threading.Event] = {}
-        self.published: list[str] = []
-        self.told: list[tuple[PodRef, str]] = []
-        self.names: dict[PodUid, frozenset[str]] = {}
-        self.looked_up: list[PodUid] = []
-        self.clock = SystemClock()
-        self.workers = DeviceWorkers(self.clock)
-        self.gate = Gate("")
-        engine: Engine[Any] = Engine(
-            journal=journal,
-            acts={act: self.act(act) for act in Act},
-            clock=self.clock,
-            observer=SimpleNamespace(at=lambda *a: None, step_done=lambda *a: None),
-        )
-        context = SimpleNamespace(
-            boot_id=BOOT,
-            clock=self.clock,
-            hook=Hook.TCX,
-            host_netns=None,
-            book=self.book,
-            engine=engine,
-            workers=self.workers,
-            devices=SimpleNamespace(hint=lambda made: None),
-            pods=SimpleNamespace(claims_of=self.names.get, look_up=self.look_up),
-            telemetry=SimpleNamespace(refused=lambda reason: None),
-        )
-        projections = SimpleNamespace(
-            publish_claim=self.published.append,
-            report_claim=lambda uid: None,
-            offer=lambda: None,
-            tell_pod=lambda pod, reason, text: self.told.append((pod, reason)),
-        )
-        usage = SimpleNamespace(begin=lambda made, of: None)
-        parts = [cast(Any, part) for part in (context, projections, self.home, self.gate, usage)]
-        self.sandboxes = Sandboxes(*parts)
-
-    def act(self, act: Act) -> Callable[[Any], None]:
-        def do(target: Any) -> None:
-            device = target.preparation.key.device
-            self.acts.append((act, device))
-            if (act, device) in self.stall:
-                assert self.stall[act, device].wait(FAR)
-            if (act, device) in self.fail:
-                raise self.fail[act, device]
-
-        return do
-
-    async def look_up(self, pod: PodRef, deadline: float) -> None:
-        self.looked_up.append(pod.uid)
-
-    def prepare(self, *numbers: int, pods: tuple[PodUid, ...] = (POD.uid,)) -> list[Preparation]:
-        made = [
-            replace(preparation(number, state=PreparationState.PREPARING), reserved_for=frozenset(pods))
-            for number in numbers
-        ]
-        opened = self.book.open_preparations(made)
-        return list(self.book.advance_preparations(opened, PreparationState.PREPARED))
-
-    async def run(self, sandbox: Sandbox, seconds: float = FAR) -> None:
-        await self.sandboxes.run_sandbox(sandbox, self.clock.monotonic() + seconds)
-
-    async def stop(self, sandbox: Sandbox) -> None:
-        await self.sandboxes.stop_sandbox(sandbox, self.clock.monotonic() + FAR)
-
-    async def container(self, sandbox: Sandbox) -> None:
-        await self.sandboxes.create_container(sandbox, "main", self.clock.monotonic() + FAR)
-
-    def states(self) -> dict[tuple[SandboxId, DeviceName], AttachmentState]:
-        return {(a.sandbox, a.preparation.device): a.state for a in self.book.attachments()}
-
-
-def sandbox(name: str, pod: PodRef = POD, netns: str | None = "/run/netns/x") -> Sandbox:
-    return Sandbox(id=SandboxId(name), pod=pod, netns_path=Path(netns) if netns else None)
-
+from tests.unit.sandboxes_world import FAR, OTHER, POD, World, play_sandboxes, sandbox
 
 ATTACHED, DETACHING = AttachmentState.ATTACHED, AttachmentState.DETACHING
 ONE = sandbox("one")
@@ -183,36 +34,7 @@ ONE = sandbox("one")
 
 @pytest.fixture
 def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    @contextlib.contextmanager
-    def no_kernel(made: Preparation, *rest: object) -> Iterator[object]:
-        del rest
-        yield SimpleNamespace(preparation=made)
-
-    def no_netns(path: Path) -> Netns:
-        if path.name == "gone":
-            raise NotFound("it is gone")
-        if path.name == "host":
-            raise BadNetns("it is the host's")
-        return Netns()
-
-    monkeypatch.setattr(sandboxes_module, "open_target", no_kernel)
-    monkeypatch.setattr(sandboxes_module, "open_netns", no_netns)
-
-    def run(story: Callable[[World], Awaitable[None]]) -> None:
-        async def inside() -> None:
-            with Journal.open(tmp_path / "j.sqlite", mirror=tmp_path / "m", boot_id=BOOT) as journal:
-                world = World(journal)
-                try:
-                    await story(world)
-                    assert await world.workers.idle(world.clock.monotonic() + FAR)
-                    assert world.sandboxes._under_way == {}
-                finally:
-                    await world.sandboxes.close()
-                    world.workers.close()
-
-        asyncio.run(inside())
-
-    return run
+    return partial(play_sandboxes, tmp_path, monkeypatch)
 
 
 A, B, C = (DeviceName(f"dev-{number}") for number in range(3))
