@@ -6,14 +6,17 @@ or altered once found damaged. Each change is one transaction: all of it or noth
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import errno
 import os
 import sqlite3
 import stat
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 BUSY_SECONDS = 5.0
 """How long a writer waits for a checkpoint that a reader of another process holds up."""
@@ -29,6 +32,24 @@ class Damaged(Exception):
 
 class TooNew(Exception):
     """A file that a later release wrote in a way this one cannot read; the text says so."""
+
+
+class Closes(abc.ABC):
+    """A context manager by its close()."""
+
+    @abc.abstractmethod
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
+        self.close()
 
 
 @dataclass(frozen=True, slots=True)

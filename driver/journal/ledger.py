@@ -15,11 +15,9 @@ import logging
 import sqlite3
 import threading
 import time
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 from bpf.layout import CLASSES, DIRECTIONS, Cell
 from driver.errors import DriverError, NotNow, Refusal
@@ -80,7 +78,7 @@ class _Total:
     class_name: str
 
 
-class _Reading:
+class _Reading(database.Closes):
     """What both the writer and the command line's reader can tell."""
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
@@ -130,17 +128,6 @@ class _Reading:
     def close(self) -> None:
         with self._lock:
             self._connection.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: types.TracebackType | None,
-    ) -> None:
-        self.close()
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:

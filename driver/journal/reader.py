@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
 
 from driver.journal import database
 from driver.journal.records import JournalState, JournalUnusable, StepRecord, collect
@@ -18,7 +16,7 @@ from driver.journal.schema import JOURNAL, read_contents, read_steps
 from driver.model import BootId
 
 
-class JournalReader:
+class JournalReader(database.Closes):
     """Another process's journal, read afresh by each call. A context manager."""
 
     def __init__(self, path: Path, boot_id: BootId | None = None) -> None:
@@ -51,17 +49,6 @@ class JournalReader:
 
     def close(self) -> None:
         self._connection.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: types.TracebackType | None,
-    ) -> None:
-        self.close()
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:

@@ -14,11 +14,9 @@ import logging
 import sqlite3
 import threading
 import time
-import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Self
 
 from driver.errors import OutOfTime
 from driver.journal import database
@@ -85,7 +83,7 @@ class _Batch:
     durable: bool = False
 
 
-class Journal:
+class Journal(database.Closes):
     """Made by open(); a context manager that closes the file.
 
     Writers raise JournalWriteFailed when the disk does not take the change; nothing has changed then.
@@ -244,17 +242,6 @@ class Journal:
     def close(self) -> None:
         with self._lock:
             self._connection.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: types.TracebackType | None,
-    ) -> None:
-        self.close()
 
     # --- within ---------------------------------------------------------------------------------------
 

@@ -17,7 +17,8 @@ from hw.errors import BadNetns, HwError
 from hw.model import Direction, IfIndex, IfName, LinkFlags
 from hw.netlink import LinkSocket
 from hw.netns import NetnsHandle, host_netns, open_netns, run_in
-from kndsim.links import SimNetns, in_thread, netns, private_host, veth_pair
+from kndsim.links import SimNetns, netns, private_host, veth_pair
+from kndsim.netns import in_thread
 
 LO = IfIndex(1)
 

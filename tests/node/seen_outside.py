@@ -13,8 +13,8 @@ from typing import Any
 
 from pyroute2 import IPRoute
 
-from kndsim.links import SimNetns, in_thread
-from kndsim.netns import in_netns
+from kndsim.links import SimNetns
+from kndsim.netns import in_netns, in_thread
 from kndsim.node import SimNode, SimPod
 from kndsim.runtime import ContainerFailed, HookOutcome, SandboxFailed, SimContainer, SimSandbox
 

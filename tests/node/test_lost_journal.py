@@ -15,7 +15,7 @@ from pyroute2 import IPRoute
 
 from kndsim.demo.devices import Devices, changes, dump
 from kndsim.kubelet import PrepareFailed
-from kndsim.links import in_thread
+from kndsim.netns import in_thread
 from kndsim.node import SimNode, SimPod, unmount
 from kndsim.runtime import SimSandbox
 from tests.node import seen_outside as seen

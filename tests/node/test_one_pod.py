@@ -11,8 +11,7 @@ from pyroute2 import IPRoute
 
 from kndsim.demo.devices import Devices, changes, dump
 from kndsim.demo.play import CLASSES
-from kndsim.links import in_thread
-from kndsim.netns import in_netns
+from kndsim.netns import in_netns, in_thread
 from kndsim.node import REPOSITORY, SimNode
 from kndsim.runtime import RuntimeMode
 from kndsim.waiting import wait_until_async

@@ -17,8 +17,8 @@ from pyroute2 import IPRoute
 
 from bpf import sys as bpf
 from kndsim.demo.devices import Devices
-from kndsim.links import SimNetns, in_thread, netns
-from kndsim.netns import in_netns
+from kndsim.links import SimNetns, netns
+from kndsim.netns import in_netns, in_thread
 from kndsim.node import SimNode, SimPod
 from kndsim.runtime import RuntimeMode
 from tests.node import seen_outside as seen

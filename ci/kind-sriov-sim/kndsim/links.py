@@ -11,13 +11,14 @@ import contextlib
 import ctypes
 import os
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
+
+from kndsim.netns import in_thread
 
 T = TypeVar("T")
 
@@ -62,25 +63,6 @@ class SimNetns:
 
     def link_names(self) -> frozenset[str]:
         return frozenset(self.run(lambda: [name for _, name in socket.if_nameindex()]))
-
-
-def in_thread(function: Callable[[], T]) -> T:
-    """Call function in a thread of its own, which ends; what it raises comes out here."""
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def body() -> None:
-        try:
-            results.append(function())
-        except BaseException as error:  # noqa: BLE001 - handed to the caller, who re-raises it
-            errors.append(error)
-
-    thread = threading.Thread(target=body, name="kndsim-netns")
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]
 
 
 @contextlib.contextmanager

@@ -14,8 +14,8 @@ from typing import Any
 
 from pyroute2 import IPRoute
 
-from kndsim.links import SimNetns, in_thread, netns, private_host, veth_pair
-from kndsim.netns import in_netns
+from kndsim.links import SimNetns, netns, private_host, veth_pair
+from kndsim.netns import in_netns, in_thread
 
 COMPARED = (
     "IFLA_IFNAME",

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from pyroute2 import IPRoute
 
 from kndsim.demo.choice import SeenLink
-from kndsim.links import in_thread
+from kndsim.netns import in_thread
 
 T = TypeVar("T")
 
