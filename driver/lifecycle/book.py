@@ -24,7 +24,6 @@ from driver.model import (
     AttachmentState,
     ClaimUid,
     DeviceName,
-    PodUid,
     Preparation,
     PreparationKey,
     PreparationState,
@@ -93,9 +92,6 @@ class Book:
 
     def of_sandbox(self, id: SandboxId) -> tuple[Attachment, ...]:
         return tuple(a for a in self.attachments() if a.sandbox == id)
-
-    def of_pod(self, uid: PodUid) -> tuple[Attachment, ...]:
-        return tuple(a for a in self.attachments() if a.pod.uid == uid)
 
     def attachments_of(self, key: PreparationKey) -> tuple[Attachment, ...]:
         return tuple(a for a in self.attachments() if a.preparation == key)
