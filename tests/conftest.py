@@ -1,7 +1,8 @@
 """Shared by all tests: what a run needs, what it may not skip, and what it may not leave behind.
 
 Invariant: a directory below tests/ is the environment its tests need. An environment named in
-KND_REQUIRE (`unit,contract,bpf,kernel,node`) must really have run: a skip in it fails the run. As root
+KND_REQUIRE (`unit,contract,bpf,kernel,node`) must really have run: a skip in it fails the run. Those that
+take a guest or a cluster (`vm`, `e2e`) are collected only when named, there or on the command line. As root
 the machine is compared before and after the whole run, and a difference fails the run.
 """
 
@@ -22,7 +23,9 @@ from kndsim import hostguard, waiting
 T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parent
-ENVIRONMENTS = ("unit", "contract", "bpf", "kernel", "node")
+ENVIRONMENTS = ("unit", "contract", "bpf", "kernel", "node", "vm", "e2e")
+ONLY_IF_NAMED = ("vm", "e2e")
+"""Environments that a plain run leaves out: each takes minutes, and downloads of its own."""
 
 SETTLE_SECONDS = 5.0
 """The kernel takes a netns, and the links in it, apart some time after its last user is gone."""
@@ -44,6 +47,32 @@ def _required() -> frozenset[str]:
             f"KND_REQUIRE names {', '.join(sorted(unknown))}: choose from {', '.join(ENVIRONMENTS)}"
         )
     return wanted
+
+
+def _named(config: pytest.Config) -> frozenset[str]:
+    """Environments in which the command line, by paths of its own, names a file or the whole folder."""
+    if config.args_source is pytest.Config.ArgsSource.TESTPATHS:
+        return frozenset()
+    here = config.invocation_params.dir
+    paths = [here / argument.partition("::")[0] for argument in config.args]
+    return frozenset(filter(None, (_environment(path / "_") for path in paths)))
+
+
+def _left_out(config: pytest.Config) -> list[str]:
+    chosen = _named(config) | _required()
+    return [name for name in ONLY_IF_NAMED if name not in chosen and (ROOT / name).is_dir()]
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """None leaves the decision to others."""
+    inside = _environment(collection_path / "_")
+    return True if inside in _left_out(config) else None
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    return [
+        f"left out: tests/{name}: it runs when it is named (make test-{name})" for name in _left_out(config)
+    ]
 
 
 class Gates:
@@ -75,12 +104,11 @@ class Gates:
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         self.complaints = [f"KND_REQUIRE says this must run, but it was skipped: {it}" for it in self.skipped]
-        if _is_whole_run(session):
-            self.complaints += [
-                f"no test ran in tests/{name}, which KND_REQUIRE names"
-                for name in sorted(self.required - self.ran)
-                if any((ROOT / name).rglob("test_*.py"))
-            ]
+        self.complaints += [
+            f"no test ran in tests/{name}, which KND_REQUIRE names"
+            for name in sorted(self.required & _asked_for_whole(session) - self.ran)
+            if any((ROOT / name).rglob("test_*.py"))
+        ]
         if self.complaints:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -88,11 +116,15 @@ class Gates:
         _section(terminalreporter, "required environments", self.complaints)
 
 
-def _is_whole_run(session: pytest.Session) -> bool:
+def _asked_for_whole(session: pytest.Session) -> frozenset[str]:
+    """Environments of which this run was to run everything."""
     config = session.config
-    chosen = config.option.keyword or config.option.markexpr
-    stopped = session.shouldstop or session.shouldfail
-    return config.args_source is pytest.Config.ArgsSource.TESTPATHS and not chosen and not stopped
+    if config.option.keyword or config.option.markexpr or session.shouldstop or session.shouldfail:
+        return frozenset()
+    if config.args_source is pytest.Config.ArgsSource.TESTPATHS:
+        return frozenset(ENVIRONMENTS)
+    folders = {config.invocation_params.dir / argument for argument in config.args}
+    return frozenset(name for name in ENVIRONMENTS if ROOT / name in folders)
 
 
 class HostGuard:

@@ -95,6 +95,34 @@ def test_asking_for_one_file_does_not_demand_the_others(run: Run) -> None:
     assert code == 0, output
 
 
+def test_asking_for_a_whole_environment_demands_that_it_ran(run: Run) -> None:
+    nothing = {"node/test_a.py": "", "unit/test_a.py": RUNS}
+    code, output = run(nothing, "tests/node", "tests/unit", require="unit,node,bpf")
+    assert code == 1, output
+    assert output.count("no test ran in") == 1
+    assert "no test ran in tests/node" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "require"), [(["tests/vm"], ""), (["tests/vm/test_b.py"], ""), ([], "vm")]
+)
+def test_what_needs_a_guest_runs_when_it_is_named(run: Run, arguments: list[str], require: str) -> None:
+    code, output = run({"unit/test_a.py": RUNS, "vm/test_b.py": RUNS}, *arguments, require=require)
+    assert code == 0, output
+    assert ("1 passed" if arguments else "2 passed") in output
+    assert "left out" not in output
+
+
+@pytest.mark.parametrize("arguments", [[], ["tests"], ["tests/unit"]])
+def test_what_needs_a_guest_is_else_left_out_and_the_run_says_so(run: Run, arguments: list[str]) -> None:
+    fails = "def test_fails(): assert 0\n"
+    code, output = run({"unit/test_a.py": RUNS, "vm/test_b.py": fails, "e2e/test_c.py": fails}, *arguments)
+    assert code == 0, output
+    assert "1 passed" in output
+    for name in ("vm", "e2e"):
+        assert f"left out: tests/{name}: it runs when it is named (make test-{name})" in output
+
+
 def test_an_unknown_environment_is_a_wrong_usage(run: Run) -> None:
     code, output = run({"unit/test_a.py": RUNS}, require="unit,kernle")
     assert code == pytest.ExitCode.USAGE_ERROR
