@@ -1,0 +1,71 @@
+"""The one real cluster of a test session, for tests/e2e and tests/contract: which, and the fixture.
+
+Invariant: KND_CLUSTER alone decides; a run that names none gets the default and says so. The cluster is
+started when the first test asks for it and is gone when the session ends.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from kndsim.cluster import Cluster
+
+VARIABLE = "KND_CLUSTER"
+NODES = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """pace: how many times longer than on the machine's own cluster things may take."""
+
+    name: str
+    kubernetes: str
+    containerd: str
+    pace: float = 1.0
+
+    @property
+    def version(self) -> tuple[int, int]:
+        major, minor = self.kubernetes.split(".")
+        return int(major), int(minor)
+
+
+CHOICES = {
+    each.name: each
+    for each in (
+        Choice(name="machine-1.37", kubernetes="1.37", containerd="2.4"),
+        Choice(name="machine-1.34", kubernetes="1.34", containerd="2.1"),
+    )
+}
+NOT_YET = ("guest", "kind")
+DEFAULT = "machine-1.37"
+
+
+def chosen() -> Choice:
+    """UsageError for a name that is not there, or not there yet."""
+    name = os.environ.get(VARIABLE) or DEFAULT
+    if name in NOT_YET:
+        raise pytest.UsageError(
+            f"{VARIABLE}={name}: tests cannot run there yet; choose from {', '.join(CHOICES)}"
+        )
+    if name not in CHOICES:
+        raise pytest.UsageError(
+            f"{VARIABLE}={name} is no cluster: choose from {', '.join((*CHOICES, *NOT_YET))}"
+        )
+    return CHOICES[name]
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    from kndsim.cluster import ClusterSpec
+    from kndsim.cluster import cluster as start
+
+    choice = chosen()
+    spec = ClusterSpec(kubernetes=choice.kubernetes, containerd=choice.containerd, nodes=NODES)
+    with start(spec) as running:
+        yield running
