@@ -80,7 +80,9 @@ def target(*, netdev: bool = True) -> Target:
         home_driver="igbvf",
     )
     links: Any = SimpleNamespace(
-        dump=lambda: [SimpleNamespace(parent_bus="pci", parent_device=VF)] if netdev else []
+        dump=lambda: (
+            [SimpleNamespace(parent_bus="pci", parent_device=VF, permanent_mac=None)] if netdev else []
+        )
     )
     return Target(preparation=known, attachment=None, home=links, home_netns=links)
 
