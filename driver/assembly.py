@@ -85,7 +85,8 @@ def assemble(
         hook=hook,
         class_names=classes.names,
     )
-    acts = NodeActs(hook=hook, accounting=accounting, programs=tcx, fold=usage.fold)
+    sysfs = Sysfs(paths.sysfs)
+    acts = NodeActs(hook=hook, accounting=accounting, programs=tcx, fold=usage.fold, sysfs=sysfs)
 
     def policy() -> NodePolicy:
         return policy_file.current
@@ -103,7 +104,7 @@ def assemble(
         ledger=ledger,
         engine=Engine(journal=journal, acts=acts.table(), clock=clock, observer=outside.observer),
         workers=DeviceWorkers(clock),
-        devices=Devices(Sysfs(paths.sysfs), policy),
+        devices=Devices(sysfs, policy),
         accounting=accounting,
         programs=tcx,
         cdi=CdiProjection(paths),

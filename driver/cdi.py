@@ -20,7 +20,7 @@ from pathlib import Path
 from driver.errors import NotNow, Refusal
 from driver.model import ClaimUid, DeviceName, PreparationKey
 from driver.paths import Paths
-from hw.model import IfName, NetnsCookie, check_ifname
+from hw.model import IfName, NetnsCookie, PciAddress, check_ifname
 
 CDI_CLASS = "nic"
 CDI_VERSION = "0.5.0"
@@ -60,19 +60,35 @@ def cdi_id(driver: str, key: PreparationKey) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CdiEntry:
-    """One attached device of a claim: its key, and its name in the pod."""
+    """One attached device of a claim: its key, and what a pod has of it: a netdev by its name there, or
+    device files."""
 
     key: PreparationKey
-    ifname: IfName
+    ifname: IfName | None
+    pci_address: PciAddress | None = None
+    files: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
-        check_ifname(self.ifname)
+        if self.ifname is not None:
+            check_ifname(self.ifname)
 
     @property
-    def environment(self) -> str:
-        """`KND_INTERFACE_PCI_0000_3B_00_2=net1`: keyed by device, since one container may have many."""
-        suffix = self.key.device if self.key.share_id is None else f"{self.key.device}_{self.key.share_id}"
-        return f"KND_INTERFACE_{re.sub('[^A-Z0-9]', '_', suffix.upper())}={self.ifname}"
+    def edits(self) -> dict[str, object]:
+        """What a container that names the claim gets: environment and device nodes.
+
+        The environment is keyed by device, since one container may have many:
+        `KND_INTERFACE_PCI_0000_3B_00_2=net1`, `KND_PCI_ADDRESS_PCI_0000_3B_00_2=0000:3b:00.2`.
+        """
+        name = self.key.device if self.key.share_id is None else f"{self.key.device}_{self.key.share_id}"
+        suffix = re.sub("[^A-Z0-9]", "_", name.upper())
+        values = {"INTERFACE": self.ifname, "PCI_ADDRESS": self.pci_address}
+        edits: dict[str, object] = {
+            "env": [f"KND_{key}_{suffix}={value}" for key, value in values.items() if value is not None]
+        }
+        if self.files:
+            nodes = [{"path": str(file), "type": "c", "permissions": "rw"} for file in self.files]
+            edits["deviceNodes"] = nodes
+        return edits
 
 
 class CdiProjection:
@@ -97,8 +113,7 @@ class CdiProjection:
             # Of the whole spec, so that a container with eight devices runs the hook once.
             "containerEdits": {"hooks": [self._hook(claim_uid)]},
             "devices": [
-                {"name": _device_name(entry.key), "containerEdits": {"env": [entry.environment]}}
-                for entry in entries
+                {"name": _device_name(entry.key), "containerEdits": entry.edits} for entry in entries
             ],
         }
         text = json.dumps(spec, indent=1) + "\n"

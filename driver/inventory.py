@@ -176,6 +176,7 @@ def _device(
         dies_with_netns=isinstance(device.identity, SoftwareIdentity),
         min_mtu=device.link.min_mtu if device.link else None,
         max_mtu=device.link.max_mtu if device.link else None,
+        driver=device.pci.driver if device.pci else None,
     ), without
 
 

@@ -23,6 +23,8 @@ from hw.model import (
     LinkSettings,
     MacAddress,
     NetnsCookie,
+    PciAddress,
+    PciIdentity,
 )
 
 ClaimUid = NewType("ClaimUid", str)
@@ -120,11 +122,31 @@ class InterfaceConfig:
     addresses: tuple[InterfaceAddress, ...] = ()
 
 
+class VfDriver(enum.StrEnum):
+    """Who drives a device while a pod has it: the node's kernel, or the pod itself through vfio."""
+
+    KERNEL = "kernel"
+    VFIO = "vfio-pci"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VfConfig:
+    """Section `vf`."""
+
+    driver: VfDriver = VfDriver.KERNEL
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NicConfig:
     """A NetworkDeviceConfig after merging class and claim, for one device."""
 
     interface: InterfaceConfig = InterfaceConfig()
+    vf: VfConfig = VfConfig()
+
+    @property
+    def by_file(self) -> bool:
+        """The pod gets device files and no netdev: nothing is moved, renamed or counted by BPF."""
+        return self.vf.driver is VfDriver.VFIO
 
 
 # --- devices ----------------------------------------------------------------------------------------
@@ -153,6 +175,8 @@ class Device:
     min_mtu: int | None = None
     max_mtu: int | None = None
     """What its driver takes; None: no bound is known."""
+    driver: str | None = None
+    """Of a PCI function; None for others, and where none is bound."""
 
 
 class TaintEffect(enum.StrEnum):
@@ -222,11 +246,27 @@ class Preparation:
     slot: Slot
     state: PreparationState
     generation: int
+    home_driver: str = ""
+    """The kernel's driver that it had when it was prepared, and goes back to; "" for what is not PCI."""
+
+    @property
+    def by_file(self) -> bool:
+        """Whether pods get device files instead of a netdev."""
+        return self.config.by_file
 
     @property
     def ifname(self) -> IfName:
-        """Its name inside the pod."""
+        """Its name inside the pod; where the pod gets no netdev, of the one it was at home."""
         return self.config.interface.name or self.baseline.name
+
+    @property
+    def pod_ifname(self) -> IfName | None:
+        """The name of its netdev in the pod; None where the pod gets none."""
+        return None if self.by_file else self.ifname
+
+    @property
+    def pci_address(self) -> PciAddress | None:
+        return self.identity.address if isinstance(self.identity, PciIdentity) else None
 
     @property
     def mac(self) -> MacAddress | None:

@@ -31,6 +31,9 @@ class Act(enum.StrEnum):
     TIDY = "put-in-order"
     RESTORE = "restore-baseline"
     VERIFY = "verify-clean"
+    TO_VFIO = "bind-to-vfio"
+    TO_KERNEL = "bind-to-kernel"
+    VERIFY_VFIO = "verify-vfio"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,13 +61,18 @@ class Plan:
 # The kernel waits for all readers of the device when it changes its netns: about 20 ms, 50 ms at p99.
 _MOVE_BUDGET = 0.12
 
+# Unbinding waits for the driver to let go, and binding for its probe: a second each on a busy node.
+_BIND_BUDGET = 5.0
+
 _HOMEWARD = (Act.DOWN, Act.STRIP, Act.MOVE_HOME, Act.RESTORE)
 
 
 def prepare(preparation: Preparation, hook: Hook) -> Plan:
     """Everything slow that needs no pod. clsact filters die in a move, so only tcx is armed here."""
     steps = [Step(act=Act.TIDY, budget=0.1)]
-    if hook is Hook.TCX:
+    if preparation.by_file:
+        steps.append(Step(act=Act.TO_VFIO, undo=(Act.TO_KERNEL, Act.RESTORE), budget=_BIND_BUDGET))
+    elif hook is Hook.TCX:
         steps.append(Step(act=Act.ARM, undo=(Act.DISARM,), budget=0.1))
     return Plan(
         owner=preparation_owner(preparation.key), generation=preparation.generation, steps=tuple(steps)
@@ -78,7 +86,7 @@ def unprepare(preparation: Preparation) -> Plan:
         generation=preparation.generation,
         homeward=True,
         steps=(
-            Step(act=Act.DISARM),
+            Step(act=Act.TO_KERNEL if preparation.by_file else Act.DISARM),
             Step(act=Act.RESTORE),
             Step(act=Act.VERIFY),
         ),
@@ -86,12 +94,13 @@ def unprepare(preparation: Preparation) -> Plan:
 
 
 def tidy(preparation: Preparation) -> Plan:
-    """Make a device that is at home clean again and see whether it is."""
+    """Make a device that is in no pod ready for the next one again and see whether it is."""
+    by_file = (Step(act=Act.TO_VFIO), Step(act=Act.VERIFY_VFIO))
     return Plan(
         owner=preparation_owner(preparation.key),
         generation=preparation.generation,
         homeward=True,
-        steps=(Step(act=Act.RESTORE), Step(act=Act.VERIFY)),
+        steps=by_file if preparation.by_file else (Step(act=Act.RESTORE), Step(act=Act.VERIFY)),
     )
 
 
@@ -101,30 +110,37 @@ def attach(attachment: Attachment, preparation: Preparation, hook: Hook) -> Plan
     The programs are attached before the move (tcx) or before the link is up (clsact), so no packet of
     the pod passes uncounted; what passed before an undo is folded like everything else.
     """
-    steps = [
-        Step(act=Act.ZERO_SLOT, undo=(Act.FOLD,)),
-        Step(act=Act.MOVE_IN, undo=_HOMEWARD, budget=_MOVE_BUDGET),
-    ]
+    steps = [Step(act=Act.ZERO_SLOT, undo=(Act.FOLD,))]
+    steps += [Step(act=Act.VERIFY_VFIO)] if preparation.by_file else _netdev_in(preparation, hook)
+    return Plan(owner=attachment_owner(attachment.id), generation=attachment.generation, steps=tuple(steps))
+
+
+def _netdev_in(preparation: Preparation, hook: Hook) -> list[Step]:
+    steps = [Step(act=Act.MOVE_IN, undo=_HOMEWARD, budget=_MOVE_BUDGET)]
     if hook is Hook.CLSACT:
         steps.append(Step(act=Act.FILTER, budget=0.05))
     if preparation.config.interface.addresses:
         steps.append(Step(act=Act.ADDRESS))
-    steps.append(Step(act=Act.UP, undo=(Act.DOWN,), budget=0.05))
-    return Plan(owner=attachment_owner(attachment.id), generation=attachment.generation, steps=tuple(steps))
+    return [*steps, Step(act=Act.UP, undo=(Act.DOWN,), budget=0.05)]
 
 
-def detach(attachment: Attachment) -> Plan:
-    """From the pod home. No undo. The link is down before the counters are read, so they are final."""
+def detach(attachment: Attachment, preparation: Preparation) -> Plan:
+    """From the pod home. No undo. The link is down before the counters are read, so they are final.
+
+    A device given by its files stays bound to vfio until the claim ends: a sandbox made anew is not prepared
+    again. vfio resets it when its last user closes it.
+    """
+    netdev = (
+        Step(act=Act.DOWN),
+        Step(act=Act.FOLD),
+        Step(act=Act.STRIP),
+        Step(act=Act.MOVE_HOME, budget=_MOVE_BUDGET),
+        Step(act=Act.RESTORE),
+        Step(act=Act.VERIFY),
+    )
     return Plan(
         owner=attachment_owner(attachment.id),
         generation=attachment.generation,
         homeward=True,
-        steps=(
-            Step(act=Act.DOWN),
-            Step(act=Act.FOLD),
-            Step(act=Act.STRIP),
-            Step(act=Act.MOVE_HOME, budget=_MOVE_BUDGET),
-            Step(act=Act.RESTORE),
-            Step(act=Act.VERIFY),
-        ),
+        steps=(Step(act=Act.FOLD), Step(act=Act.VERIFY_VFIO)) if preparation.by_file else netdev,
     )

@@ -24,10 +24,19 @@ from driver.claimconfig.sections import (
     FieldPath,
     InterfaceSection,
     MtuBounds,
+    VfSection,
     decode,
 )
 from driver.errors import ConfigError, FieldProblem
-from driver.model import AllocatedDevice, ConfigSource, InterfaceConfig, NicConfig, OpaqueConfig
+from driver.model import (
+    AllocatedDevice,
+    ConfigSource,
+    InterfaceConfig,
+    NicConfig,
+    OpaqueConfig,
+    VfConfig,
+    VfDriver,
+)
 from driver.strict import Key, listing, record
 from hw.model import IfName
 
@@ -149,13 +158,15 @@ def _overreach(
 def build(values: Mapping[FieldPath, object]) -> NicConfig:
     """Merged fields as the driver's own types."""
     interface = _section(InterfaceSection, "interface", values)
+    vf = _section(VfSection, "vf", values)
     return NicConfig(
         interface=InterfaceConfig(
             name=interface.name,
             mtu=interface.mtu,
             hardware_address=interface.hardware_address,
             addresses=interface.addresses or (),
-        )
+        ),
+        vf=VfConfig(driver=vf.driver or VfDriver.KERNEL),
     )
 
 

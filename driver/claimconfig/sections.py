@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, NewType
 
+from driver.model import VfDriver
 from driver.strict import (
     Key,
     Kind,
@@ -127,6 +128,23 @@ class InterfaceSection:
     ] = None
 
 
+VF_DRIVER: Kind[VfDriver] = text(VfDriver, {"enum": [each.value for each in VfDriver]})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VfSection:
+    driver: Annotated[
+        VfDriver | None,
+        Key(
+            "driver",
+            VF_DRIVER,
+            "kernel: the pod gets a network interface. vfio-pci: it gets device files and drives the VF "
+            "itself, as virtual machines and DPDK do. From a claim only where the node policy allows it.",
+            guarded=True,
+        ),
+    ] = None
+
+
 _INTERFACE_LATER = frozenset(
     {
         "dhcp",
@@ -141,9 +159,13 @@ _INTERFACE_LATER = frozenset(
         "disableEbpfPrograms",
     }
 )
-_SECTIONS_LATER = frozenset({"routes", "rules", "neighbors", "ethtool", "vf", "rdma", "qos", "subinterface"})
+_VF_LATER = frozenset({"vlan", "spoofCheck", "trust", "linkState", "minRate", "maxRate"})
+_SECTIONS_LATER = frozenset({"routes", "rules", "neighbors", "ethtool", "rdma", "qos", "subinterface"})
 
-SECTIONS: Mapping[str, Mapping[str, Key[Any]]] = {"interface": keys_of(InterfaceSection)}
+SECTIONS: Mapping[str, Mapping[str, Key[Any]]] = {
+    "interface": keys_of(InterfaceSection),
+    "vf": keys_of(VfSection),
+}
 """Section to attribute to key."""
 
 
@@ -217,6 +239,10 @@ class Document:
             record(InterfaceSection, later=_INTERFACE_LATER),
             "The network interface in the pod.",
         ),
+    ] = None
+    vf: Annotated[
+        VfSection | None,
+        Key("vf", record(VfSection, later=_VF_LATER), "The virtual function as such."),
     ] = None
 
     def given(self) -> Mapping[FieldPath, object]:

@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
             {
                 "device": name,
                 "kind": preparation.kind,
-                "interface": preparation.ifname,
+                "interface": preparation.pod_ifname,
                 "held_by": _holder(preparation),
                 "offered": True,
                 "why_not": quarantined.get(name),

@@ -44,7 +44,7 @@ def run_pods(arguments: argparse.Namespace) -> int:
                 "claim": preparation.claim.name,
                 "request": preparation.request,
                 "device": preparation.key.device,
-                "interface": preparation.ifname if attachment else None,
+                "interface": preparation.pod_ifname if attachment else None,
                 "state": attachment.state if attachment else preparation.state,
                 "sandbox": attachment.sandbox[:12] if attachment else None,
                 "quarantine": quarantined.get(preparation.key.device),

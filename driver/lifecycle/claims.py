@@ -16,8 +16,8 @@ from bpf.layout import Slot
 from driver import claimconfig, plan
 from driver.cdi import cdi_id
 from driver.errors import ConfigError, DriverError, FieldProblem, NotNow, Refusal
-from driver.execute.actions import Vanished, open_target
 from driver.execute.engine import EXPECTED, Token
+from driver.execute.target import Vanished, open_target
 from driver.lifecycle.context import Context
 from driver.lifecycle.gate import Gate
 from driver.lifecycle.homecoming import HIDDEN, QUARANTINED, Homecoming
@@ -161,7 +161,7 @@ class Claims:
             if any(device.name == other.name for _, other, _ in wanted):
                 raise Refusal("DeviceTwice", f"{device.name} is allocated twice and cannot be shared")
             config = claimconfig.resolve(allocated, claim.configs, limits)
-            _check_mtu(device, config)
+            _check_fits(device, config)
             wanted.append((allocated, device, config))
         self._check_pod(claim, wanted)
         return wanted
@@ -175,6 +175,7 @@ class Claims:
             if other.state is PreparationState.PREPARED
             and other.key.claim_uid not in {claim.ref.uid, *self._coming}
             and other.reserved_for & claim.reserved_for
+            and not other.by_file
         ]
         for coming in self._coming.values():
             if coming.reserved_for & claim.reserved_for:
@@ -333,8 +334,12 @@ class Claims:
         )
 
 
-def _check_mtu(device: Device, config: NicConfig) -> None:
-    """The kernel would refuse it only when the pod's sandbox is there, and then each time again."""
+def _check_fits(device: Device, config: NicConfig) -> None:
+    """ConfigError for what the device cannot do: the kernel would refuse it only when the pod's sandbox is
+    there, and then each time again."""
+    if config.by_file:
+        _check_by_file(device, config)
+        return
     mtu = config.interface.mtu
     if mtu is None:
         return
@@ -344,11 +349,28 @@ def _check_mtu(device: Device, config: NicConfig) -> None:
         raise ConfigError([FieldProblem("interface.mtu", f"{device.name} takes {bounds}, not {mtu}")])
 
 
+def _check_by_file(device: Device, config: NicConfig) -> None:
+    problems = []
+    if device.kind is not DeviceKind.VF or not device.driver:
+        problems.append(FieldProblem("vf.driver", f"{device.name} is no VF with a driver to take it from"))
+    no_interface = f"{device.name} is given by its files (vf.driver): it has no interface to set up"
+    given = {
+        "name": config.interface.name,
+        "mtu": config.interface.mtu,
+        "hardwareAddress": config.interface.hardware_address,
+        "addresses": config.interface.addresses,
+    }
+    problems += [FieldProblem(f"interface.{name}", no_interface) for name, value in given.items() if value]
+    if problems:
+        raise ConfigError(problems)
+
+
 def _named(wanted: Sequence[Wanted]) -> list[Named]:
+    """Those that will have a netdev in the pod."""
     return [
         (device.name, config, config.interface.name or device.settings.name)
         for _, device, config in wanted
-        if device.settings is not None
+        if device.settings is not None and not config.by_file
     ]
 
 
@@ -370,6 +392,7 @@ def _new(claim: Claim, allocated: AllocatedDevice, device: Device, config: NicCo
         slot=Slot(0),
         state=PreparationState.PREPARING,
         generation=0,
+        home_driver=device.driver or "",
     )
 
 

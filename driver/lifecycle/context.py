@@ -14,8 +14,8 @@ from bpf.attach import TcxPrograms
 from bpf.layout import Hook
 from driver.cdi import CdiProjection, LiveFiles
 from driver.clock import Clock
-from driver.execute.actions import Target
 from driver.execute.engine import Engine
+from driver.execute.target import Target
 from driver.journal.ledger import Ledger
 from driver.lifecycle.book import Book
 from driver.lifecycle.devices import Devices

@@ -9,13 +9,16 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from driver import inventory
+from driver.errors import NotNow
 from driver.model import Device, DeviceName, Preparation
 from driver.policy import NodePolicy
-from hw.model import Identity, IfIndex, LinkInfo, LinkSettings, SoftwareIdentity, is_at_home
+from hw.model import Identity, IfIndex, LinkInfo, LinkSettings, PciAddress, SoftwareIdentity, is_at_home
 from hw.netlink import LinkSocket
 from hw.scan import scan, uplinks_of
+from hw.sriov import binding
 from hw.sysfs import Sysfs
 
 log = logging.getLogger(__name__)
@@ -61,6 +64,14 @@ class Devices:
         with LinkSocket(None) as links:
             link = links.by_index(ifindex)
         return link is not None and is_at_home(preparation.identity, link)
+
+    def vfio_files(self, address: PciAddress) -> tuple[Path, ...]:
+        """What a process opens to drive a function that is bound to vfio-pci. The group's number is asked for
+        each time: it is another one after a reboot. NotNow without one."""
+        group = binding.group_of(self._sysfs, address)
+        if group is None:
+            raise NotNow(f"{address} has no IOMMU group (any more)")
+        return (Path("/dev/vfio/vfio"), Path(f"/dev/vfio/{group}"))
 
     def rescan(self) -> inventory.InventoryDiff:
         """Look at everything again; returns what changed."""

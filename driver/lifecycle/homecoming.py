@@ -13,8 +13,8 @@ from contextlib import contextmanager
 
 from driver import plan
 from driver.errors import DriverError
-from driver.execute.actions import NotClean, Target, Vanished, open_target
 from driver.execute.engine import EXPECTED, Problem
+from driver.execute.target import NotClean, Target, Vanished, open_target
 from driver.lifecycle.context import Context
 from driver.lifecycle.projections import Projections
 from driver.model import Attachment, AttachmentId, AttachmentState, Preparation
@@ -103,6 +103,8 @@ class Homecoming:
         """Whether the device is there, but not at home: in a netns that nobody told us of."""
         context = self._context
         device = preparation.key.device
+        if preparation.by_file:
+            return False
         with open_target(
             preparation, None, context.host_netns, None, context.devices.hint(preparation)
         ) as target:
@@ -141,7 +143,7 @@ class Homecoming:
                 context.devices.hint(preparation),
             ) as target,
         ):
-            problems = context.engine.bring_home(plan.detach(leaving), target)
+            problems = context.engine.bring_home(plan.detach(leaving, preparation), target)
         return self._conclude(leaving, preparation, problems)
 
     def undo_attach(
@@ -191,7 +193,7 @@ class Homecoming:
             log.error("withdrawing the CDI spec of %s: %s", attachment.preparation.claim_uid, error)
 
     def _look(self, attachment: Attachment, target: Target) -> tuple[Problem, ...]:
-        return self._context.engine.bring_home(plan.detach(attachment), target)
+        return self._context.engine.bring_home(plan.detach(attachment, target.preparation), target)
 
     def _conclude(
         self, attachment: Attachment, preparation: Preparation, problems: tuple[Problem, ...]
@@ -205,7 +207,7 @@ class Homecoming:
                 device, f"its counters are not in the ledger: {errors[Act.FOLD]}", self._now()
             )
             return False
-        verdict = errors.get(Act.VERIFY)
+        verdict = errors.get(Act.VERIFY) or errors.get(Act.VERIFY_VFIO)
         if verdict is None:
             context.book.release(device)
         elif isinstance(verdict, Vanished):
@@ -214,7 +216,7 @@ class Homecoming:
                 self._note_gap(attachment)
                 self.close_attachment(attachment)
                 return False
-            log.warning("%s was destroyed with the network namespace of pod %s", device, attachment.pod.name)
+            log.warning("%s is gone; pod %s had it", device, attachment.pod.name)
         else:
             self._withhold(attachment, preparation, str(verdict))
             if not isinstance(verdict, NotClean):

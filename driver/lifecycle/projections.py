@@ -8,6 +8,7 @@ to nothing.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from driver.cdi import CdiEntry
 from driver.lifecycle.context import Context
@@ -47,11 +48,20 @@ class Projections:
             context.engine.project(owner, "remove-live-file", lambda: context.live.remove(uid))
             return
         cookies = tuple(sorted({a.netns_cookie for a, _ in attached}))
-        entries = tuple(
-            {p.key: CdiEntry(key=p.key, ifname=p.ifname) for _, p in attached}.values(),
-        )
+        entries = tuple({p.key: self._entry(p) for _, p in attached}.values())
         context.engine.project(owner, "write-live-file", lambda: context.live.write(uid, cookies))
         context.engine.project(owner, "write-cdi-spec", lambda: context.cdi.write(uid, entries))
+
+    def _entry(self, preparation: Preparation) -> CdiEntry:
+        files: tuple[Path, ...] = ()
+        if preparation.by_file and preparation.pci_address is not None:
+            files = self._context.devices.vfio_files(preparation.pci_address)
+        return CdiEntry(
+            key=preparation.key,
+            ifname=preparation.pod_ifname,
+            pci_address=preparation.pci_address,
+            files=files,
+        )
 
     def sweep(self, keep: frozenset[ClaimUid]) -> None:
         """Remove specs and live files of claims that have nothing attached, but of those to keep."""
@@ -93,15 +103,21 @@ class Projections:
                 share_id=p.key.share_id,
                 ready=True,
                 reason="Attached",
-                message=f"{p.ifname} in pod {a.pod.name}, counted by {self._context.hook}",
-                interface=p.ifname,
-                mac=p.mac,
+                message=self._said(a, p),
+                interface=p.pod_ifname,
+                mac=None if p.by_file else p.mac,
                 addresses=p.config.interface.addresses,
-                hook=self._context.hook,
+                hook="" if p.by_file else self._context.hook,
             )
             for a, p in attached
         )
         self._context.statuses.write_status(attached[0][1].claim, statuses)
+
+    def _said(self, attachment: Attachment, preparation: Preparation) -> str:
+        pod = attachment.pod.name
+        if preparation.by_file:
+            return f"{preparation.pci_address} on {preparation.config.vf.driver} for pod {pod}, not counted"
+        return f"{preparation.ifname} in pod {pod}, counted by {self._context.hook}"
 
     def offer(self) -> None:
         """Say what this node offers. A device in use keeps the attributes it had when it was prepared,

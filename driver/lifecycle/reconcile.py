@@ -218,7 +218,7 @@ class Reconcile:
     def _rearm(self, preparation: Preparation, *, must_be_home: bool) -> None:
         """Programs as this version has them, on the same device: pins outlive an agent, not a reboot."""
         programs = self._context.programs
-        if programs is None:
+        if programs is None or preparation.by_file:
             return
         device = preparation.key.device
         ifindex = self._context.devices.hint(preparation)

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from driver import plan
 from driver.errors import DriverError, NotNow, OutOfTime, Refusal
-from driver.execute.actions import open_target
 from driver.execute.engine import EXPECTED, Token, UndoFailed
+from driver.execute.target import open_target
 from driver.lifecycle.context import Context
 from driver.lifecycle.gate import Gate
 from driver.lifecycle.homecoming import Homecoming

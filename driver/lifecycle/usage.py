@@ -15,7 +15,7 @@ from driver.errors import DriverError
 from driver.journal.ledger import Ledger, UsageOwner
 from driver.lifecycle.book import Book
 from driver.model import Attachment, AttachmentState, PodSample, Preparation
-from hw.model import Direction
+from hw.model import Direction, IfName
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class Usage:
                 pod=attachment.pod.name,
                 claim=preparation.claim.name,
                 device=preparation.key.device,
-                interface=preparation.ifname,
+                interface=preparation.pod_ifname or "",
                 direction=Direction(cell.direction).name.lower(),
                 traffic_class=self._class_name(cell.traffic_class),
                 kind=cell.kind.name.lower(),
@@ -150,7 +150,7 @@ def owner_of(attachment: Attachment, preparation: Preparation, started: float) -
         pod=attachment.pod,
         claim=preparation.claim,
         device=preparation.key.device,
-        interface=preparation.ifname,
+        interface=preparation.pod_ifname or IfName(""),
         sandbox=attachment.sandbox,
         started=started,
     )

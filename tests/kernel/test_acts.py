@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from bpf.layout import Hook
 from driver.errors import NotNow, Refusal
-from driver.execute.actions import NodeActs, Target, Vanished, link_up, move_home, move_in
+from driver.execute.actions import NodeActs, link_up, move_home, move_in
+from driver.execute.target import Target, Vanished
 from driver.model import InterfaceConfig, NicConfig, Preparation
 from hw.model import IfIndex, IfName, LinkSettings, SoftwareIdentity
 from hw.netlink import LinkSocket
 from hw.netns import NetnsHandle, host_netns, open_netns
+from hw.sysfs import Sysfs
 from kndsim.links import SimNetns, netns, private_host, soft_link, veth_pair
 from tests.unit.journal_values import preparation
 
@@ -50,7 +53,9 @@ def device(pod: SimNetns) -> Iterator[tuple[Target, NodeActs]]:
             pod_netns=handle,
             hint=link.ifindex,
         )
-        acts = NodeActs(hook=Hook.CLSACT, accounting=None, programs=None, fold=lambda *a: None)  # type: ignore[arg-type]
+        acts = NodeActs(
+            hook=Hook.CLSACT, accounting=None, programs=None, fold=lambda *a: None, sysfs=Sysfs(Path("/sys"))
+        )  # type: ignore[arg-type]
         yield target, acts
 
 

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from driver.cli.main import main as knd
-from driver.execute.actions import NodeActs, Target
+from driver.execute.actions import NodeActs
+from driver.execute.target import Target
 from driver.journal.store import Journal
 from driver.model import Attachment
 from driver.plan import Act

@@ -113,6 +113,7 @@ class World:
     def __init__(self, journal: Journal) -> None:
         self.node = Node({name: device(name, number) for number, name in enumerate((A, B, C), 20)})
         self.book = Book(journal, slots=8)
+        self.policy = NodePolicy()
         self.claims: dict[ClaimUid, Claim | Exception] = {}
         self.reads = 0
         self.events: list[DriverEvent] = []
@@ -134,7 +135,7 @@ class World:
             pool=POOL,
             clock=self.clock,
             hook=Hook.TCX,
-            policy=NodePolicy,
+            policy=lambda: self.policy,
             host_netns=None,
             book=self.book,
             engine=engine,
@@ -190,6 +191,9 @@ class World:
 
     def states(self) -> dict[DeviceName, PreparationState]:
         return {each.key.device: each.state for each in self.book.preparations()}
+
+
+VFIO = '{"apiVersion": "knd.internal/v1alpha1", "kind": "NetworkDeviceConfig", "vf": {"driver": "vfio-pci"}}'
 
 
 def interface(**fields: object) -> str:

@@ -111,8 +111,9 @@ def test_a_wrong_value_is_refused_with_its_path_and_reason(
 
 @pytest.mark.parametrize(
     "content",
-    [{name: {}} for name in ("routes", "rules", "neighbors", "ethtool", "vf", "rdma", "qos", "subinterface")]
-    + [{"interface": {name: 1}} for name in ("dhcp", "vrf", "forwarding", "gsoMaxSize")],
+    [{name: {}} for name in ("routes", "rules", "neighbors", "ethtool", "rdma", "qos", "subinterface")]
+    + [{"interface": {name: 1}} for name in ("dhcp", "vrf", "forwarding", "gsoMaxSize")]
+    + [{"vf": {name: 1}} for name in ("vlan", "trust", "maxRate")],
 )
 def test_what_is_ours_but_not_built_is_not_called_unknown(content: dict[str, object]) -> None:
     (message,) = decoded(**content).values()
@@ -135,7 +136,7 @@ def test_a_whole_number_may_be_written_as_a_float() -> None:
 
 
 def test_every_field_that_can_hurt_others_is_guarded() -> None:
-    assert {"interface.hardwareAddress"} == FIELDS & GUARDED_FIELDS
+    assert {"interface.hardwareAddress", "vf.driver"} == FIELDS & GUARDED_FIELDS
 
 
 # --- the schema -------------------------------------------------------------------------------------

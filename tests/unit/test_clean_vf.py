@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bpf.layout import Hook
 from driver.errors import Refusal
-from driver.execute.actions import NodeActs, NotClean, Target, differences, move_in
+from driver.execute.actions import NodeActs, differences, move_in
+from driver.execute.target import NotClean, Target
 from driver.model import InterfaceConfig, NicConfig
 from hw.errors import Refused
 from hw.model import (
@@ -24,6 +26,7 @@ from hw.model import (
     PciAddress,
     PciIdentity,
 )
+from hw.sysfs import Sysfs
 from tests.unit.journal_values import preparation
 
 OWN = MacAddress("2a:4d:2c:38:b0:56")
@@ -128,6 +131,7 @@ def acts(monkeypatch: pytest.MonkeyPatch) -> NodeActs:
         accounting=None,  # type: ignore[arg-type]
         programs=None,
         fold=lambda attachment, preparation: None,
+        sysfs=Sysfs(Path("/sys")),
     )
 
 

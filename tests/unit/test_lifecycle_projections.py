@@ -4,6 +4,7 @@ and what a slice says of a device in use does not change with its comings and go
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,12 +28,15 @@ from driver.model import (
     DeviceName,
     DeviceStatus,
     DriverEvent,
+    NicConfig,
     OfferedDevice,
     Preparation,
     PreparationState,
+    VfConfig,
+    VfDriver,
 )
 from driver.paths import Paths
-from hw.model import DeviceKind, IfIndex, NetnsCookie
+from hw.model import DeviceKind, IfIndex, NetnsCookie, PciAddress, PciIdentity
 from tests.unit.journal_values import BOOT, IDENTITIES, attachment, preparation
 
 UID = ClaimUid("claim-0")
@@ -59,7 +63,10 @@ class World:
             live=LiveFiles(self.paths),
             driver=self.paths.driver,
             hook="tcx",
-            devices=SimpleNamespace(current=lambda: self.devices),
+            devices=SimpleNamespace(
+                current=lambda: self.devices,
+                vfio_files=lambda address: (Path("/dev/vfio/vfio"), Path("/dev/vfio/15")),
+            ),
             slices=SimpleNamespace(offer=self.offers.append),
             statuses=SimpleNamespace(write_status=lambda ref, rows: self.statuses.append(rows)),
             events=SimpleNamespace(emit=self.events.append),
@@ -126,6 +133,26 @@ def test_the_live_file_is_there_before_the_spec_and_goes_after_it(world: World) 
     assert [act for act, _ in world.points] == ["remove-cdi-spec"] * 2 + ["remove-live-file"] * 2
     assert world.spec() == []
     assert world.live() == set()
+
+
+def test_a_device_given_by_its_files_is_told_by_files_and_address_and_not_as_an_interface(
+    world: World,
+) -> None:
+    vf = PciIdentity(PciAddress("0000:21:10.0"), PciAddress("0000:21:00.0"), 0)
+    config = NicConfig(vf=VfConfig(driver=VfDriver.VFIO))
+    (made,) = world.prepare(replace(preparation(0), identity=vf, config=config))
+    world.attach(0, 77)
+    world.projections.publish_claim(UID)
+    (file,) = world.paths.cdi.glob("*.json")
+    (device,) = json.loads(file.read_text())["devices"]
+    nodes = device["containerEdits"]["deviceNodes"]
+    assert [node["path"] for node in nodes] == ["/dev/vfio/vfio", "/dev/vfio/15"]
+    suffix = re.sub("[^A-Z0-9]", "_", made.key.device.upper())
+    assert device["containerEdits"]["env"] == [f"KND_PCI_ADDRESS_{suffix}=0000:21:10.0"]
+    world.projections.report_claim(UID)
+    ((status,),) = world.statuses
+    assert (status.ready, status.interface, status.mac) == (True, None, None)
+    assert "0000:21:10.0" in status.message
 
 
 @pytest.mark.parametrize("state", [AttachmentState.ATTACHING, AttachmentState.DETACHING])

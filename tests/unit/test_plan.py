@@ -8,7 +8,14 @@ import pytest
 
 from bpf.layout import Hook
 from driver import plan
-from driver.model import NicConfig, Preparation, attachment_owner, preparation_owner
+from driver.model import (
+    NicConfig,
+    Preparation,
+    VfConfig,
+    VfDriver,
+    attachment_owner,
+    preparation_owner,
+)
 from driver.plan import Act, Plan
 from tests.unit.journal_values import attachment, preparation
 
@@ -16,11 +23,13 @@ WITH_ADDRESSES = preparation(0, generation=7)
 BARE = replace(WITH_ADDRESSES, config=NicConfig())
 ATTACHMENT = attachment(0, generation=9)
 
-LOOKS = {Act.VERIFY}
+BY_FILE = replace(BARE, config=NicConfig(vf=VfConfig(driver=VfDriver.VFIO)))
+
+LOOKS = {Act.VERIFY, Act.VERIFY_VFIO}
 """Changes nothing."""
 GOES_WITH_THE_MOVE = {Act.ADDRESS, Act.FILTER}
 """The kernel drops it when the device leaves the netns."""
-HOMEWARD = {Act.DISARM, Act.DOWN, Act.FOLD, Act.STRIP, Act.MOVE_HOME, Act.TIDY, Act.RESTORE}
+HOMEWARD = {Act.DISARM, Act.DOWN, Act.FOLD, Act.STRIP, Act.MOVE_HOME, Act.TIDY, Act.RESTORE, Act.TO_KERNEL}
 """Brings a device nearer to clean, whatever came before."""
 
 OUTWARD = [
@@ -35,7 +44,7 @@ OUTWARD = [
 HOME = [
     pytest.param(plan.unprepare(WITH_ADDRESSES), id="unprepare"),
     pytest.param(plan.tidy(WITH_ADDRESSES), id="tidy"),
-    pytest.param(plan.detach(ATTACHMENT), id="detach"),
+    pytest.param(plan.detach(ATTACHMENT, BARE), id="detach"),
 ]
 
 
@@ -96,13 +105,13 @@ def test_nothing_passes_uncounted_on_the_way_in(hook: Hook) -> None:
 @pytest.mark.parametrize("hook", Hook)
 def test_nothing_passes_uncounted_on_the_way_out(hook: Hook) -> None:
     """The link is down before its counters are read for the last time, also where an attach is undone."""
-    for order in (acts(plan.detach(ATTACHMENT)), undone(plan.attach(ATTACHMENT, WITH_ADDRESSES, hook))):
+    for order in (acts(plan.detach(ATTACHMENT, BARE)), undone(plan.attach(ATTACHMENT, WITH_ADDRESSES, hook))):
         assert order.index(Act.DOWN) < order.index(Act.FOLD)
 
 
 @pytest.mark.parametrize(
     "order",
-    [acts(plan.detach(ATTACHMENT)), undone(plan.attach(ATTACHMENT, BARE, Hook.TCX))],
+    [acts(plan.detach(ATTACHMENT, BARE)), undone(plan.attach(ATTACHMENT, BARE, Hook.TCX))],
     ids=["detach", "undo"],
 )
 def test_a_device_is_emptied_then_moved_then_restored(order: list[Act]) -> None:
@@ -117,7 +126,7 @@ def test_a_way_home_ends_with_a_look_at_the_device(made: Plan) -> None:
 
 
 def test_programs_stay_on_a_device_until_it_is_unprepared() -> None:
-    assert Act.DISARM not in acts(plan.detach(ATTACHMENT))
+    assert Act.DISARM not in acts(plan.detach(ATTACHMENT, BARE))
     assert acts(plan.unprepare(WITH_ADDRESSES))[0] is Act.DISARM
 
 
@@ -130,7 +139,7 @@ def test_addresses_are_a_step_only_where_there_are_some() -> None:
 def test_a_plan_is_the_record_it_is_made_for(which: Preparation) -> None:
     for made in (plan.prepare(which, Hook.TCX), plan.unprepare(which), plan.tidy(which)):
         assert (made.owner, made.generation) == (preparation_owner(which.key), 7)
-    for made in (plan.attach(ATTACHMENT, which, Hook.TCX), plan.detach(ATTACHMENT)):
+    for made in (plan.attach(ATTACHMENT, which, Hook.TCX), plan.detach(ATTACHMENT, BARE)):
         assert (made.owner, made.generation) == (attachment_owner(ATTACHMENT.id), 9)
 
 
@@ -138,3 +147,25 @@ def test_a_plan_is_the_record_it_is_made_for(which: Preparation) -> None:
 def test_every_step_asks_for_some_time_and_all_fit_into_a_hook(made: Plan) -> None:
     assert all(step.budget > 0 for step in made.steps)
     assert sum(step.budget for step in made.steps) < 0.5
+
+
+# --- a device that is given by its files -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hook", Hook)
+def test_a_device_given_by_its_files_is_neither_moved_nor_counted(hook: Hook) -> None:
+    made = [*acts(plan.prepare(BY_FILE, hook)), *acts(plan.attach(ATTACHMENT, BY_FILE, hook))]
+    assert not {Act.ARM, Act.MOVE_IN, Act.FILTER, Act.UP} & set(made)
+    assert made[-1] is Act.VERIFY_VFIO
+
+
+@pytest.mark.parametrize("hook", Hook)
+def test_taking_a_device_from_its_driver_is_undone_down_to_its_baseline(hook: Hook) -> None:
+    assert undone(plan.prepare(BY_FILE, hook)) == [Act.TO_KERNEL, Act.RESTORE]
+    assert acts(plan.unprepare(BY_FILE)) == [Act.TO_KERNEL, Act.RESTORE, Act.VERIFY]
+
+
+def test_a_sandbox_made_anew_finds_its_device_bound_as_it_was_prepared() -> None:
+    """There is no second prepare: what a detach leaves is what the next attach takes."""
+    assert acts(plan.detach(ATTACHMENT, BY_FILE)) == [Act.FOLD, Act.VERIFY_VFIO]
+    assert acts(plan.tidy(BY_FILE)) == [Act.TO_VFIO, Act.VERIFY_VFIO]

@@ -237,7 +237,7 @@ def test_all_problems_come_at_once_in_the_order_of_their_lines() -> None:
         "policy.yaml:10: devices[0].attributes.rail: must be true, false, a 64-bit integer or a string of "
         "at most 64 bytes, not 1.5",
         "policy.yaml:12: claims.deny[0]: 'interface.colour' is not a field; the fields are "
-        "interface.addresses, interface.hardwareAddress, interface.mtu, interface.name",
+        "interface.addresses, interface.hardwareAddress, interface.mtu, interface.name, vf.driver",
         "policy.yaml:13: claims.mtu: minimum 9000 is above maximum 1500",
     ]
 

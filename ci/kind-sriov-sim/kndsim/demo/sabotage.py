@@ -30,7 +30,8 @@ def main() -> int:
 
 
 def _skip_restore() -> None:
-    from driver.execute.actions import NodeActs, Target
+    from driver.execute.actions import NodeActs
+    from driver.execute.target import Target
 
     def nothing(self: NodeActs, target: Target) -> None:
         del self, target
