@@ -1,0 +1,44 @@
+"""What is looked at, and done, on a node itself: links, a pod's pause process, its network namespace.
+
+Invariant: everything goes through the node's Place, so that it is the same on every ground.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from tests.e2e.e2e_links import Link, parse_links
+from tests.e2e.e2e_space import LivePod
+
+if TYPE_CHECKING:
+    from kndsim.place import Place
+
+_PAUSE_OF = r"""
+wanted=$(echo "$1" | sed 's/-/[-_]/g')
+for process in /proc/[0-9]*; do
+    if grep -qs "$wanted" "$process/cgroup" && [ "$(cat "$process/comm" 2>/dev/null)" = pause ]; then
+        echo "${process#/proc/}"
+    fi
+done
+"""
+
+
+def links_of(place: Place, prefix: str = "net-") -> Mapping[str, Link]:
+    """The node's own links whose names begin so."""
+    found = parse_links(place.run(["ip", "-o", "link"]).out)
+    return {name: link for name, link in found.items() if name.startswith(prefix)}
+
+
+def pause_of(place: Place, pod: LivePod) -> int:
+    """The process that holds the pod's sandbox."""
+    found = place.run(["sh", "-c", _PAUSE_OF, "sh", pod.uid]).out.split()
+    assert len(found) == 1, f"pause processes of {pod.name}: {found}"
+    return int(found[0])
+
+
+def kill_sandbox(place: Place, pod: LivePod) -> int:
+    """SIGKILL to the pause process: kubelet makes a sandbox anew. The pid it had."""
+    pid = pause_of(place, pod)
+    place.run(["kill", "-9", str(pid)])
+    return pid
