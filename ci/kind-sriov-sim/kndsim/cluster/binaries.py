@@ -60,6 +60,7 @@ RECIPES: Mapping[str, Recipe] = {
     "cni": Recipe(
         version_symbol="github.com/containernetworking/plugins/pkg/utils/buildversion.BuildVersion"
     ),
+    "kind": Recipe(),
     # The only one in C as well: it enters namespaces before Go's runtime has threads. Static, so that it
     # runs whatever libc the node has; with seccomp, or RuntimeDefault profiles would be refused.
     "runc": Recipe(cgo=True, tags="seccomp netgo osusergo", linker="-extldflags -static"),

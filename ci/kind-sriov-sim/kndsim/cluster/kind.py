@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from kndsim.cluster.ground import Devices
+from kndsim.cluster.node import NotUp
 from kndsim.kind.engine import Engine
 from kndsim.kind.place import EnginePlace
 from kndsim.kind.plan import Ground, read_ground
+from kndsim.place import CommandFailed, Done
 from kndsim.waiting import wait_until
 
 API_SERVER = "kube-apiserver"
@@ -26,10 +30,6 @@ _MANIFEST = PurePosixPath("/etc/kubernetes/manifests/kube-apiserver.yaml")
 _AWAY = PurePosixPath("/etc/kubernetes/kube-apiserver.yaml")
 _UNITS = ("kubelet", "containerd")
 _PATIENCE = 120.0
-
-
-class NotUp(Exception):
-    """A sentence for the reader: what is not there, and what to do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,30 +150,32 @@ class KindCluster:
             name: KindNode(engine, name, devices_of(ground, name), self._load) for name in description.nodes
         }
 
-    def kubectl(self, *args: str, stdin: str = "", timeout: float = 120) -> str:
-        """stdout; CalledProcessError with what it said. It runs on this machine, so it finds its files."""
+    def kubectl(self, *args: str, stdin: str = "", check: bool = True, timeout: float = 60.0) -> Done:
+        """Run here, as the administrator: files are this machine's. CommandFailed unless check is false."""
         program = shutil.which("kubectl")
         if program is None:
             raise NotUp("kubectl is not installed: put one in PATH")
-        command = [program, f"--kubeconfig={self.kubeconfig}", *args]
-        done = subprocess.run(
-            command, input=stdin, capture_output=True, text=True, timeout=timeout, check=False
-        )
-        if done.returncode != 0:
-            raise NotUp(f"`kubectl {' '.join(args)}` failed: {done.stderr.strip()[-1000:]}")
-        return done.stdout
+        argv = [program, f"--kubeconfig={self.kubeconfig}", *args]
+        started = time.monotonic()
+        ran = subprocess.run(argv, input=stdin, capture_output=True, text=True, timeout=timeout, check=False)
+        seconds = time.monotonic() - started
+        done = Done(argv=tuple(argv), code=ran.returncode, out=ran.stdout, err=ran.stderr, seconds=seconds)
+        if check and done.code != 0:
+            raise CommandFailed(done, "this machine")
+        return done
 
     def load_image(self, tar: Path) -> None:
         """Into all nodes."""
         self._load(tar, "")
 
     @property
-    def versions(self) -> dict[str, dict[str, str]]:
-        """Node to what its programs say."""
+    def versions(self) -> Mapping[str, str]:
+        """As the programs of each node say."""
         asked = {"kubelet": ["kubelet", "--version"], "containerd": ["containerd", "--version"]}
         return {
-            name: {program: node.place.run(argv).out.splitlines()[0] for program, argv in asked.items()}
+            f"{program} on {name}": node.place.run(argv).out.splitlines()[0]
             for name, node in self.nodes.items()
+            for program, argv in asked.items()
         }
 
     def _load(self, tar: Path, node: str) -> None:
@@ -189,7 +191,8 @@ def load_image(description: Description, tar: Path, node: str = "") -> None:
     command = [description.kind, "load", "image-archive", str(tar), f"--name={description.name}"]
     if node:
         command.append(f"--nodes={node}")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    environment = {**os.environ, **Engine(description.engine).for_kind}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     if done.returncode != 0:
         raise NotUp(f"`{' '.join(command)}` failed: {done.stderr.strip()[-1000:]}")
 
