@@ -60,10 +60,13 @@ check-repo:
 generate: setup ## driver/pb from proto/
 	@$(BIN)/python proto/generate.py
 
-lock: setup ## requirements/lock.txt from pyproject.toml
-	@CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/pip-compile --quiet --no-config --extra dev --allow-unsafe \
-		--generate-hashes --strip-extras --no-emit-index-url --no-emit-options --no-emit-trusted-host \
-		--no-emit-find-links --newline lf $(if $(UPGRADE),--upgrade) -o requirements/lock.txt pyproject.toml
+LOCK := CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/pip-compile --quiet --no-config --allow-unsafe \
+	--generate-hashes --strip-extras --no-emit-index-url --no-emit-options --no-emit-trusted-host \
+	--no-emit-find-links --newline lf
+
+lock: setup ## requirements/lock.txt from pyproject.toml, and its part for run time, runtime.txt
+	@$(LOCK) --extra dev $(if $(UPGRADE),--upgrade) -o requirements/lock.txt pyproject.toml
+	@$(LOCK) --no-annotate -c requirements/lock.txt -o requirements/runtime.txt pyproject.toml
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && deploy/make-wheelhouse.sh "$$folder"
 
 wheelhouse: setup ## wheels for CPython 3.11 and 3.13, to set up elsewhere without a network

@@ -33,9 +33,10 @@ class Engine:
     command: str
 
     @property
-    def kind(self) -> str:
-        """What kind calls it."""
-        return "podman" if "podman" in os.path.basename(self.command) else "docker"
+    def for_kind(self) -> dict[str, str]:
+        """Environment that makes every command of kind use this engine: kind itself would prefer docker."""
+        name = "podman" if "podman" in os.path.basename(self.command) else "docker"
+        return {"KIND_EXPERIMENTAL_PROVIDER": name}
 
     def ask(self, *argv: str) -> str:
         """stdout of the client; EngineFailed with what it said."""

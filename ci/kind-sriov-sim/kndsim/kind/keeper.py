@@ -25,7 +25,7 @@ from kndsim.kind.ground import made
 from kndsim.kind.model import strays
 from kndsim.kind.namespaces import FIRST, CannotMove, NodeAway, Nodes, links, move
 from kndsim.kind.netdevsim import Register
-from kndsim.kind.plan import Given, Ground, Plan, read_plan, write_ground
+from kndsim.kind.plan import Given, Ground, Plan, read_plan, write_ground, write_whole
 
 PLAN, GROUND, REGISTER, PID, LOG = "plan.json", "ground.json", "netdevsim", "keeper.pid", "keeper.log"
 """Files in a cluster's folder."""
@@ -44,8 +44,19 @@ def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
+def born(pid: int) -> str:
+    """When a process was started, in the kernel's ticks, by which it is told from a later one of the same
+    number; "" if it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    return "" if fields[0] == "Z" else fields[19]
+
+
 def keep(folder: Path) -> None:
     """Make what folder's plan says, say so in its ground file, and hand back until SIGTERM or SIGINT."""
+    write_whole(folder / PID, f"{os.getpid()} {born(os.getpid())}")
     plan = read_plan(folder / PLAN)
     nodes = Nodes(plan.nodes, Engine(plan.engine) if plan.engine else None)
     with (
@@ -109,7 +120,7 @@ def soft_roce(ground: Ground, nodes: Nodes, complain: Complain) -> int:
         name, what = f"kndrxe{number}", f"{given.home.name} of {given.home.node}"
         try:
             path = nodes.path(given.home.node)
-            if given.kind == "netdevsim-pf" or name in _rdma_links() or not _is_home(given, path):
+            if given.kind in ("netdevsim-pf", "uplink") or name in _rdma_links() or not _is_home(given, path):
                 continue
             _rdma("link", "add", name, "type", "rxe", "netdev", given.home.name, where=path)
         except (NodeAway, RdmaFailed) as error:

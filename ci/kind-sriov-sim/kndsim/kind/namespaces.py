@@ -99,6 +99,11 @@ def add_veth(far: str, far_in: Path, near: str, near_in: Path, bridge: int) -> N
             raise CannotMove(f"there will be no veth {near} at {near_in}: {error}") from error
 
 
+def set_up(name: str, where: Path) -> None:
+    """A link that is there."""
+    in_netns(where, lambda: _with_iproute(lambda ipr: ipr.link("set", ifname=name, state="up")))
+
+
 def add_bridge(name: str, where: Path) -> int:
     """Its ifindex; up."""
 
