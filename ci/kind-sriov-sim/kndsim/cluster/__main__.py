@@ -14,7 +14,7 @@ from pathlib import Path
 from kndsim.cluster import Cluster, ClusterSpec, NotUp, cluster, conf
 from kndsim.cluster.binaries import BuildFailed, binaries
 from kndsim.cluster.images import ImageFailed
-from kndsim.cluster.machine import MachineFailed
+from kndsim.cluster.machine import MachineFailed, MachineGround
 from kndsim.progress import Progress
 
 
@@ -32,10 +32,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _usage(made: Cluster) -> str:
     head = next(iter(made.nodes.values()))
-    return f"export KUBECONFIG={made.kubeconfig}\nalias kubectl={head.programs.find('kubectl')}\n" + "".join(
-        f"on {name}: nsenter --target $(cat {made.kubeconfig.parent}/{name}/pid) --all\n"
-        for name in made.nodes
-    )
+    lines = [f"export KUBECONFIG={made.kubeconfig}", f"alias kubectl={head.programs.find('kubectl')}"]
+    for node in made.nodes.values():
+        if isinstance(node.ground, MachineGround):
+            lines.append(f"# {node.name}: {node.ground.enter}")
+        lines.append(f"#   its files: {node.root}")
+        lines.append(f"#   for pods: {' '.join(node.devices.netdevs)}, uplink {node.devices.uplink}")
+    return "\n".join(lines)
 
 
 def _wait_for_end() -> None:

@@ -77,7 +77,7 @@ def read_pin(name: str, pins: Path = PINS) -> Pin:
     text = re.sub(r"//.*", "", text)
     blocks = re.findall(r"^(\w+) \((.*?)^\)", text, re.MULTILINE | re.DOTALL)
     lines = [(word, line.strip()) for word, block in blocks for line in block.splitlines() if line.strip()]
-    lines += re.findall(r"^(\w+) ([^(\n]+)$", text, re.MULTILINE)
+    lines += re.findall(r"^(\w+) ([^(\n]*[^(\s]) *$", text, re.MULTILINE)
     commands = tuple(sorted(line for word, line in lines if word == "tool"))
     if not commands:
         raise BuildFailed(f"{pins / name / 'go.mod'} has no `tool` line: it says nothing to build")
@@ -94,8 +94,8 @@ def _within(package: str, module: str) -> bool:
 
 
 def recipe_of(pin: str) -> Recipe:
-    """kubernetes-1.37 is built as kubernetes is."""
-    return RECIPES[re.sub(r"-[\d.]+$", "", pin)]
+    """kubernetes-1.37 is built as kubernetes is; what needs nothing special has none of its own."""
+    return RECIPES.get(re.sub(r"-[\d.]+$", "", pin), Recipe())
 
 
 def program_names(pin: Pin) -> dict[str, str]:

@@ -104,6 +104,8 @@ def api_server_flags(kubernetes: str, address: str) -> list[str]:
         "--allow-privileged=true",
         f"--runtime-config={served}",
         "--profiling=false",
+        # Else it waits a minute for watches to end by themselves when it is told to stop.
+        "--shutdown-watch-termination-grace-period=1s",
         gates_flag(kubernetes),
     ]
 

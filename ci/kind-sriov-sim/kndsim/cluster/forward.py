@@ -15,11 +15,51 @@ Connect = Callable[[], socket.socket]
 _CHUNK = 1 << 16
 
 
+class _Pairs:
+    """Connections that are joined now, and whether new ones still may be."""
+
+    def __init__(self, connect: Connect) -> None:
+        self._connect = connect
+        self._guard = threading.Lock()
+        self._open: set[socket.socket] = set()
+        self._threads: set[threading.Thread] = set()
+        self._closed = False
+
+    def start(self, near: socket.socket) -> None:
+        thread = threading.Thread(target=self._join, args=(near,), name="forward", daemon=True)
+        with self._guard:
+            self._threads.add(thread)
+        thread.start()
+
+    def _join(self, near: socket.socket) -> None:
+        with near, contextlib.suppress(OSError), self._connect() as far:
+            with self._guard:
+                if self._closed:
+                    return
+                self._open |= {near, far}
+            try:
+                _both_ways(near, far)
+            finally:
+                with self._guard:
+                    self._open -= {near, far}
+        with self._guard:
+            self._threads.discard(threading.current_thread())
+
+    def close(self) -> None:
+        with self._guard:
+            self._closed = True
+            for connection in self._open:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+            threads = list(self._threads)
+        for thread in threads:
+            thread.join()
+
+
 @contextlib.contextmanager
 def forwarded(connect: Connect) -> Iterator[int]:
     """The port; each connection to it is joined with one that connect() makes."""
-    connections: set[socket.socket] = set()
-    guard = threading.Lock()
+    pairs = _Pairs(connect)
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
@@ -28,20 +68,7 @@ def forwarded(connect: Connect) -> Iterator[int]:
                     near, _ = server.accept()
                 except OSError:
                     return
-                threading.Thread(target=join, args=(near,), name="forward", daemon=True).start()
-
-        def join(near: socket.socket) -> None:
-            with near:
-                try:
-                    far = connect()
-                except OSError:
-                    return
-                with far:
-                    with guard:
-                        connections.update((near, far))
-                    _both_ways(near, far)
-                    with guard:
-                        connections.difference_update((near, far))
+                pairs.start(near)
 
         listener = threading.Thread(target=serve, name="forward", daemon=True)
         listener.start()
@@ -49,13 +76,9 @@ def forwarded(connect: Connect) -> Iterator[int]:
             yield server.getsockname()[1]
         finally:
             # close() alone does not wake a thread that waits in accept().
-            with contextlib.suppress(OSError):
-                server.shutdown(socket.SHUT_RDWR)
+            server.shutdown(socket.SHUT_RDWR)
             listener.join()
-            with guard:
-                for connection in connections:
-                    with contextlib.suppress(OSError):
-                        connection.shutdown(socket.SHUT_RDWR)
+            pairs.close()
 
 
 def _both_ways(near: socket.socket, far: socket.socket) -> None:

@@ -22,7 +22,7 @@ _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _libc = ctypes.CDLL(None, use_errno=True)
 
 _FOLDERS = (
-    *("dev", "proc", "sys", "usr", "root", "mnt", "srv", "tmp"),
+    *("dev", "proc", "sys", "usr", "root", "mnt", "srv", "tmp", "mnt/proc"),
     *("run/lock", "run/nri", "run/netns", "run/cdi"),
     *("var/lib/kubelet", "var/lib/containerd", "var/log/pods", "var/log/containers", "var/cache", "var/tmp"),
     *("etc/cni/net.d", "etc/cdi", "etc/nri/conf.d", "opt/nri/plugins"),
@@ -89,6 +89,9 @@ def _lay_kernel(root: Path) -> None:
     """The kernel's file systems: of this pid and network namespace, with a bpffs that is the node's own."""
     _bind("/dev", root / "dev")
     _mount("proc", root / "proc", "proc")
+    # In a user namespace the kernel grants a new proc only where an uncovered one is there to be seen, and
+    # parts of the first are about to be covered: without this no pod could have `hostUsers: false`.
+    _mount("proc", root / "mnt/proc", "proc")
     # Bound before anything is shared: see the order in main.
     _mount("sysfs", root / "sys", "sysfs")
     _bind("/sys/fs/cgroup", root / "sys/fs/cgroup")

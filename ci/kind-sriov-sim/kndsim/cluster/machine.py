@@ -92,6 +92,11 @@ class MachineGround:
     def root(self) -> Path:
         return self.place.root
 
+    @property
+    def enter(self) -> str:
+        """The command with which a person gets a shell there."""
+        return f"nsenter --target {self.place.pid} --net --mount --pid"
+
     def bring(self, path: Path) -> PurePosixPath:
         path = path.resolve()
         if any(path.is_relative_to(folder) for folder in self.shared):
