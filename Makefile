@@ -1,7 +1,7 @@
 # Everything starts here; `make` alone lists the targets. As root on Debian 12 or 13 each target sets up
 # what it needs, once: Debian packages, then .venv from requirements/lock.txt. Set-up talks on stderr, so
 # `make -s demo DEMO_ARGS='-o json'` prints the demo's JSON alone.
-#   PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS   passed on
+#   PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS, KIND_ARGS   passed on
 #   WHEELHOUSE         install from this folder, without a network
 #   PYTHON             the interpreter
 #   UPGRADE=1          `make lock` takes newer versions
@@ -34,6 +34,18 @@ demo: setup ## the real agent against a simulated node: a pod gets a NIC and giv
 
 bench: setup ## the budgets, measured: prints ratios, fails on none (`-o json`, `--only NAME`)
 	@PYTHONPATH=.:$(SIM) $(BIN)/python -m tests.bench $(BENCH_ARGS)
+
+.PHONY: kind-up kind-test kind-down
+
+kind-up: setup ## a cluster of docker's or podman's by kind, with simulated NICs and the agents (as root)
+	@deploy/install-packages.sh deploy/debian-packages-kind.txt
+	@PYTHONPATH=$(SIM) $(BIN)/python -m kndsim.kind up $(KIND_ARGS)
+
+kind-test: setup ## the end-to-end suite on the cluster of kind-up
+	@KND_CLUSTER=kind KND_AGENT_IMAGE=/run/knd-kind/agent.tar $(BIN)/pytest tests/e2e $(PYTEST_ARGS)
+
+kind-down: setup ## that cluster and its devices, gone
+	@PYTHONPATH=$(SIM) $(BIN)/python -m kndsim.kind down
 
 CHECKS := check-lint check-format check-types check-layers check-spelling check-shell check-repo
 .PHONY: $(CHECKS)

@@ -24,7 +24,7 @@ from kndsim.kind.engine import Engine
 from kndsim.kind.keeper import PID, born
 from kndsim.kind.namespaces import links
 from kndsim.kind.plan import read_ground
-from kndsim.kind.up import Tools, UpFailed, Wanted, down, up
+from kndsim.kind.up import AGENT_IMAGE, Tools, UpFailed, Wanted, down, up
 from kndsim.progress import Progress
 from kndsim.waiting import wait_until
 from tests.contract.fake_engine import FakeEngine
@@ -63,7 +63,7 @@ class World:
         return Tools(
             engine=self.fake.engine,
             kind=self.kind,
-            images=lambda: [self.scratch / "agent.tar", self.scratch / "tool.tar"],
+            images=lambda folder: [folder / AGENT_IMAGE, self.scratch / "tool.tar"],
             deploy=self.deployed.append,
         )
 
@@ -121,7 +121,7 @@ def test_a_cluster_comes_up_with_devices_and_all_of_it_goes_down(world: World) -
     config, kubeconfig = world.folder / "kind.yaml", world.folder / "kubeconfig"
     assert world.asked() == [
         f"create cluster --config={config} --kubeconfig={kubeconfig} --wait=300s",
-        f"load image-archive {world.scratch}/agent.tar --name=fake",
+        f"load image-archive {world.folder}/agent.tar --name=fake",
         f"load image-archive {world.scratch}/tool.tar --name=fake",
     ]
     assert (world.scratch / "provider").read_text() == "docker\n"
@@ -180,7 +180,7 @@ def test_agents_that_do_not_come_up_take_the_devices_along(world: World) -> None
     def deploy(cluster: KindCluster) -> None:
         raise NotUp("the agents are not ready")
 
-    tools = Tools(engine=world.fake.engine, kind=world.kind, images=list, deploy=deploy)
+    tools = Tools(engine=world.fake.engine, kind=world.kind, images=lambda _: [], deploy=deploy)
     with pytest.raises(NotUp, match="the agents are not ready"):
         up(SPEC, Wanted(), tools, Progress("test"), world.folder)
     assert not world.folder.exists()
@@ -213,7 +213,7 @@ def test_down_leaves_alone_a_process_that_got_the_keepers_number(world: World) -
 
 
 def test_an_engine_that_is_away_is_told_in_a_sentence(world: World) -> None:
-    missing = Tools(engine=Engine("/none/docker"), kind="/none/kind", images=list, deploy=print)
+    missing = Tools(engine=Engine("/none/docker"), kind="/none/kind", images=lambda _: [], deploy=print)
     with pytest.raises(UpFailed, match="/none/kind cannot be run: No such file"):
         up(SPEC, Wanted(), missing, Progress("test"), world.folder)
     with contextlib.suppress(UpFailed):

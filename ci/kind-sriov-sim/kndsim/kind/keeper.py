@@ -84,9 +84,7 @@ def _serve(plan: Plan, ground: Ground, nodes: Nodes, events: socket.socket, stop
 
     while True:
         failed = hand_back(ground, nodes, complain)
-        if plan.rdma:
-            failed += soft_roce(ground, nodes, complain)
-        if not failed:
+        if not failed and (not plan.rdma or not soft_roce(ground, nodes, complain)):
             said.clear()
         patience = _AGAIN_SECONDS if failed else _RDMA_SECONDS if plan.rdma else None
         ready, _, _ = select.select([events.fileno(), stop], [], [], patience)
@@ -116,18 +114,25 @@ def soft_roce(ground: Ground, nodes: Nodes, complain: Complain) -> int:
     """A soft RoCE device for each device that is at home and has none, since one is lost with every move;
     how many could not be made."""
     failed = 0
+    try:
+        there = _rdma_links()
+    except RdmaFailed as error:
+        complain(f"the soft RoCE devices cannot be listed: {error}")
+        return 1
     for number, given in enumerate(ground.devices):
         name, what = f"kndrxe{number}", f"{given.home.name} of {given.home.node}"
+        if name in there or given.kind in ("netdevsim-pf", "uplink"):
+            continue
         try:
             path = nodes.path(given.home.node)
-            if given.kind in ("netdevsim-pf", "uplink") or name in _rdma_links() or not _is_home(given, path):
-                continue
-            _rdma("link", "add", name, "type", "rxe", "netdev", given.home.name, where=path)
-        except (NodeAway, RdmaFailed) as error:
+            if _is_home(given, path):
+                _rdma("link", "add", name, "type", "rxe", "netdev", given.home.name, where=path)
+                say(f"{what} has the soft RoCE device {name}")
+        except NodeAway:
+            continue
+        except RdmaFailed as error:
             failed += 1
             complain(f"{what} has no soft RoCE device: {error}")
-        else:
-            say(f"{what} has the soft RoCE device {name}")
     return failed
 
 

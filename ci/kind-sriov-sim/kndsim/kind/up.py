@@ -32,6 +32,7 @@ from kndsim.progress import Progress
 from kndsim.waiting import TooLate, wait_until
 
 FOLDER = Path("/run/knd-kind")
+AGENT_IMAGE = "agent.tar"
 PORTS, VFS, VETHS = 4, 4, 8
 _CONFIG, _MODULES = "kind.yaml", "modules"
 _CREATE_SECONDS = 900.0
@@ -54,8 +55,8 @@ class Tools:
 
     engine: Engine
     kind: str
-    images: Callable[[], list[Path]]
-    """Tars of all images that pods use."""
+    images: Callable[[Path], list[Path]]
+    """Tars of the images that pods use, with AGENT_IMAGE among them; the folder is for those made now."""
     deploy: Callable[[KindCluster], None]
     """Applies the manifests and waits for the agents."""
 
@@ -80,7 +81,7 @@ def up(
         raise UpFailed(f"{folder} cannot be made ({error.strerror}): run this as root") from error
     with _down_unless_done(spec.name, tools, progress, folder):
         with progress.phase("images"):
-            tars = tools.images()
+            tars = tools.images(folder)
         with progress.phase("kind create cluster"):
             _create(spec, tools, folder)
         description = Description(
