@@ -34,9 +34,8 @@ SIMULATED = "net-nsim-"
 ROCE = "net-rxe"
 _PORTS = (conf.API_PORT, KUBELET_PORT)
 _MODULES = (
-    "bridge br_netfilter veth dummy overlay nf_tables nft_chain_nat netdevsim rdma_rxe ib_uverbs rdma_ucm vfio-pci"
-)
-    "bridge br_netfilter veth dummy overlay nf_tables nft_chain_nat netdevsim rdma_rxe ib_uverbs rdma_ucm"
+    "bridge br_netfilter veth dummy overlay nf_tables nft_chain_nat vfio-pci "
+    "netdevsim rdma_rxe ib_uverbs rdma_ucm"
 )
 
 _NETWORK = f"""
