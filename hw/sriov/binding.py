@@ -58,6 +58,18 @@ def bind(sysfs: Sysfs, address: PciAddress, driver: str) -> None:
         raise Refused(f"bind {address} to {driver}: its driver did not take it", errno.EIO)
 
 
+def probe(sysfs: Sysfs, address: PciAddress) -> bool:
+    """Let whichever driver the kernel has for it take the function; whether one has it now. For a VF only
+    with sriov_drivers_autoprobe on. May be repeated, until a module is loaded."""
+    if driver_of(sysfs, address) is None:
+        try:
+            sysfs.write("bus/pci/drivers_probe", address)
+        except (NotFound, Refused) as error:
+            # ENODEV says no more than that no driver took it, or that it is gone.
+            log.debug("%s", error)
+    return driver_of(sysfs, address) is not None
+
+
 def group_of(sysfs: Sysfs, address: PciAddress) -> int | None:
     """Its IOMMU group; None where there is no IOMMU."""
     name = sysfs.target_name(f"{DEVICES}/{address}/iommu_group")
