@@ -48,14 +48,19 @@ def bind(sysfs: Sysfs, address: PciAddress, driver: str) -> None:
     override = f"{DEVICES}/{address}/driver_override"
     sysfs.write(override, driver)
     try:
-        current = driver_of(sysfs, address)
-        if current is not None:
-            sysfs.write(f"{_DRIVERS}/{current}/unbind", address)
+        unbind(sysfs, address)
         sysfs.write("bus/pci/drivers_probe", address)
     finally:
         _clear(sysfs, override)
     if driver_of(sysfs, address) != driver:
         raise Refused(f"bind {address} to {driver}: its driver did not take it", errno.EIO)
+
+
+def unbind(sysfs: Sysfs, address: PciAddress) -> None:
+    """Take it from its driver, if it has one. Busy if that did not let go in time."""
+    current = driver_of(sysfs, address)
+    if current is not None:
+        sysfs.write(f"{_DRIVERS}/{current}/unbind", address)
 
 
 def group_of(sysfs: Sysfs, address: PciAddress) -> int | None:
