@@ -1,7 +1,7 @@
 # Everything starts here; `make` alone lists the targets. As root on Debian 12 or 13 each target sets up
 # what it needs, once: Debian packages, then .venv from requirements/lock.txt. Set-up talks on stderr, so
 # `make -s demo DEMO_ARGS='-o json'` prints the demo's JSON alone.
-#   PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS   passed on
+#   PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS, KIND_ARGS   passed on
 #   WHEELHOUSE         install from this folder, without a network
 #   PYTHON             the interpreter
 #   UPGRADE=1          `make lock` takes newer versions
@@ -19,7 +19,7 @@ export WHEELHOUSE
 .PHONY: help setup test demo bench check generate lock wheelhouse clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name text; do \
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name text; do \
 		printf '  make %-12s %s\n' "$$name" "$$text"; done
 
 setup:
@@ -34,6 +34,30 @@ demo: setup ## the real agent against a simulated node: a pod gets a NIC and giv
 
 bench: setup ## the budgets, measured: prints ratios, fails on none (`-o json`, `--only NAME`)
 	@PYTHONPATH=.:$(SIM) $(BIN)/python -m tests.bench $(BENCH_ARGS)
+
+.PHONY: test-vm test-e2e kind-up kind-test kind-down
+
+GO := command -v go >/dev/null || deploy/install-packages.sh deploy/debian-packages-go.txt
+
+test-vm: setup ## tests in emulated nodes with SR-IOV, on kernels of their own (the first run builds an image)
+	@deploy/install-packages.sh deploy/debian-packages-vm.txt
+	@$(BIN)/pytest tests/vm $(PYTEST_ARGS)
+
+test-e2e: setup ## the agents in a real cluster on this machine (the first run builds Kubernetes)
+	@deploy/install-packages.sh deploy/debian-packages-e2e.txt deploy/debian-packages-vm.txt
+	@$(GO)
+	@$(BIN)/pytest tests/e2e $(PYTEST_ARGS)
+
+kind-up: setup ## a cluster of docker's or podman's by kind, with simulated NICs and the agents (as root)
+	@deploy/install-packages.sh deploy/debian-packages-kind.txt
+	@$(GO)
+	@PYTHONPATH=$(SIM) $(BIN)/python -m kndsim.kind up $(KIND_ARGS)
+
+kind-test: setup ## the end-to-end suite on the cluster of kind-up
+	@KND_CLUSTER=kind KND_AGENT_IMAGE=/run/knd-kind/agent.tar $(BIN)/pytest tests/e2e $(PYTEST_ARGS)
+
+kind-down: setup ## that cluster and its devices, gone
+	@PYTHONPATH=$(SIM) $(BIN)/python -m kndsim.kind down
 
 CHECKS := check-lint check-format check-types check-layers check-spelling check-shell check-repo
 .PHONY: $(CHECKS)
@@ -60,10 +84,13 @@ check-repo:
 generate: setup ## driver/pb from proto/
 	@$(BIN)/python proto/generate.py
 
-lock: setup ## requirements/lock.txt from pyproject.toml
-	@CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/pip-compile --quiet --no-config --extra dev --allow-unsafe \
-		--generate-hashes --strip-extras --no-emit-index-url --no-emit-options --no-emit-trusted-host \
-		--no-emit-find-links --newline lf $(if $(UPGRADE),--upgrade) -o requirements/lock.txt pyproject.toml
+LOCK := CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/pip-compile --quiet --no-config --allow-unsafe \
+	--generate-hashes --strip-extras --no-emit-index-url --no-emit-options --no-emit-trusted-host \
+	--no-emit-find-links --newline lf
+
+lock: setup ## requirements/lock.txt from pyproject.toml, and its part for run time, runtime.txt
+	@$(LOCK) --extra dev $(if $(UPGRADE),--upgrade) -o requirements/lock.txt pyproject.toml
+	@$(LOCK) --no-annotate -c requirements/lock.txt -o requirements/runtime.txt pyproject.toml
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && deploy/make-wheelhouse.sh "$$folder"
 
 wheelhouse: setup ## wheels for CPython 3.11 and 3.13, to set up elsewhere without a network

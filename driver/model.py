@@ -347,12 +347,14 @@ class PreparedDevice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sandbox:
-    """A pod sandbox as the runtime describes it. netns_path is None where none was given."""
+    """A pod sandbox as the runtime describes it. netns_path is None where none was given. static: its pod is
+    kubelet's own, from a file, and can name no claim."""
 
     id: SandboxId
     pod: PodRef
     netns_path: Path | None
     pid: int = 0
+    static: bool = False
 
 
 class AttachmentState(enum.StrEnum):

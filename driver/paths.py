@@ -50,6 +50,26 @@ class Paths:
         return self.state / "programs"
 
     @property
+    def makings(self) -> Path:
+        """One file per PF whose VFs the driver made."""
+        return self.state / "sriov"
+
+    @property
+    def udev_rules(self) -> Path:
+        """Read by udev when it has changed, which it looks for every few seconds."""
+        return self.root / "run/udev/rules.d"
+
+    @property
+    def udev_control(self) -> Path:
+        """There while udev runs."""
+        return self.root / "run/udev/control"
+
+    @property
+    def networkd(self) -> Path:
+        """Of systemd-networkd, and of udev for .link files."""
+        return self.root / "run/systemd/network"
+
+    @property
     def live(self) -> Path:
         """One file per claim UID: netns cookies of its live attachments, one decimal a line."""
         return self.run / "live"

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 _LOOPBACK = 772
 _REPRESENTOR = re.compile(r"(c[0-9]+)?pf[0-9]+(hpf|(vf|sf)[0-9]+)?")
 """phys_port_name of the eswitch's end of a PF, VF or SF."""
-_USERSPACE_DRIVERS = frozenset({"vfio-pci", "uio_pci_generic", "igb_uio", "pci-stub"})
+USERSPACE_DRIVERS = frozenset({"vfio-pci", "uio_pci_generic", "igb_uio", "pci-stub"})
 _ALIVE_MBPS = 10_000_000
 """A speed over 10 Tb/s is the kernel's unknown (-1 as unsigned)."""
 
@@ -285,7 +285,7 @@ class _View:
         driver = function.facts.driver
         if driver is None:
             return "it has no driver: bind one to offer it"
-        if driver in _USERSPACE_DRIVERS:
+        if driver in USERSPACE_DRIVERS:
             return f"in use by others: it is bound to {driver}"
         if device.kind is DeviceKind.RDMA:
             return ""

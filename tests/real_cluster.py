@@ -15,6 +15,7 @@ import pytest
 
 if TYPE_CHECKING:
     from kndsim.cluster import Cluster
+    from kndsim.cluster.kind import KindCluster
 
 VARIABLE = "KND_CLUSTER"
 NODES = 2
@@ -42,7 +43,8 @@ CHOICES = {
         Choice(name="machine-1.34", kubernetes="1.34", containerd="2.1"),
     )
 }
-NOT_YET = ("guest", "kind")
+KIND = "kind"
+NOT_YET = ("guest",)
 DEFAULT = "machine-1.37"
 
 
@@ -53,19 +55,41 @@ def chosen() -> Choice:
         raise pytest.UsageError(
             f"{VARIABLE}={name}: tests cannot run there yet; choose from {', '.join(CHOICES)}"
         )
+    if name == KIND:
+        return _kind()
     if name not in CHOICES:
         raise pytest.UsageError(
-            f"{VARIABLE}={name} is no cluster: choose from {', '.join((*CHOICES, *NOT_YET))}"
+            f"{VARIABLE}={name} is no cluster: choose from {', '.join((*CHOICES, KIND, *NOT_YET))}"
         )
     return CHOICES[name]
 
 
+def _kind() -> Choice:
+    """That which `make kind-up` made; UsageError if there is none."""
+    from kndsim.cluster import NotUp
+    from kndsim.cluster.kind import read_description
+    from kndsim.kind.up import FOLDER
+
+    try:
+        made = read_description(FOLDER)
+    except NotUp as error:
+        raise pytest.UsageError(f"{VARIABLE}={KIND}: {error}") from error
+    # Node containers share a machine with their images' downloads and each other's programs.
+    return Choice(name=KIND, kubernetes=made.kubernetes, containerd="of the node image", pace=2.0)
+
+
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+def cluster() -> Iterator[Cluster | KindCluster]:
     from kndsim.cluster import ClusterSpec
     from kndsim.cluster import cluster as start
+    from kndsim.cluster.kind import running as running_kind
+    from kndsim.kind.up import FOLDER
 
     choice = chosen()
+    if choice.name == KIND:
+        with running_kind(FOLDER) as running:
+            yield running
+        return
     spec = ClusterSpec(kubernetes=choice.kubernetes, containerd=choice.containerd, nodes=NODES)
     with start(spec) as running:
         yield running

@@ -140,6 +140,14 @@ INLINE u32 unknown(const struct __sk_buff *skb, u32 value, u32 mask)
 	return (value + length - same) & mask;
 }
 
+/* An index that the verifier believes. Left to itself, the compiler drops a mask that it can prove needless, and
+ * kernels before 6.2 forget what they knew of a number once it was kept on the stack. */
+INLINE u32 bounded(u32 value, u32 mask)
+{
+	asm volatile("" : "+r"(value));
+	return value & mask;
+}
+
 INLINE u32 link_layer(struct __sk_buff *skb, struct frame *f)
 {
 	u16 type, tag;
@@ -277,8 +285,8 @@ INLINE u32 class_of(const struct frame *f)
 	const struct classes *classes = (void *)bpf_pseudo_fd(KND_PSEUDO_MAP_VALUE, KND_MAP_CLASSES);
 
 	if (f->tagged && (classes->flags & CLASSES_PCP_WINS))
-		return classes->pcp[f->pcp & 7];
-	return classes->dscp[f->dscp & 63];
+		return classes->pcp[bounded(f->pcp, 7)];
+	return classes->dscp[bounded(f->dscp, 63)];
 }
 
 /* Adds without atomics: the record is this CPU's, and the hooks run with bottom halves off. */
@@ -287,7 +295,7 @@ INLINE void account(struct __sk_buff *skb, u32 slot, enum direction direction)
 	struct frame f = {};
 	struct record *record;
 	struct cell *cell;
-	u32 length, header, segs;
+	u32 length, header, segs, class;
 
 	dissect(skb, &f);
 	length = skb->len + f.beside - f.pseudo;
@@ -297,7 +305,8 @@ INLINE void account(struct __sk_buff *skb, u32 slot, enum direction direction)
 	record = bpf_map_lookup_elem((void *)bpf_pseudo_fd(KND_PSEUDO_MAP_FD, KND_MAP_ACCT), &slot);
 	if (!record)
 		return;
-	cell = &record->cells[(direction * KND_CLASSES + (class_of(&f) & 7)) * KND_KINDS + (f.kind & 3)];
+	class = bounded(class_of(&f), 7);
+	cell = &record->cells[(direction * KND_CLASSES + class) * KND_KINDS + bounded(f.kind, 3)];
 	cell->bytes += length + (u64)(segs - 1) * header;
 	cell->packets += segs;
 }

@@ -34,6 +34,8 @@ QUEUE_MAX = 4096
 REMEMBERED_MAX = 1024
 
 REASON = re.compile(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?")
+UID_FIELD = "metadata.uid"
+"""What the server calls immutable when an apply is for another object of the name."""
 UNNAMED = "Reported"
 """Instead of a reason the API would not take: one bad word must not cost the whole status."""
 
@@ -86,7 +88,7 @@ def own_entries(claim: JsonObject, driver: str) -> Entries:
 
 
 def apply_body(claim: ClaimRef, entries: Entries) -> JsonObject:
-    """Only owned fields. The UID makes the apply fail on a claim that has taken the name since."""
+    """Only owned fields. The UID makes the apply fail (422, not 409) on a claim that has taken the name."""
     return {
         "apiVersion": API_VERSION,
         "kind": "ResourceClaim",
@@ -172,6 +174,9 @@ class KubeStatusWriter:
             self._forget(uid)  # read it again: replaced, or only changed meanwhile
             raise
         except (Forbidden, Invalid) as failure:
+            if isinstance(failure, Invalid) and UID_FIELD in failure.fields:
+                self._forget(uid)  # another claim has the name now
+                return
             self._say_once(f"status of claim {shown} is not taken, the pod is not affected: {failure}")
             raise
 

@@ -7,7 +7,6 @@ physical devices are offered, software interfaces are not, claims may set what h
 from __future__ import annotations
 
 import enum
-import fnmatch
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,8 +14,10 @@ from typing import Annotated
 
 from driver.claimconfig import DEFAULT_LIMITS, ClaimLimits
 from driver.model import AttributeValue
+from driver.policy.patterns import GLOBS, IDS, matches
+from driver.policy.sriov import PF_RULES, PfRule
 from driver.qos import DEFAULT_CLASSES, QosClass
-from driver.strict import Key, Kind, Node, Problems, boolean, choice, listing, record, shown, text
+from driver.strict import Key, Kind, Node, Problems, boolean, choice, listing, record, shown
 from hw.model import DeviceKind, HwDevice, LinkInfo
 
 POLICY_ATTRIBUTES = 6
@@ -73,31 +74,6 @@ class ResetPolicy(enum.StrEnum):
 # --- selectors --------------------------------------------------------------------------------------
 
 
-def _glob(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_.:*?\[\]!-]{1,64}", value):
-        raise ValueError(
-            f"{shown(value)} is not a pattern: 1 to 64 of letters, digits, '_.:-' and the wildcards *?[]!"
-        )
-    return value
-
-
-def _hex_id(value: str) -> str:
-    if not re.fullmatch(r"[0-9a-fA-F]{4}", value):
-        raise ValueError(f"{shown(value)} is not four hex digits, like 15b3 (quote it if it is all digits)")
-    return value.lower()
-
-
-GLOBS: Kind[tuple[str, ...]] = listing(text(_glob, {"minLength": 1, "maxLength": 64}), minimum=1, maximum=64)
-_IDS: Kind[tuple[str, ...]] = listing(text(_hex_id, {"pattern": "^[0-9a-fA-F]{4}$"}), minimum=1, maximum=64)
-
-
-def _matches(patterns: tuple[str, ...], value: str | None) -> bool:
-    """Whether value fits one of the patterns; no patterns: anything does, an absent value too."""
-    if not patterns:
-        return True
-    return value is not None and any(fnmatch.fnmatchcase(value, pattern) for pattern in patterns)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetdevSelector:
     """Interfaces that are not hardware and are offered all the same. All given criteria must fit."""
@@ -110,7 +86,7 @@ class NetdevSelector:
             raise ValueError("needs names or kinds: it would select every interface of the node")
 
     def selects(self, link: LinkInfo) -> bool:
-        return _matches(self.names, link.name) and _matches(self.kinds, link.kind)
+        return matches(self.names, link.name) and matches(self.kinds, link.kind)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,8 +97,8 @@ class DeviceSelector:
     kinds: Annotated[
         tuple[DeviceKind, ...], Key("kinds", listing(choice(DeviceKind), minimum=1, maximum=8), "Kinds.")
     ] = ()
-    vendors: Annotated[tuple[str, ...], Key("vendors", _IDS, "PCI vendor ids.")] = ()
-    products: Annotated[tuple[str, ...], Key("products", _IDS, "PCI device ids.")] = ()
+    vendors: Annotated[tuple[str, ...], Key("vendors", IDS, "PCI vendor ids.")] = ()
+    products: Annotated[tuple[str, ...], Key("products", IDS, "PCI device ids.")] = ()
     drivers: Annotated[tuple[str, ...], Key("drivers", GLOBS, "Patterns for the kernel driver.")] = ()
     pf_names: Annotated[tuple[str, ...], Key("pfNames", GLOBS, "Patterns for the PF's interface.")] = ()
     interfaces: Annotated[
@@ -136,13 +112,13 @@ class DeviceSelector:
     def selects(self, device: HwDevice, name: str) -> bool:
         pci = device.pci
         return (
-            _matches(self.names, name)
+            matches(self.names, name)
             and (not self.kinds or device.kind in self.kinds)
             and (not self.vendors or (pci is not None and pci.vendor.lower() in self.vendors))
             and (not self.products or (pci is not None and pci.product.lower() in self.products))
-            and _matches(self.drivers, pci.driver if pci else None)
-            and _matches(self.pf_names, device.pf_name)
-            and _matches(self.interfaces, device.link.name if device.link else None)
+            and matches(self.drivers, pci.driver if pci else None)
+            and matches(self.pf_names, device.pf_name)
+            and matches(self.interfaces, device.link.name if device.link else None)
         )
 
 
@@ -243,6 +219,10 @@ class NodePolicy:
     devices: Annotated[
         tuple[DeviceRule, ...],
         Key("devices", listing(record(DeviceRule), maximum=_MAX_ENTRIES), "Rules about devices, in order."),
+    ] = ()
+    sriov: Annotated[
+        tuple[PfRule, ...],
+        Key("sriov", PF_RULES, "How many VFs a PF is to have, and which; the first match wins."),
     ] = ()
     claim_limits: Annotated[
         ClaimLimits, Key("claims", record(ClaimLimits), "What users' claims may set.")

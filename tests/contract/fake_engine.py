@@ -1,4 +1,7 @@
-"""A container engine of one node, which is this machine: what kndsim.kind asks of docker and podman."""
+"""A container engine whose containers are processes: what kndsim.kind asks of docker and podman.
+
+Invariant: a command runs in the mount and network namespaces of its container's process.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,10 @@ elif words[0] == "exec":
             env[name] = value
     if not state["containers"].get(words[0]):
         sys.exit(f"Error response from daemon: container {{words[0]}} is not running")
-    os.execvpe(words[1], words[1:], env)
+    if state["containers"][words[0]] == os.getppid():
+        os.execvpe(words[1], words[1:], env)
+    nsenter = ["nsenter", "-t", str(state["containers"][words[0]]), "-m", "-n", "--wdns=/", "--"]
+    os.execvpe("nsenter", nsenter + words[1:], env)
 else:
     sys.exit(f"unknown command: {{words}}")
 """

@@ -168,7 +168,8 @@ class Api:
                 raise TimeoutError(f"{' '.join(argv)} in {namespace}/{pod} still runs after {within:g} s")
             return Ran(socket.returncode, socket.read_stdout(), socket.read_stderr())
         finally:
-            socket.close()
+            # Not WSClient.close: that leaves the socket open where the server has said goodbye first.
+            socket.sock.shutdown()
 
     # --- one request --------------------------------------------------------------------------------
 
@@ -212,7 +213,7 @@ class Api:
             return self._pool.request(
                 method,
                 url,
-                body=None if body is None else json.dumps(body).encode(),
+                body=None if body is None else _canonical(body),
                 headers=headers,
                 timeout=urllib3.Timeout(connect=self.limit, read=limit or self.limit),
                 preload_content=False,
@@ -235,3 +236,9 @@ class Api:
                 said = said[:500]
             raise ApiRefused(what, answer.status, said)
         return str(said)
+
+
+def _canonical(body: Mapping[str, Any]) -> bytes:
+    """As kubectl writes it. The API server keeps a claim's opaque parameters byte for byte, and takes a
+    server-side apply to any claim for a change of them where those bytes are not the ones it would write."""
+    return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()

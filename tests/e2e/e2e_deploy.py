@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from kndsim.cluster import Cluster
-from kndsim.deployed import deploy_agent
 from tests.e2e.e2e_agents import CONTAINER, DAEMONSET, NAMESPACE
 from tests.e2e.e2e_api import Api
 from tests.e2e.e2e_ground import Ground
@@ -45,6 +44,8 @@ def asked_for() -> Sabotage | None:
 @contextlib.contextmanager
 def deployed(cluster: Cluster, ground: Ground, api: Api) -> Iterator[None]:
     """The cluster's agents; they are gone with the cluster."""
+    from kndsim.deployed import deploy_agent
+
     how = asked_for()
     deploy_agent(cluster)
     with sabotaged(api, how) if how else contextlib.nullcontext():

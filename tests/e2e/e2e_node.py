@@ -14,12 +14,13 @@ from tests.e2e.e2e_space import LivePod
 if TYPE_CHECKING:
     from kndsim.place import Place
 
+# The pause program of this cluster's own image, or of a public one; nothing else is started by such a path.
 _PAUSE_OF = r"""
 wanted=$(echo "$1" | sed 's/-/[-_]/g')
 for process in /proc/[0-9]*; do
-    if grep -qs "$wanted" "$process/cgroup" && [ "$(cat "$process/comm" 2>/dev/null)" = pause ]; then
-        echo "${process#/proc/}"
-    fi
+    case "$(tr '\0' ' ' <"$process/cmdline" 2>/dev/null)" in
+    /pause*|/knd-tool*) if grep -qs "$wanted" "$process/cgroup"; then echo "${process#/proc/}"; fi ;;
+    esac
 done
 """
 

@@ -74,9 +74,9 @@ def test_nodes_get_nics_that_reach_each_other_and_all_is_gone_at_the_end(
     with keeping(tmp_path, plan_of(nodes, 2)) as process:
         wait_until((tmp_path / GROUND).exists, 20, "the ground stands")
         assert [(given.home.node, given.home.name) for given in read_ground(tmp_path / GROUND).devices] == [
-            (node, name) for node in nodes for name in ("net-0", "net-1")
+            (node, name) for node in nodes for name in ("net-0", "net-1", "mac-0")
         ]
-        assert [names(node) for node in nodes.values()] == [{"net-0", "net-1"}] * 2
+        assert [names(node) for node in nodes.values()] == [{"net-0", "net-1", "mac-0"}] * 2
         address(nodes["one"], "net-0", "192.0.2.1")
         address(nodes["other"], "net-1", "192.0.2.2")
 

@@ -221,7 +221,9 @@ def test_a_claim_that_is_gone_ends_the_matter_quietly(
     assert setting.api.writes() == []
 
 
-def test_a_claim_that_took_the_name_since_is_never_written(setting: Setting, wait_until: WaitUntil) -> None:
+def test_a_claim_that_took_the_name_since_is_never_written_and_never_complained_of(
+    setting: Setting, wait_until: WaitUntil, caplog: pytest.LogCaptureFixture
+) -> None:
     claim = claim_with(setting.api, "vf-1")
     setting.writer.seen(claim, setting.api.claim("d", "c"))
     setting.api.delete("resourceclaims", "c", "d")
@@ -229,6 +231,7 @@ def test_a_claim_that_took_the_name_since_is_never_written(setting: Setting, wai
     setting.writer.write_status(claim, [status_of(claim, "vf-1")])
     wait_until(lambda: len(setting.writer.worker) == 0)
     assert setting.devices() == []
+    assert caplog.records == []
 
 
 def test_an_empty_status_drops_what_was_queued(setting: Setting, wait_until: WaitUntil) -> None:

@@ -18,7 +18,7 @@ from socket import SHUT_RDWR
 from types import TracebackType
 from typing import Any
 
-from kndsim import api_alloc, api_apply, api_rules
+from kndsim import api_alloc
 from kndsim.api_http import (
     Backend,
     Fault,
@@ -26,14 +26,14 @@ from kndsim.api_http import (
     Server,
     Target,
     Wire,
+    check_selector,
     decode_continue,
     encode_continue,
+    forbidden,
     parse_selector,
 )
-from kndsim.api_store import ApiError, Json, Key, Kind, Store, conflict, now
-
-APPLY = "application/apply-patch+yaml"
-MERGE = "application/merge-patch+json"
+from kndsim.api_store import ApiError, Json, Key, Kind, Store
+from kndsim.api_write import Writer
 
 Device = tuple[str, str, str, str | None]
 """request, pool, device, share id."""
@@ -50,20 +50,23 @@ current-context: sim
 
 class SimApi(Backend):
     """Use as a context manager. dropped_fields are device fields that a disabled gate removes silently
-    (`taints`, `allowMultipleAllocations`...). With tls it serves HTTPS; the log has what
-    each request carried as authorization, and none is required."""
+    (`taints`, `allowMultipleAllocations`...). tokens are those it knows, None: any will do, or none.
+    With tls it serves HTTPS. The log has what each request carried as authorization."""
 
     def __init__(
         self,
         *,
         bookmark_seconds: float = 60.0,
         dropped_fields: Iterable[str] = (),
+        tokens: Iterable[str] | None = None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self.store = Store()
         self.wire = Wire(bookmark_seconds=bookmark_seconds)
         self.dropped_fields = set(dropped_fields)
-        self._owners: dict[str, api_apply.Owners] = {}
+        self._tokens = None if tokens is None else frozenset(tokens)
+        self._outsiders: dict[str, str] = {}
+        self._writer = Writer(self.store, self.dropped_fields)
         self._server = Server(self.wire, self, tls)
         self._scheme = "http" if tls is None else "https"
         self._thread = threading.Thread(
@@ -107,6 +110,12 @@ class SimApi(Backend):
             return [
                 each for each in self.wire.log if verb in ("", each.verb) and resource in ("", each.resource)
             ]
+
+    def outsider(self, namespace: str, account: str) -> str:
+        """The token of a service account that may do nothing."""
+        token = f"outsider-{namespace}-{account}"
+        self._outsiders[token] = f"system:serviceaccount:{namespace}:{account}"
+        return token
 
     def writes(self) -> list[Request]:
         return [each for each in self.requests() if each.writes]
@@ -331,12 +340,15 @@ class SimApi(Backend):
         if query.get("continue"):
             version, start = decode_continue(query["continue"])
             self.store.check_continue(version)
-        found = self.store.list(target.kind, target.namespace, parse_selector(query.get("fieldSelector", "")))
+        selector = parse_selector(query.get("fieldSelector", ""))
+        check_selector(target.kind, selector)
+        found = self.store.list(target.kind, target.namespace, selector, version)
         limit = int(query.get("limit") or 0) or len(found)
         metadata: Json = {"resourceVersion": str(version)}
         if start + limit < len(found):
             metadata["continue"] = encode_continue(version, start + limit)
-            metadata["remainingItemCount"] = len(found) - start - limit
+            if not selector:
+                metadata["remainingItemCount"] = len(found) - start - limit
         kind = target.kind
         return {
             "apiVersion": kind.api_version,
@@ -346,11 +358,17 @@ class SimApi(Backend):
         }
 
     def watch(self, target: Target, query: dict[str, str], gone: Callable[[], bool]) -> Iterator[Json | None]:
-        """Yield watch events; None now and then, so that the caller notices a closed server."""
+        """Yield watch events; None now and then, so that the caller notices a closed server. Without a
+        version it starts with what there is. A bookmark comes where the version has moved since the last
+        word: now and then, and two seconds before the end."""
         selector = parse_selector(query.get("fieldSelector", ""))
-        version = int(query.get("resourceVersion") or self.store.version)
         end = time.monotonic() + float(query.get("timeoutSeconds") or 1800)
-        bookmark_at = time.monotonic() + self.wire.bookmark_seconds
+        version = int(query.get("resourceVersion") or self.store.version)
+        if not query.get("resourceVersion"):
+            for obj in self.store.list(target.kind, target.namespace, selector, version):
+                yield {"type": "ADDED", "object": obj}
+        told = version
+        bookmark_at = self._next_bookmark(end)
         while not gone() and time.monotonic() < end:
             batch: list[Json | None] = []
             with self.store.changed:
@@ -363,129 +381,39 @@ class SimApi(Backend):
                     return
                 if not batch:
                     self.store.wait(min(end, bookmark_at, time.monotonic() + 1.0))
+            told = version if batch else told
             yield from batch or [None]
             if time.monotonic() >= bookmark_at:
-                bookmark_at = time.monotonic() + self.wire.bookmark_seconds
-                if query.get("allowWatchBookmarks") in ("1", "true"):
+                bookmark_at = self._next_bookmark(end)
+                if version > told and query.get("allowWatchBookmarks") in ("1", "true"):
+                    told = version
                     yield self._bookmark(target.kind, version)
+
+    def _next_bookmark(self, end: float) -> float:
+        soon, last = time.monotonic() + self.wire.bookmark_seconds, end - 2.0
+        return min(soon, last) if last > time.monotonic() else soon
 
     @staticmethod
     def _bookmark(kind: Kind, version: int) -> Json:
-        metadata = {"resourceVersion": str(version), "creationTimestamp": None}
         return {
             "type": "BOOKMARK",
-            "object": {"kind": kind.title, "apiVersion": kind.api_version, "metadata": metadata},
+            "object": {
+                "kind": kind.title,
+                "apiVersion": kind.api_version,
+                "metadata": {"resourceVersion": str(version)},
+            },
         }
 
     def write(self, verb: str, target: Target, query: dict[str, str], content_type: str, body: Any) -> Json:
-        if verb == "deletecollection":
-            selector = parse_selector(query.get("fieldSelector", ""))
-            for obj in self.store.list(target.kind, target.namespace, selector):
-                metadata = obj["metadata"]
-                self.store.delete(Key(target.kind, metadata.get("namespace", ""), metadata["name"]), {})
-            return {"kind": "Status", "apiVersion": "v1", "status": "Success"}
-        if verb == "delete":
-            return self.store.delete(target.key, (body or {}).get("preconditions") or {})
-        if not isinstance(body, dict):
-            raise ApiError(400, "BadRequest", "the body must be an object")
-        if verb == "create":
-            return self.store.create(target.kind, target.namespace, self._admit(target, body, None))
-        if verb == "update":
-            return self._replace(target, body)
-        return self._patch(target, query, content_type, body)
+        return self._writer.write(verb, target, query, content_type, body)
 
-    def _replace(self, target: Target, body: Json) -> Json:
-        def change(old: Json) -> Json:
-            self._check_version(target, body, old)
-            return self._admit(target, body, old)
-
-        return self.store.update(target.key, change)
-
-    @staticmethod
-    def _check_version(target: Target, body: Json, old: Json) -> None:
-        sent = (body.get("metadata") or {}).get("resourceVersion")
-        if sent and sent != old["metadata"]["resourceVersion"]:
-            why = (
-                "the object has been modified; please apply your changes to the latest version and try again"
-            )
-            raise conflict(target.kind, target.name, why)
-
-    def _patch(self, target: Target, query: dict[str, str], content_type: str, body: Json) -> Json:
-        if content_type == APPLY and target.kind is Kind.CLAIM and target.subresource == "status":
-            return self._apply(target, query, body)
-        if content_type == MERGE:
-            return self.store.update(target.key, lambda old: merge_patch(old, body))
-        raise ApiError(
-            415, "UnsupportedMediaType", f"patch of {target.kind.plural} with {content_type} is not served"
-        )
-
-    def _apply(self, target: Target, query: dict[str, str], body: Json) -> Json:
-        manager = query.get("fieldManager")
-        if not manager:
-            raise ApiError(422, "Invalid", "fieldManager: Required value: is required for apply patch")
-        force = query.get("force") == "true"
-
-        def change(old: Json) -> Json:
-            wanted = (body.get("metadata") or {}).get("uid")
-            have = old["metadata"]["uid"]
-            if wanted and wanted != have:
-                why = f"Precondition failed: UID in precondition: {wanted}, UID in object meta: {have}"
-                raise conflict(target.kind, target.name, why)
-            owners = {name: set(keys) for name, keys in self._owners.get(have, {}).items()}
-            new = api_apply.apply_status(old, body, manager, force, owners)
-            causes = tuple(api_rules.status_device_causes(new, new["status"].get("devices") or []))
-            if causes:
-                raise invalid(target, causes)
-            self._owners[have] = owners
-            return new
-
-        return self.store.update(target.key, change)
-
-    def _admit(self, target: Target, body: Json, old: Json | None) -> Json:
-        if target.kind is not Kind.SLICE:
-            return body
-        spec = body.get("spec") or {}
-        if old is not None:
-            changed = [path for path in ("driver", "nodeName") if spec.get(path) != old["spec"].get(path)]
-            if spec.get("pool", {}).get("name") != old["spec"]["pool"]["name"]:
-                changed.append("pool.name")
-            if changed:
-                raise invalid(target, tuple((f"spec.{path}", "field is immutable") for path in changed))
-        causes = tuple(api_rules.slice_causes(spec))
-        if causes:
-            raise invalid(target, causes)
-        devices = [self._stored_device(device) for device in spec.get("devices") or []]
-        return {**body, "spec": {**spec, "devices": devices}}
-
-    def _stored_device(self, device: Json) -> Json:
-        """As the server keeps it: gated fields dropped, quantities canonical, taints with a time."""
-        stored = {key: value for key, value in device.items() if key not in self.dropped_fields}
-        if "capacity" in stored:
-            stored["capacity"] = {
-                name: {**value, "value": api_rules.canonical_quantity(value["value"])}
-                for name, value in stored["capacity"].items()
-            }
-        if "taints" in stored:
-            stored["taints"] = [{"timeAdded": now(), **taint} for taint in stored["taints"]]
-        return stored
-
-
-def invalid(target: Target, causes: tuple[tuple[str, str], ...]) -> ApiError:
-    text = "; ".join(f"{path}: {why}" for path, why in causes)
-    return ApiError(422, "Invalid", f'{target.kind.title} "{target.name}" is invalid: {text}', causes)
-
-
-def merge_patch(old: Any, patch: Any) -> Any:
-    """RFC 7386."""
-    if not isinstance(patch, dict):
-        return patch
-    base = dict(old) if isinstance(old, dict) else {}
-    for key, value in patch.items():
-        if value is None:
-            base.pop(key, None)
-        else:
-            base[key] = merge_patch(base.get(key), value)
-    return base
+    def check_user(self, request: Request, target: Target) -> None:
+        """401 for a token that nobody knows, where that matters; 403 for an outsider."""
+        token = request.authorization.partition(" ")[2]
+        if token in self._outsiders:
+            raise forbidden(self._outsiders[token], request, target)
+        if self._tokens is not None and token not in self._tokens:
+            raise ApiError(401, "Unauthorized", "Unauthorized")
 
 
 def new_share_id() -> str:

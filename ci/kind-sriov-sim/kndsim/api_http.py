@@ -19,7 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from kndsim.api_store import ApiError, Json, Key, Kind, Selector
+from kndsim.api_store import ApiError, Json, Key, Kind, Selector, bad_request
 
 PREFIXES = {("api", "v1"): "v1", ("apis", "resource.k8s.io", "v1"): "resource.k8s.io/v1"}
 
@@ -97,6 +97,34 @@ def parse_selector(text: str) -> Selector:
     return {path: value.lstrip("=") for path, _, value in terms}
 
 
+SELECTABLE = {
+    Kind.NODE: {"spec.unschedulable"},
+    Kind.POD: {"spec.nodeName", "spec.schedulerName", "spec.restartPolicy", "status.phase"},
+    Kind.EVENT: {"involvedObject.name", "involvedObject.uid", "involvedObject.kind", "reason", "type"},
+    Kind.SLICE: {"spec.nodeName", "spec.driver", "spec.pool.name"},
+    Kind.CLAIM: set(),
+}
+
+
+def check_selector(kind: Kind, selector: Selector) -> None:
+    """400 for a field that the kind cannot be selected by."""
+    for path in selector.keys() - SELECTABLE[kind] - {"metadata.name", "metadata.namespace"}:
+        raise bad_request(
+            f'Unable to find "{kind.api_version}, Resource={kind.plural}" that match label selector "",'
+            f' field selector "{path}={selector[path]}": field label not supported: {path}'
+        )
+
+
+def forbidden(user: str, request: Request, target: Target) -> ApiError:
+    """What RBAC says to a user who has no rule for the request."""
+    kind, named = target.kind, f' "{target.name}"' if target.name else ""
+    where = f'in the namespace "{target.namespace}"' if target.namespace else "at the cluster scope"
+    what = f'cannot {request.verb} resource "{request.resource}" in API group "{kind.group}" {where}'
+    details = {"group": kind.group, "kind": kind.plural} | ({"name": target.name} if named else {})
+    text = f'{kind.qualified}{named} is forbidden: User "{user}" {what}'
+    return ApiError(403, "Forbidden", text, details=details)
+
+
 @dataclass(slots=True)
 class Wire:
     """State of the HTTP side that tests steer: log, faults, open watches."""
@@ -146,6 +174,9 @@ class Backend:
         raise NotImplementedError
 
     def write(self, verb: str, target: Target, query: dict[str, str], content_type: str, body: Any) -> Json:
+        raise NotImplementedError
+
+    def check_user(self, request: Request, target: Target) -> None:
         raise NotImplementedError
 
     def watch(self, target: Target, query: dict[str, str], gone: Callable[[], bool]) -> Iterator[Json | None]:
@@ -207,6 +238,7 @@ class Handler(BaseHTTPRequestHandler):
             elif fault is not None:
                 self._act_out(fault)
                 return
+            self.server.backend.check_user(request, target)
             if request.verb == "watch":
                 self._watch(target, query)
             elif method == "GET":
@@ -225,7 +257,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             return json.loads(raw)
         except ValueError as error:
-            raise ApiError(400, "BadRequest", f"the body is not JSON: {error}") from error
+            raise bad_request(f"the body is not JSON: {error}") from error
 
     def _logged(self, method: str, target: Target, query: dict[str, str], body: Any) -> Request:
         if method == "GET":
@@ -304,4 +336,4 @@ def decode_continue(token: str) -> tuple[int, int]:
         fields = json.loads(base64.urlsafe_b64decode(token))
         return int(fields["rv"]), int(fields["start"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ApiError(400, "BadRequest", f"continue key is not valid: {error}") from error
+        raise bad_request(f"continue key is not valid: {error}") from error

@@ -7,6 +7,7 @@ returns (field, message) pairs as the server's Status does.
 from __future__ import annotations
 
 import ipaddress
+import json
 import re
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
@@ -34,6 +35,7 @@ TAINTS_MAX = 16
 EFFECTS = ("None", "NoSchedule", "NoExecute")
 IPS_MAX = 16
 CONDITIONS_MAX = 8
+DATA_MAX = 10 * 1024
 
 BINARY = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50, "Ei": 2**60}
 DECIMAL = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15, "E": 10**18}
@@ -56,16 +58,20 @@ def quantity_value(text: str) -> Decimal:
 
 
 def canonical_quantity(text: str) -> str:
-    """As the server writes it back: the largest suffix of the same family that leaves a whole number."""
+    """As the server writes it back: the largest suffix of the same family that leaves a whole number; an
+    exponent stays one."""
     value = quantity_value(text)
     found = QUANTITY.fullmatch(text)
-    table = BINARY if found and (found[2] or "") in BINARY else DECIMAL
+    suffix = (found[2] or "") if found else ""
+    table = BINARY if suffix in BINARY else DECIMAL
     if value != value.to_integral_value():
         return f"{(value * 1000).to_integral_value()}m"
     whole = int(value)
-    for suffix, factor in sorted(table.items(), key=lambda pair: -pair[1]):
+    exponent = suffix[:1] in ("e", "E") and suffix[1:].lstrip("+-").isdigit()
+    for name, factor in sorted(table.items(), key=lambda pair: -pair[1]):
         if whole and whole % factor == 0:
-            return f"{whole // factor}{suffix}"
+            shown = f"e{len(str(factor)) - 1}" if exponent else name
+            return f"{whole // factor}{shown}"
     return str(whole)
 
 
@@ -75,7 +81,8 @@ def slice_causes(spec: Json) -> list[Cause]:
 
 def _slice_head(spec: Json) -> Iterator[Cause]:
     driver = spec.get("driver")
-    if not isinstance(driver, str) or len(driver) > 63 or not SUBDOMAIN.fullmatch(driver):
+    # Capitals are let pass, in the driver's name and in an attribute's domain.
+    if not isinstance(driver, str) or len(driver) > 63 or not SUBDOMAIN.fullmatch(driver.lower()):
         yield "spec.driver", f"Invalid value: {driver!r}"
     pool = spec.get("pool") or {}
     name = pool.get("name")
@@ -100,6 +107,8 @@ def _slice_head(spec: Json) -> Iterator[Cause]:
             "spec",
             "exactly one of `nodeName`, `nodeSelector`, `allNodes`, `perDeviceNodeSelection` is required",
         )
+    if spec.get("sharedCounters") is not None and spec.get("devices") is not None:
+        yield "spec", "only one of `sharedCounters` or `devices` is allowed"
 
 
 def _slice_devices(spec: Json) -> Iterator[Cause]:
@@ -114,7 +123,7 @@ def _slice_devices(spec: Json) -> Iterator[Cause]:
         if not LABEL.fullmatch(name):
             yield f"{path}.name", f"Invalid value: {name!r}: must be a DNS label"
         if name in names:
-            yield f"{path}.name", f"Duplicate value: {name!r}"
+            yield path, f"Duplicate value: {name!r}"
         names.add(name)
         yield from _properties(path, device)
         yield from _taints(path, device.get("taints") or [])
@@ -127,42 +136,31 @@ def _properties(path: str, device: Json) -> Iterator[Cause]:
     if count > PROPERTIES_MAX:
         yield path, f"Too many: {count}: must have at most {PROPERTIES_MAX} attributes and capacities"
     for name, value in attributes.items():
-        where = f"{path}.attributes[{name}]"
         if not _qualified(name):
-            yield where, f"Invalid value: {name!r}: not a qualified name"
-        yield from _attribute(where, value)
-    for name, value in capacity.items():
-        where = f"{path}.capacity[{name}]"
+            yield f"{path}.attributes", f"Invalid value: {name!r}: not a qualified name"
+        yield from _attribute(f"{path}.attributes[{name}]", value)
+    for name in capacity:
         if not _qualified(name):
-            yield where, f"Invalid value: {name!r}: not a qualified name"
-        text = value.get("value") if isinstance(value, dict) else None
-        if not isinstance(text, str) or not QUANTITY.fullmatch(text):
-            yield where, f"Invalid value: {text!r}: not a quantity"
+            yield f"{path}.capacity", f"Invalid value: {name!r}: not a qualified name"
 
 
 def _qualified(name: str) -> bool:
     domain, slash, identifier = name.rpartition("/")
-    if slash and (len(domain) > 63 or not SUBDOMAIN.fullmatch(domain)):
+    if slash and (len(domain) > 63 or not SUBDOMAIN.fullmatch(domain.lower())):
         return False
     return bool(IDENTIFIER.fullmatch(identifier))
 
 
-def _attribute(where: str, value: Any) -> Iterator[Cause]:
-    if not isinstance(value, dict) or len(value) != 1:
-        yield where, "exactly one value must be specified"
+def _attribute(where: str, value: Json) -> Iterator[Cause]:
+    """Types are checked where a body is decoded."""
+    if len(value) != 1:
+        yield where, "Invalid value: exactly one value must be specified"
         return
     kind, content = next(iter(value.items()))
-    if kind == "bool":
-        good = isinstance(content, bool)
-    elif kind == "int":
-        good = isinstance(content, int) and not isinstance(content, bool) and -(2**63) <= content < 2**63
-    elif kind in ("string", "version"):
-        good = isinstance(content, str) and len(content.encode()) <= VALUE_BYTES_MAX
-        good = good and (kind == "string" or bool(SEMVER.fullmatch(content)))
-    else:
-        good = False
-    if not good:
-        yield f"{where}.{kind}", f"Invalid value: {content!r}"
+    if kind == "version" and not SEMVER.fullmatch(content):
+        yield f"{where}.{kind}", f"Invalid value: {content!r}: must be a string compatible with semver.org"
+    elif kind in ("string", "version") and len(content.encode()) > VALUE_BYTES_MAX:
+        yield f"{where}.{kind}", f"Too long: may not be more than {VALUE_BYTES_MAX} bytes"
 
 
 def _taints(path: str, taints: list[Json]) -> Iterator[Cause]:
@@ -187,10 +185,14 @@ def status_device_causes(claim: Json, entries: list[Json]) -> Iterator[Cause]:
     for index, entry in enumerate(entries):
         path = f"status.devices[{index}]"
         key = tuple(entry.get(field) for field in ("driver", "pool", "device", "shareID"))
+        if not LABEL.fullmatch(entry.get("device") or ""):
+            yield f"{path}.device", f"Invalid value: {entry.get('device')!r}: must be a DNS label"
         if key not in allocated:
             yield path, f"Invalid value: {key!r}: must be an allocated device in the claim"
         yield from _conditions(path, entry.get("conditions") or [])
         yield from _network(f"{path}.networkData", entry.get("networkData") or {})
+        if len(json.dumps(entry.get("data"), separators=(",", ":"))) > DATA_MAX:
+            yield f"{path}.data", f"Too long: may not be more than {DATA_MAX} bytes"
 
 
 def _results(claim: Mapping[str, Any]) -> list[Json]:

@@ -45,6 +45,16 @@ class Kind(enum.Enum):
         return self.value[2]
 
     @property
+    def group(self) -> str:
+        group, slash, _ = self.api_version.partition("/")
+        return group if slash else ""
+
+    @property
+    def qualified(self) -> str:
+        """As the server's sentences name the resource."""
+        return f"{self.plural}.{self.group}" if self.group else self.plural
+
+    @property
     def namespaced(self) -> bool:
         return self.value[3]
 
@@ -59,7 +69,12 @@ class ApiError(Exception):
         message: str,
         causes: tuple[tuple[str, str], ...] = (),
         retry_after: int | None = None,
+        *,
+        details: Mapping[str, str] | None = None,
+        cause_reason: str = "FieldValueInvalid",
     ) -> None:
+        self.details = details or {}
+        self.cause_reason = cause_reason
         self.code = code
         self.reason = reason
         self.message = message
@@ -68,9 +83,12 @@ class ApiError(Exception):
         super().__init__(f"{code} {reason}: {message}")
 
     def status(self) -> Json:
-        details: Json = {
-            "causes": [{"reason": "FieldValueInvalid", "message": m, "field": f} for f, m in self.causes]
-        }
+        details: Json = dict(self.details)
+        if self.causes:
+            details["causes"] = [
+                {"reason": self.cause_reason, "message": message, "field": field}
+                for field, message in self.causes
+            ]
         if self.retry_after is not None:
             details["retryAfterSeconds"] = self.retry_after
         return {
@@ -80,21 +98,46 @@ class ApiError(Exception):
             "status": "Failure",
             "message": self.message,
             "reason": self.reason,
-            "details": details,
+            **({"details": details} if details else {}),
             "code": self.code,
         }
 
 
+def _about(kind: Kind, name: str) -> dict[str, str]:
+    """The details of a Status that speaks of one object."""
+    return {"name": name, **({"group": kind.group} if kind.group else {}), "kind": kind.plural}
+
+
 def not_found(kind: Kind, name: str) -> ApiError:
-    return ApiError(404, "NotFound", f'{kind.plural} "{name}" not found')
+    text = f'{kind.qualified} "{name}" not found'
+    return ApiError(404, "NotFound", text, details=_about(kind, name))
 
 
 def conflict(kind: Kind, name: str, why: str) -> ApiError:
-    return ApiError(409, "Conflict", f'Operation cannot be fulfilled on {kind.plural} "{name}": {why}')
+    text = f'Operation cannot be fulfilled on {kind.qualified} "{name}": {why}'
+    return ApiError(409, "Conflict", text, details=_about(kind, name))
 
 
-def expired() -> ApiError:
-    return ApiError(410, "Expired", "too old resource version")
+def already_exists(kind: Kind, name: str) -> ApiError:
+    text = f'{kind.qualified} "{name}" already exists'
+    return ApiError(409, "AlreadyExists", text, details=_about(kind, name))
+
+
+def invalid(kind: Kind, name: str, causes: tuple[tuple[str, str], ...]) -> ApiError:
+    """Each cause is a field and what is wrong with it."""
+    said = [f"{field}: {why}" for field, why in causes]
+    listed = said[0] if len(said) == 1 else f"[{', '.join(said)}]"
+    title = f"{kind.title}.{kind.group}" if kind.group else kind.title
+    details = {**_about(kind, name), "kind": kind.title}
+    return ApiError(422, "Invalid", f'{title} "{name}" is invalid: {listed}', causes, details=details)
+
+
+def bad_request(text: str) -> ApiError:
+    return ApiError(400, "BadRequest", text)
+
+
+def expired(version: int, oldest: int) -> ApiError:
+    return ApiError(410, "Expired", f"too old resource version: {version} ({oldest})")
 
 
 def now() -> str:
@@ -138,7 +181,8 @@ class Store:
         self._objects: dict[Key, Json] = {}
         self._history: list[HistoryEntry] = []
         self._version = 1000
-        self._floor = 0
+        self._floor = self._version
+        """The oldest version that a watch may start from; a server's first is not 1."""
         self._random = random.Random(uuid.uuid4().int)
 
     @property
@@ -159,15 +203,30 @@ class Store:
                 raise not_found(key.kind, key.name)
             return copy.deepcopy(self._objects[key])
 
-    def list(self, kind: Kind, namespace: str, selector: Selector) -> list[Json]:
-        """Ordered by namespace and name. namespace "" means all."""
+    def list(self, kind: Kind, namespace: str, selector: Selector, version: int | None = None) -> list[Json]:
+        """Ordered by namespace and name, as of now or of that version. namespace "" means all."""
         with self.changed:
+            objects = self._as_of(kind, self._version if version is None else version)
             found = sorted(
                 (key.namespace, key.name)
-                for key, obj in self._objects.items()
-                if key.kind is kind and namespace in ("", key.namespace) and matches(obj, selector)
+                for key, obj in objects.items()
+                if namespace in ("", key.namespace) and matches(obj, selector)
             )
-            return [copy.deepcopy(self._objects[Key(kind, ns, name)]) for ns, name in found]
+            return [copy.deepcopy(objects[Key(kind, ns, name)]) for ns, name in found]
+
+    def _as_of(self, kind: Kind, version: int) -> dict[Key, Json]:
+        objects = {key: obj for key, obj in self._objects.items() if key.kind is kind}
+        for entry in reversed(self._history):
+            if entry.version <= version:
+                break
+            obj = entry.before or entry.after
+            if entry.kind is not kind or obj is None:
+                continue
+            key = Key(kind, obj["metadata"].get("namespace", ""), obj["metadata"]["name"])
+            objects.pop(key, None)
+            if entry.before is not None:
+                objects[key] = entry.before
+        return objects
 
     def create(self, kind: Kind, namespace: str, obj: Json) -> Json:
         with self.changed:
@@ -176,7 +235,7 @@ class Store:
             name = metadata.get("name") or self._generated(kind, namespace, metadata)
             key = Key(kind, namespace, name)
             if key in self._objects:
-                raise ApiError(409, "AlreadyExists", f'{kind.plural} "{name}" already exists')
+                raise already_exists(kind, name)
             metadata.update(name=name, uid=str(uuid.uuid4()), creationTimestamp=now())
             if kind in (Kind.SLICE, Kind.POD):
                 metadata["generation"] = 1
@@ -227,7 +286,7 @@ class Store:
         """Yield (type, object) of what a watch must send; 410 if version is compacted. Call
         with `changed` held; waiting for more is the caller's."""
         if version < self._floor:
-            raise expired()
+            raise expired(version, self._floor)
         for entry in self._history:
             if entry.version <= version or entry.kind is not kind:
                 continue
@@ -251,12 +310,8 @@ class Store:
     def _generated(self, kind: Kind, namespace: str, metadata: Json) -> str:
         base = metadata.get("generateName")
         if not base:
-            raise ApiError(
-                422,
-                "Invalid",
-                "metadata.name: Required value: name or generateName is required",
-                (("metadata.name", "Required value"),),
-            )
+            why = "Required value: name or generateName is required"
+            raise invalid(kind, "", (("metadata.name", why),))
         while True:
             suffix = "".join(self._random.choices(SUFFIX_ALPHABET, k=5))
             name = f"{base[:GENERATED_BASE_MAX]}{suffix}"

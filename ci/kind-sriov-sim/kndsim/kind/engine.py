@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 ENGINES = ("docker", "podman")
@@ -33,9 +34,10 @@ class Engine:
     command: str
 
     @property
-    def kind(self) -> str:
-        """What kind calls it."""
-        return "podman" if "podman" in os.path.basename(self.command) else "docker"
+    def for_kind(self) -> dict[str, str]:
+        """Environment that makes every command of kind use this engine: kind itself would prefer docker."""
+        name = "podman" if "podman" in os.path.basename(self.command) else "docker"
+        return {"KIND_EXPERIMENTAL_PROVIDER": name}
 
     def ask(self, *argv: str) -> str:
         """stdout of the client; EngineFailed with what it said."""
@@ -55,6 +57,18 @@ class Engine:
         if done.returncode != 0:
             raise EngineFailed(f"`{self.command} {' '.join(argv)}` failed: {done.stderr.strip()[-500:]}")
         return done.stdout
+
+    def build(self, dockerfile: Path, context: Path, name: str, tar: Path) -> None:
+        """Build an image and save it; EngineFailed with the end of what was said."""
+        for argv in (
+            ["build", "--file", str(dockerfile), "--tag", name, str(context)],
+            ["save", "--output", str(tar), name],
+        ):
+            done = subprocess.run(
+                [self.command, *argv], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+            )
+            if done.returncode != 0:
+                raise EngineFailed(f"`{self.command} {' '.join(argv)}` failed: {done.stderr.strip()[-2000:]}")
 
     def pid(self, container: str) -> int:
         """The container's first process, as this machine counts; EngineFailed if it is not running."""

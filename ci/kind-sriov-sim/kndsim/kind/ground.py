@@ -18,12 +18,15 @@ from kndsim.kind.namespaces import (
     Nodes,
     add_bridge,
     add_veth,
+    drop_altname,
     find,
     move,
+    set_up,
 )
 from kndsim.kind.plan import Given, Ground, Lent, Plan
 from kndsim.links import netns
 
+UPLINK = "mac-0"
 NO_LINK = "this kernel does not join netdevsim ports (it does from 6.9 on): they carry no traffic"
 
 
@@ -90,13 +93,15 @@ def _veths(plan: Plan, nodes: Nodes) -> Iterator[list[Given]]:
     with netns() as wire:
         bridge = add_bridge("wire", wire.path)
         for number, node in enumerate(plan.nodes):
-            for index in range(plan.veths):
-                home = Home(node, f"net-{index}")
+            for name in [*(f"net-{index}" for index in range(plan.veths)), UPLINK]:
                 try:
-                    add_veth(f"far-{number}-{index}", wire.path, home.name, nodes.path(node), bridge)
+                    path = nodes.path(node)
+                    add_veth(f"n{number}-{name}", wire.path, name, path, bridge)
+                    if name == UPLINK:
+                        set_up(name, path)
                 except (CannotMove, NodeAway) as error:
-                    raise CannotGive(f"{node} does not get {home.name}: {error}") from error
-                given.append(Given(home, "veth", None))
+                    raise CannotGive(f"{node} does not get {name}: {error}") from error
+                given.append(Given(Home(node, name), "uplink" if name == UPLINK else "veth", None))
         yield given
 
 
@@ -113,4 +118,6 @@ def _lent(nodes: Nodes, lent: Lent) -> Iterator[Given]:
             path = nodes.path(lent.home.node)
             link = find(lent.id, path)
             if link is not None:
+                # udev, which saw it between two users, may have kept its name as another name of it.
+                drop_altname(link.ifindex, before.name, path)
                 move(link.ifindex, FIRST, before.name, source=path)

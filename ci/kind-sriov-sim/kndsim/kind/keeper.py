@@ -25,7 +25,7 @@ from kndsim.kind.ground import made
 from kndsim.kind.model import strays
 from kndsim.kind.namespaces import FIRST, CannotMove, NodeAway, Nodes, links, move
 from kndsim.kind.netdevsim import Register
-from kndsim.kind.plan import Given, Ground, Plan, read_plan, write_ground
+from kndsim.kind.plan import Given, Ground, Plan, read_plan, write_ground, write_whole
 
 PLAN, GROUND, REGISTER, PID, LOG = "plan.json", "ground.json", "netdevsim", "keeper.pid", "keeper.log"
 """Files in a cluster's folder."""
@@ -44,8 +44,19 @@ def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
+def born(pid: int) -> str:
+    """When a process was started, in the kernel's ticks, by which it is told from a later one of the same
+    number; "" if it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    return "" if fields[0] == "Z" else fields[19]
+
+
 def keep(folder: Path) -> None:
     """Make what folder's plan says, say so in its ground file, and hand back until SIGTERM or SIGINT."""
+    write_whole(folder / PID, f"{os.getpid()} {born(os.getpid())}")
     plan = read_plan(folder / PLAN)
     nodes = Nodes(plan.nodes, Engine(plan.engine) if plan.engine else None)
     with (
@@ -73,9 +84,7 @@ def _serve(plan: Plan, ground: Ground, nodes: Nodes, events: socket.socket, stop
 
     while True:
         failed = hand_back(ground, nodes, complain)
-        if plan.rdma:
-            failed += soft_roce(ground, nodes, complain)
-        if not failed:
+        if not failed and (not plan.rdma or not soft_roce(ground, nodes, complain)):
             said.clear()
         patience = _AGAIN_SECONDS if failed else _RDMA_SECONDS if plan.rdma else None
         ready, _, _ = select.select([events.fileno(), stop], [], [], patience)
@@ -105,18 +114,25 @@ def soft_roce(ground: Ground, nodes: Nodes, complain: Complain) -> int:
     """A soft RoCE device for each device that is at home and has none, since one is lost with every move;
     how many could not be made."""
     failed = 0
+    try:
+        there = _rdma_links()
+    except RdmaFailed as error:
+        complain(f"the soft RoCE devices cannot be listed: {error}")
+        return 1
     for number, given in enumerate(ground.devices):
         name, what = f"kndrxe{number}", f"{given.home.name} of {given.home.node}"
+        if name in there or given.kind in ("netdevsim-pf", "uplink"):
+            continue
         try:
             path = nodes.path(given.home.node)
-            if given.kind == "netdevsim-pf" or name in _rdma_links() or not _is_home(given, path):
-                continue
-            _rdma("link", "add", name, "type", "rxe", "netdev", given.home.name, where=path)
-        except (NodeAway, RdmaFailed) as error:
+            if _is_home(given, path):
+                _rdma("link", "add", name, "type", "rxe", "netdev", given.home.name, where=path)
+                say(f"{what} has the soft RoCE device {name}")
+        except NodeAway:
+            continue
+        except RdmaFailed as error:
             failed += 1
             complain(f"{what} has no soft RoCE device: {error}")
-        else:
-            say(f"{what} has the soft RoCE device {name}")
     return failed
 
 

@@ -43,7 +43,7 @@ class Plan:
     vfs: int = 0
     """netdevsim VFs of each node. They carry no traffic."""
     veths: int = 0
-    """veths of each node, whose far ends are joined by one bridge."""
+    """veths of each node, whose far ends are joined by one bridge; with them one more to put macvlans on."""
     lent: Sequence[Lent] = ()
     rdma: bool = False
     """A soft RoCE device on each device that is at home in its node."""
@@ -53,7 +53,8 @@ class Plan:
 class Given:
     """A device that a node has.
 
-    kind: "netdevsim-port", "netdevsim-pf" (which has the VFs), "netdevsim-vf", "veth" or "lent".
+    kind: "netdevsim-port", "netdevsim-pf" (which has the VFs), "netdevsim-vf", "veth",
+    "uplink" (a veth that is up) or "lent".
     """
 
     home: Home
@@ -104,8 +105,13 @@ def read_ground(path: Path) -> Ground:
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:
+    write_whole(path, json.dumps(value, indent=1))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """All of it or nothing, for whoever looks."""
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1))
+    part.write_text(text)
     os.replace(part, path)
 
 
