@@ -163,7 +163,7 @@ def test_a_plan_is_the_record_it_is_made_for(which: Preparation) -> None:
 
 @pytest.mark.parametrize("made", OUTWARD)
 def test_every_step_asks_for_some_time_and_all_of_an_attach_fit_into_a_hook(made: Plan) -> None:
-    """A prepare has kubelet's tens of seconds, and asks a PF's firmware for nothing but what the claim does."""
+    """A prepare has kubelet's tens of seconds, and asks nothing of a PF unless the claim does."""
     assert all(step.budget > 0 for step in made.steps)
     assert sum(step.budget for step in made.steps if step.act is not Act.SET_VF) < 0.5
 

@@ -1,4 +1,4 @@
-"""What a claim asks of a VF is set on its PF whole or not at all, and nothing of it stays for the next one."""
+"""What a claim asks of a VF is set on its PF whole or not at all, and nothing of it stays behind."""
 
 from __future__ import annotations
 
