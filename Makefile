@@ -19,7 +19,7 @@ export WHEELHOUSE
 .PHONY: help setup test demo bench check generate lock wheelhouse clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name text; do \
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name text; do \
 		printf '  make %-12s %s\n' "$$name" "$$text"; done
 
 setup:
@@ -35,10 +35,22 @@ demo: setup ## the real agent against a simulated node: a pod gets a NIC and giv
 bench: setup ## the budgets, measured: prints ratios, fails on none (`-o json`, `--only NAME`)
 	@PYTHONPATH=.:$(SIM) $(BIN)/python -m tests.bench $(BENCH_ARGS)
 
-.PHONY: kind-up kind-test kind-down
+.PHONY: test-vm test-e2e kind-up kind-test kind-down
+
+GO := command -v go >/dev/null || deploy/install-packages.sh deploy/debian-packages-go.txt
+
+test-vm: setup ## tests in emulated nodes with SR-IOV, on kernels of their own (the first run builds an image)
+	@deploy/install-packages.sh deploy/debian-packages-vm.txt
+	@$(BIN)/pytest tests/vm $(PYTEST_ARGS)
+
+test-e2e: setup ## the agents in a real cluster on this machine (the first run builds Kubernetes)
+	@deploy/install-packages.sh deploy/debian-packages-e2e.txt deploy/debian-packages-vm.txt
+	@$(GO)
+	@$(BIN)/pytest tests/e2e $(PYTEST_ARGS)
 
 kind-up: setup ## a cluster of docker's or podman's by kind, with simulated NICs and the agents (as root)
 	@deploy/install-packages.sh deploy/debian-packages-kind.txt
+	@$(GO)
 	@PYTHONPATH=$(SIM) $(BIN)/python -m kndsim.kind up $(KIND_ARGS)
 
 kind-test: setup ## the end-to-end suite on the cluster of kind-up

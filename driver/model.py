@@ -9,9 +9,9 @@ from __future__ import annotations
 import enum
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple, NewType
+from typing import Any, NamedTuple, NewType
 
 from bpf.layout import Slot
 from hw.model import (
@@ -25,6 +25,9 @@ from hw.model import (
     NetnsCookie,
     PciAddress,
     PciIdentity,
+    VfLinkState,
+    VfSettings,
+    VfVlan,
 )
 
 ClaimUid = NewType("ClaimUid", str)
@@ -131,9 +134,15 @@ class VfDriver(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VfConfig:
-    """Section `vf`."""
+    """Section `vf`. None: as it is. Rates in Mb/s, 0 for none."""
 
     driver: VfDriver = VfDriver.KERNEL
+    vlan: VfVlan | None = None
+    spoof_check: bool | None = None
+    trust: bool | None = None
+    link_state: VfLinkState | None = None
+    min_rate: int | None = None
+    max_rate: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +156,32 @@ class NicConfig:
     def by_file(self) -> bool:
         """The pod gets device files and no netdev: nothing is moved, renamed or counted by BPF."""
         return self.vf.driver is VfDriver.VFIO
+
+    def on_pf(self) -> Mapping[str, object]:
+        """What is asked of a VF that its PF must set, by the names of VfSettings."""
+        vf = self.vf
+        wishes = {
+            "vlan": vf.vlan,
+            "mac": self.interface.hardware_address,
+            "min_rate": vf.min_rate,
+            "max_rate": vf.max_rate,
+            "spoof_check": vf.spoof_check,
+            "trust": vf.trust,
+            "link_state": vf.link_state,
+        }
+        return {name: value for name, value in wishes.items() if value is not None}
+
+
+VF_FIELDS: Mapping[str, str] = {
+    "vlan": "vf.vlan",
+    "mac": "interface.hardwareAddress",
+    "min_rate": "vf.minRate",
+    "max_rate": "vf.maxRate",
+    "spoof_check": "vf.spoofCheck",
+    "trust": "vf.trust",
+    "link_state": "vf.linkState",
+}
+"""Of VfSettings, as users write them."""
 
 
 # --- devices ----------------------------------------------------------------------------------------
@@ -177,6 +212,9 @@ class Device:
     """What its driver takes; None: no bound is known."""
     driver: str | None = None
     """Of a PCI function; None for others, and where none is bound."""
+    vf: VfSettings | None = None
+    pf_mtu: int | None = None
+    """Of a VF whose PF is here, where it was looked at for a claim: a scan does not ask for it."""
 
 
 class TaintEffect(enum.StrEnum):
@@ -248,6 +286,8 @@ class Preparation:
     generation: int
     home_driver: str = ""
     """The kernel's driver that it had when it was prepared, and goes back to; "" for what is not PCI."""
+    vf_baseline: VfSettings | None = None
+    """What its PF held of it; None for what is no VF, and where there is no PF to be seen."""
 
     @property
     def by_file(self) -> bool:
@@ -267,6 +307,19 @@ class Preparation:
     @property
     def pci_address(self) -> PciAddress | None:
         return self.identity.address if isinstance(self.identity, PciIdentity) else None
+
+    @property
+    def vf_wanted(self) -> VfSettings | None:
+        """What its PF is to hold of it while it is prepared; None where nothing of that is asked for."""
+        asked: Mapping[str, Any] = self.config.on_pf()
+        if self.vf_baseline is None or not asked:
+            return None
+        return replace(self.vf_baseline, **asked)
+
+    @property
+    def can_be_probed(self) -> bool:
+        """Whether its driver can be had to start anew with it: a VF whose driver is on record."""
+        return self.kind is DeviceKind.VF and self.pci_address is not None and bool(self.home_driver)
 
     @property
     def mac(self) -> MacAddress | None:
@@ -294,12 +347,14 @@ class PreparedDevice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sandbox:
-    """A pod sandbox as the runtime describes it. netns_path is None where none was given."""
+    """A pod sandbox as the runtime describes it. netns_path is None where none was given. static: its pod is
+    kubelet's own, from a file, and can name no claim."""
 
     id: SandboxId
     pod: PodRef
     netns_path: Path | None
     pid: int = 0
+    static: bool = False
 
 
 class AttachmentState(enum.StrEnum):

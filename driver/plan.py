@@ -31,6 +31,10 @@ class Act(enum.StrEnum):
     TIDY = "put-in-order"
     RESTORE = "restore-baseline"
     VERIFY = "verify-clean"
+    SET_VF = "set-on-pf"
+    RESTORE_VF = "restore-on-pf"
+    VERIFY_VF = "verify-on-pf"
+    UNBIND = "take-from-driver"
     TO_VFIO = "bind-to-vfio"
     TO_KERNEL = "bind-to-kernel"
     VERIFY_VFIO = "verify-vfio"
@@ -64,12 +68,19 @@ _MOVE_BUDGET = 0.12
 # Unbinding waits for the driver to let go, and binding for its probe: a second each on a busy node.
 _BIND_BUDGET = 5.0
 
+# A PF's firmware may take its time; and for an address the VF's driver may have to begin anew.
+_PF_BUDGET = 3.0
+
 _HOMEWARD = (Act.DOWN, Act.STRIP, Act.MOVE_HOME, Act.RESTORE)
 
 
 def prepare(preparation: Preparation, hook: Hook) -> Plan:
     """Everything slow that needs no pod. clsact filters die in a move, so only tcx is armed here."""
     steps = [Step(act=Act.TIDY, budget=0.1)]
+    if preparation.vf_wanted is not None:
+        probes = preparation.can_be_probed and preparation.config.interface.hardware_address is not None
+        budget = _PF_BUDGET + (_BIND_BUDGET if probes else 0.0)
+        steps.append(Step(act=Act.SET_VF, undo=(Act.RESTORE_VF, Act.RESTORE), budget=budget))
     if preparation.by_file:
         steps.append(Step(act=Act.TO_VFIO, undo=(Act.TO_KERNEL, Act.RESTORE), budget=_BIND_BUDGET))
     elif hook is Hook.TCX:
@@ -79,28 +90,42 @@ def prepare(preparation: Preparation, hook: Hook) -> Plan:
     )
 
 
-def unprepare(preparation: Preparation) -> Plan:
-    """After the last detach. No undo: it goes forward until the device is clean or quarantined."""
+def unprepare(preparation: Preparation, *, reset: bool = False) -> Plan:
+    """After the last detach. No undo: it goes forward until the device is clean or quarantined.
+
+    reset: a VF's driver begins anew with it. Its PF's settings are changed while no driver has it: whoever
+    had it can see nothing of the host's VLAN, and the driver starts with the address that it is to have.
+    """
+    probes = preparation.by_file or (reset and preparation.can_be_probed)
+    on_pf = preparation.vf_baseline is not None
+    acts = [
+        *(() if preparation.by_file else (Act.DISARM,)),
+        *((Act.UNBIND,) if probes else ()),
+        *((Act.RESTORE_VF,) if on_pf else ()),
+        *((Act.TO_KERNEL,) if probes else ()),
+        Act.RESTORE,
+        *((Act.VERIFY_VF,) if on_pf else ()),
+        Act.VERIFY,
+    ]
     return Plan(
         owner=preparation_owner(preparation.key),
         generation=preparation.generation,
         homeward=True,
-        steps=(
-            Step(act=Act.TO_KERNEL if preparation.by_file else Act.DISARM),
-            Step(act=Act.RESTORE),
-            Step(act=Act.VERIFY),
-        ),
+        steps=tuple(Step(act=act) for act in acts),
     )
 
 
 def tidy(preparation: Preparation) -> Plan:
-    """Make a device that is in no pod ready for the next one again and see whether it is."""
-    by_file = (Step(act=Act.TO_VFIO), Step(act=Act.VERIFY_VFIO))
+    """Make a device that is in no pod ready for the next one again and see whether it is. What its PF was
+    told for it may be gone: a reboot makes VFs anew."""
+    set_vf = (Step(act=Act.SET_VF),) if preparation.vf_wanted is not None else ()
+    by_file = (*set_vf, Step(act=Act.TO_VFIO), Step(act=Act.VERIFY_VFIO))
+    netdev = (Step(act=Act.RESTORE), *set_vf, Step(act=Act.VERIFY))
     return Plan(
         owner=preparation_owner(preparation.key),
         generation=preparation.generation,
         homeward=True,
-        steps=by_file if preparation.by_file else (Step(act=Act.RESTORE), Step(act=Act.VERIFY)),
+        steps=by_file if preparation.by_file else netdev,
     )
 
 

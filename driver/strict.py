@@ -253,12 +253,14 @@ class Key(Generic[T]):
     """Annotation that makes a dataclass field a key of the document: `Annotated[int, Key("mtu", ...)]`.
 
     A field without a default is required. guarded: it could hurt others; who reads the document decides.
+    harmless: values of a guarded field that hurt nobody.
     """
 
     name: str
     kind: Kind[T]
     doc: str
     guarded: bool = False
+    harmless: tuple[T, ...] = ()
 
 
 def keys_of(cls: Callable[..., object]) -> Mapping[str, Key[Any]]:

@@ -315,3 +315,51 @@ class LinkSettings:
             broadcast=link.broadcast,
             link_mode=link.link_mode,
         )
+
+
+# --- a VF, as its PF sees it --------------------------------------------------------------------------
+
+
+class VlanProtocol(enum.StrEnum):
+    """Which tag a VF's frames get on the wire."""
+
+    CUSTOMER = "802.1q"
+    SERVICE = "802.1ad"
+
+
+class VfLinkState(enum.StrEnum):
+    """What a VF is told of its carrier: the port's, or always one."""
+
+    AUTO = "auto"
+    ENABLE = "enable"
+    DISABLE = "disable"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VfVlan:
+    """The VLAN that a PF puts all of a VF's traffic into. id 0: none, and its frames go out as they are."""
+
+    id: int = 0
+    qos: int = 0
+    protocol: VlanProtocol = VlanProtocol.CUSTOMER
+
+    def __str__(self) -> str:
+        return f"{self.id} qos {self.qos} ({self.protocol})" if self.id else "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VfSettings:
+    """What a PF holds of one of its VFs, and no tenant of the VF can change, but for the MAC address, where
+    the VF is trusted or none was given. Rates in Mb/s, 0 for none. None: its driver does not tell.
+
+    mac: the address that the VF was given on the PF, or, with drivers that do not keep the two apart (igb,
+    i40e, ice), the one it chose itself; None if neither.
+    """
+
+    mac: MacAddress | None = None
+    vlan: VfVlan | None = None
+    min_rate: int | None = None
+    max_rate: int | None = None
+    spoof_check: bool | None = None
+    trust: bool | None = None
+    link_state: VfLinkState | None = None

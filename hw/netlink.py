@@ -24,9 +24,19 @@ from pyroute2.netlink.rtnl.tcmsg import tcmsg
 from hw import wire
 from hw.errors import NotFound, Refused, Unsupported
 from hw.links import NO_FLAGS
-from hw.model import Direction, IfIndex, IfName, InterfaceAddress, LinkFlags, LinkInfo, MacAddress
+from hw.model import (
+    Direction,
+    IfIndex,
+    IfName,
+    InterfaceAddress,
+    LinkFlags,
+    LinkInfo,
+    MacAddress,
+    VfSettings,
+)
 from hw.netns import NetnsHandle
 from hw.transport import DEFAULT_TIMEOUT, Encode, Transport, header, open_netlink
+from hw.vf import VfValue, vf_request, vf_settings
 from hw.wire import BpfFilter
 
 _RTM_DELLINK = 17
@@ -108,12 +118,19 @@ class LinkSocket:
             return None
         return wire.link(answer[0]) if answer else None
 
-    def vf_mac(self, pf: IfIndex, vf: int) -> MacAddress | None:
-        """The address that was given to a VF on its PF, which the VF cannot change; None if it was given
-        none. Asks the hardware for all VFs of the PF: not for where time matters."""
+    def vf_settings(self, pf: IfIndex, vf: int) -> VfSettings | None:
+        """What a PF holds of one of its VFs; None if it does not tell. Asks the hardware for all VFs of the
+        PF: not for where time matters."""
         encode = _get_link(pf, _RTEXT_FILTER_VF | _RTEXT_FILTER_SKIP_STATS)
         answer = self._transport.get(self._what("read the VFs of", pf), encode)
-        return wire.vf_macs(answer[0]).get(vf) if answer else None
+        return vf_settings(answer[0]).get(vf) if answer else None
+
+    def set_vf(self, pf: IfIndex, vf: int, setting: str, value: VfValue) -> None:
+        """Have a PF set one thing of one of its VFs, as hw.vf.vf_request names it. Drivers may do it later
+        than they answer (the address, above all): read it back. Unsupported where the driver cannot."""
+        fields = struct.pack("=BxHiII", 0, 0, pf, 0, 0)
+        encode = _packed(_RTM_SETLINK, fields + vf_request(vf, setting, value))
+        self._transport.change(self._what(f"set {setting} of VF {vf} on", pf), encode)
 
     def addresses(self, ifindex: IfIndex) -> tuple[InterfaceAddress, ...]:
         """IPv4 and IPv6 addresses of a link, link-local ones included."""
@@ -243,10 +260,17 @@ class LinkSocket:
             self._transport.change(self._what("delete", ifindex), _link(_RTM_DELLINK, ifindex, []))
 
     def add_altnames(self, ifindex: IfIndex, names: Sequence[str]) -> None:
-        """Give a link more names. Refused with EEXIST if one is taken."""
-        self._altnames(
-            _RTM_NEWLINKPROP, transport_flags=_NLM_F_CREATE | _NLM_F_EXCL, ifindex=ifindex, names=names
-        )
+        """Give a link more names; ones it has already are no error: udev gives some as well. Refused with
+        EEXIST if another link has one."""
+        try:
+            self._altnames(
+                _RTM_NEWLINKPROP, transport_flags=_NLM_F_CREATE | _NLM_F_EXCL, ifindex=ifindex, names=names
+            )
+        except Refused as error:
+            missing = [name for name in names if not self._has_altname(ifindex, name)]
+            if error.errno != errno.EEXIST or len(missing) == len(names):
+                raise
+            self.add_altnames(ifindex, missing)
 
     def remove_altnames(self, ifindex: IfIndex, names: Sequence[str]) -> None:
         """Take names, as read, from a link; ones it does not have are no error."""

@@ -20,9 +20,11 @@ from hw.model import (
     DeviceKind,
     EswitchMode,
     HwDevice,
+    Identity,
     IfIndex,
     InterfaceAddress,
     LinkInfo,
+    NetdevsimIdentity,
     PciAddress,
     PciIdentity,
     RdmaFacts,
@@ -130,6 +132,23 @@ def _is_software(link: LinkInfo) -> bool:
 def is_representor(link: LinkInfo) -> bool:
     """Whether it is a switch's end of a function, not the function's own netdev."""
     return link.phys_switch_id is not None and bool(_REPRESENTOR.fullmatch(link.phys_port_name or ""))
+
+
+def pf_link(identity: Identity, links: Iterable[LinkInfo]) -> LinkInfo | None:
+    """The netdev on which a VF's settings are made, among the host's links; None if it is no VF, or its PF
+    is not there (in a virtual machine it never is)."""
+    if isinstance(identity, SoftwareIdentity) or identity.vf_index is None:
+        return None
+    bus, parent = "pci", str(identity.pf) if isinstance(identity, PciIdentity) else ""
+    if isinstance(identity, NetdevsimIdentity):
+        bus, parent = "netdevsim", f"netdevsim{identity.bus_id}"
+    found = (
+        link
+        for link in links
+        if (link.parent_bus, link.parent_device) == (bus, parent)
+        and not (is_representor(link) or link.is_stacked)
+    )
+    return min(found, key=lambda link: link.ifindex, default=None)
 
 
 def _unreadable(address: PciAddress, reason: str) -> HwDevice:

@@ -237,18 +237,6 @@ def link(payload: bytes) -> LinkInfo:
     )
 
 
-def vf_macs(payload: bytes) -> dict[int, MacAddress | None]:
-    """The addresses a PF's RTM_NEWLINK says were given to its VFs, by VF index; None: that VF was given
-    none. Empty where the list was not asked for or the link has no VFs."""
-    found: dict[int, MacAddress | None] = {}
-    for kind, entry in attribute_list(attributes(payload, _LINK.size).get(22, b"")):
-        mac = attributes(entry).get(1, b"") if kind == 1 else b""
-        if len(mac) >= 10:
-            # struct ifla_vf_mac: the number, then room for 32 bytes, of which Ethernet has six.
-            found[struct.unpack_from("=I", mac)[0]] = _mac(mac[4:10])
-    return found
-
-
 def address(payload: bytes) -> tuple[IfIndex, InterfaceAddress] | None:
     """An RTM_NEWADDR; None for families other than IPv4 and IPv6."""
     if len(payload) < _ADDRESS.size:

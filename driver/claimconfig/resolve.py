@@ -16,6 +16,7 @@ from driver.claimconfig.sections import (
     FIELD_PATH,
     FIELDS,
     GUARDED_FIELDS,
+    HARMLESS,
     KERNEL_BOUNDS,
     MTU_FIELD,
     RESERVED_NAMES,
@@ -69,8 +70,11 @@ class ClaimLimits:
         if both:
             raise ValueError(f"{', '.join(both)} is both allowed and denied")
 
-    def settable(self, field: FieldPath) -> bool:
-        return field not in self.deny and (field not in GUARDED_FIELDS or field in self.allow)
+    def settable(self, field: FieldPath, value: object) -> bool:
+        if field in self.deny:
+            return False
+        harmless = field not in GUARDED_FIELDS or value in HARMLESS.get(field, ())
+        return harmless or field in self.allow
 
 
 DEFAULT_LIMITS = ClaimLimits()
@@ -105,6 +109,7 @@ def resolve(device: AllocatedDevice, configs: Sequence[OpaqueConfig], limits: Cl
         if (mtu := given.get(MTU_FIELD)) is not None and mtu != by_class.get(MTU_FIELD):
             problems.extend(_out_of_bounds(cast(int, mtu), bounds))
         values |= given
+    problems.extend(_rates_at_odds(values))
     if problems:
         # An entry that names several requests may come once per request.
         raise ConfigError(tuple(dict.fromkeys(problems)))
@@ -151,8 +156,15 @@ def _overreach(
             continue
         if field in fixed:
             yield FieldProblem(field, "is fixed by the DeviceClass and cannot be set by a claim")
-        elif not limits.settable(field):
+        elif not limits.settable(field, value):
             yield FieldProblem(field, "cannot be set by a claim on this node (node policy, claims)")
+
+
+def _rates_at_odds(values: Mapping[FieldPath, object]) -> Iterator[FieldProblem]:
+    """Class and claim may each be right and not fit together."""
+    least, most = (cast(int, values.get(FieldPath(f"vf.{name}")) or 0) for name in ("minRate", "maxRate"))
+    if most and least > most:
+        yield FieldProblem("vf.minRate", f"is {least}M, above vf.maxRate, which is {most}M")
 
 
 def build(values: Mapping[FieldPath, object]) -> NicConfig:
@@ -166,7 +178,15 @@ def build(values: Mapping[FieldPath, object]) -> NicConfig:
             hardware_address=interface.hardware_address,
             addresses=interface.addresses or (),
         ),
-        vf=VfConfig(driver=vf.driver or VfDriver.KERNEL),
+        vf=VfConfig(
+            driver=vf.driver or VfDriver.KERNEL,
+            vlan=vf.vlan,
+            spoof_check=vf.spoof_check,
+            trust=vf.trust,
+            link_state=vf.link_state,
+            min_rate=vf.min_rate,
+            max_rate=vf.max_rate,
+        ),
     )
 
 

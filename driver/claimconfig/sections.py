@@ -20,6 +20,9 @@ from driver.strict import (
     Node,
     Problem,
     Problems,
+    boolean,
+    choice,
+    converted,
     integer,
     keys_of,
     listing,
@@ -28,7 +31,16 @@ from driver.strict import (
     shown,
     text,
 )
-from hw.model import IfName, InterfaceAddress, MacAddress, check_ifname, parse_mac
+from hw.model import (
+    IfName,
+    InterfaceAddress,
+    MacAddress,
+    VfLinkState,
+    VfVlan,
+    VlanProtocol,
+    check_ifname,
+    parse_mac,
+)
 
 API_VERSION = "knd.internal/v1alpha1"
 KIND = "NetworkDeviceConfig"
@@ -129,6 +141,48 @@ class InterfaceSection:
 
 
 VF_DRIVER: Kind[VfDriver] = text(VfDriver, {"enum": [each.value for each in VfDriver]})
+MAX_VLAN = 4094
+MAX_RATE = 10_000_000
+"""In Mb/s: 10 Tb/s."""
+_RATE_UNITS = {"M": 1, "G": 1_000, "T": 1_000_000}
+
+
+def _rate(value: str) -> int:
+    if value == "0":
+        return 0
+    match = re.fullmatch(r"([1-9][0-9]{0,7})([MGT])", value)
+    if match is None:
+        raise ValueError(f"{shown(value)} is not a rate like 500M or 25G, in bits per second, nor 0 for none")
+    rate = int(match[1]) * _RATE_UNITS[match[2]]
+    if rate > MAX_RATE:
+        raise ValueError(f"{shown(value)} is above {MAX_RATE // _RATE_UNITS['T']}T")
+    return rate
+
+
+RATE: Kind[int] = text(
+    _rate, {"pattern": "^(0|[1-9][0-9]{0,6}M|10000000M|[1-9][0-9]{0,3}G|10000G|[1-9]T|10T)$"}
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VlanSection:
+    """Taken whole: an id with another document's priority would be nobody's wish."""
+
+    id: Annotated[int, Key("id", integer(0, MAX_VLAN), "1 to 4094; 0: none.")]
+    qos: Annotated[int, Key("qos", integer(0, 7), "Priority in the tag.")] = 0
+    protocol: Annotated[
+        VlanProtocol, Key("protocol", choice(VlanProtocol), "The tag; 802.1ad is what providers use.")
+    ] = VlanProtocol.CUSTOMER
+
+    def __post_init__(self) -> None:
+        if not self.id and (self.qos or self.protocol is not VlanProtocol.CUSTOMER):
+            raise ValueError("has a qos or protocol, and id 0 means no VLAN at all")
+
+    def value(self) -> VfVlan:
+        return VfVlan(id=self.id, qos=self.qos, protocol=self.protocol)
+
+
+VLAN: Kind[VfVlan] = converted(record(VlanSection), VlanSection.value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +196,60 @@ class VfSection:
             "itself, as virtual machines and DPDK do. From a claim only where the node policy allows it.",
             guarded=True,
         ),
+    ] = None
+    vlan: Annotated[
+        VfVlan | None,
+        Key(
+            "vlan",
+            VLAN,
+            "The VLAN that the PF puts all of its traffic into; the pod sees no tag. From a claim only where "
+            "the node policy allows it: whoever chooses a VLAN chooses whom to reach.",
+            guarded=True,
+        ),
+    ] = None
+    spoof_check: Annotated[
+        bool | None,
+        Key(
+            "spoofCheck",
+            boolean(),
+            "Frames with another sender's address than the VF's own are dropped. false from a claim only "
+            "where the node policy allows it.",
+            guarded=True,
+            harmless=(True,),
+        ),
+    ] = None
+    trust: Annotated[
+        bool | None,
+        Key(
+            "trust",
+            boolean(),
+            "The VF may change its address and see others' traffic. true from a claim only where the node "
+            "policy allows it.",
+            guarded=True,
+            harmless=(False,),
+        ),
+    ] = None
+    link_state: Annotated[
+        VfLinkState | None,
+        Key(
+            "linkState",
+            choice(VfLinkState),
+            "auto: its carrier is the port's. enable, disable: it always has one, never has one.",
+        ),
+    ] = None
+    min_rate: Annotated[
+        int | None,
+        Key(
+            "minRate",
+            RATE,
+            "Bits per second that it can always send, like 2G; 0: none. From a claim only where the node "
+            "policy allows it: it is taken from the other VFs.",
+            guarded=True,
+            harmless=(0,),
+        ),
+    ] = None
+    max_rate: Annotated[
+        int | None, Key("maxRate", RATE, "Bits per second that it can send at most, like 500M; 0: no limit.")
     ] = None
 
 
@@ -159,7 +267,6 @@ _INTERFACE_LATER = frozenset(
         "disableEbpfPrograms",
     }
 )
-_VF_LATER = frozenset({"vlan", "spoofCheck", "trust", "linkState", "minRate", "maxRate"})
 _SECTIONS_LATER = frozenset({"routes", "rules", "neighbors", "ethtool", "rdma", "qos", "subinterface"})
 
 SECTIONS: Mapping[str, Mapping[str, Key[Any]]] = {
@@ -182,7 +289,13 @@ FIELDS = _declared(guarded_only=False)
 """Every field a config can set."""
 GUARDED_FIELDS = _declared(guarded_only=True)
 """Fields that could hurt others: taken from claims only where the node policy allows it."""
-
+HARMLESS: Mapping[FieldPath, tuple[object, ...]] = {
+    FieldPath(f"{section}.{key.name}"): key.harmless
+    for section, keys in SECTIONS.items()
+    for key in keys.values()
+    if key.harmless
+}
+"""Values of guarded fields that any claim may ask for."""
 
 MTU_FIELD = FieldPath("interface.mtu")
 
@@ -242,7 +355,7 @@ class Document:
     ] = None
     vf: Annotated[
         VfSection | None,
-        Key("vf", record(VfSection, later=_VF_LATER), "The virtual function as such."),
+        Key("vf", record(VfSection), "The virtual function as such."),
     ] = None
 
     def given(self) -> Mapping[FieldPath, object]:

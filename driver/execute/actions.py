@@ -18,7 +18,7 @@ from bpf.foreign import detach_foreign, foreign_programs
 from bpf.layout import Hook
 from bpf.sys import LinkId
 from driver.errors import NotNow, Refusal
-from driver.execute import vfio
+from driver.execute import probe, vf, vfio
 from driver.execute.target import NotClean, Target, Vanished
 from driver.model import Attachment, Preparation
 from driver.plan import Act
@@ -98,10 +98,14 @@ class NodeActs:
             Act.STRIP: self.strip,
             Act.MOVE_HOME: move_home,
             Act.RESTORE: self.restore,
-            Act.TIDY: _tidy,
+            Act.TIDY: self.tidy,
             Act.VERIFY: self.verify,
             Act.TO_VFIO: partial(vfio.to_vfio, sysfs=self._sysfs),
-            Act.TO_KERNEL: partial(vfio.to_kernel, sysfs=self._sysfs),
+            Act.SET_VF: self.set_vf,
+            Act.RESTORE_VF: partial(vf.restore_vf, sysfs=self._sysfs),
+            Act.VERIFY_VF: vf.verify_vf,
+            Act.UNBIND: partial(probe.release, sysfs=self._sysfs),
+            Act.TO_KERNEL: partial(probe.to_kernel, sysfs=self._sysfs),
             Act.VERIFY_VFIO: partial(vfio.verify_vfio, sysfs=self._sysfs),
         }
 
@@ -152,9 +156,57 @@ class NodeActs:
 
     def restore(self, target: Target) -> None:
         """Everything a pod could have left on the device, off; every compared field as it was."""
-        link = tidy(target)
+        link = self._put_in_order(target)
         if link is not None:
             detach_foreign(link.ifindex, own=self._own_links(target))
+
+    def tidy(self, target: Target) -> None:
+        self._put_in_order(target)
+
+    def set_vf(self, target: Target) -> None:
+        """What was probed anew has its own name and settings again."""
+        vf.set_vf(target, self._sysfs)
+        link = target.find_at_home()
+        if link is not None:
+            _restore_settings(target.home, link, target.preparation.baseline)
+
+    def _put_in_order(self, target: Target) -> LinkInfo | None:
+        """Down, and every compared field back that differs. Vanished if the device is nowhere; None if it is
+        still in its pod."""
+        link = target.find_at_home()
+        if link is None:
+            if target.find_in_pod() is None:
+                raise Vanished(f"{target.device} is neither in the host's network namespace nor in its pod's")
+            return None
+        if link.up:
+            target.home.set_down(link.ifindex)
+        _restore_settings(target.home, link, target.preparation.baseline)
+        return self._restore_mac(target, link)
+
+    def _restore_mac(self, target: Target, link: LinkInfo) -> LinkInfo:
+        """Last and alone: the kernel stops at what a driver refuses, and a VF's does not give up an address
+        that it was given on the PF, nor take up another one given there until it is probed."""
+        preparation, mac = target.preparation, target.preparation.baseline.mac
+        if mac is None or mac == link.mac:
+            return link
+        try:
+            target.home.change(link.ifindex, mac=mac)
+        except Refused as error:
+            given = target.given_mac()
+            if error.errno not in vf.KEEPS_ADDRESS or given is None:
+                raise
+            if link.mac == given:
+                log.info("%s keeps the address %s, which it was given on its PF", target.device, link.mac)
+            elif preparation.can_be_probed and self._is_unarmed(target):
+                link = probe.again(target, self._sysfs)
+                _restore_settings(target.home, link, preparation.baseline)
+            else:
+                raise
+        return link
+
+    def _is_unarmed(self, target: Target) -> bool:
+        """Programs would not outlive its netdev."""
+        return self._programs is None or not self._own_links(target)
 
     def verify(self, target: Target) -> None:
         """NotClean or Vanished unless the device is at home exactly as its baseline says; NotNow if it is
@@ -214,7 +266,7 @@ def move_in(target: Target) -> None:
             f"{other.name!a} has it: give that one another index, or the pod another device",
         ) from None
     except Refused as error:
-        if error.errno != errno.EADDRNOTAVAIL or asked in (None, link.mac):
+        if error.errno not in vf.KEEPS_ADDRESS or asked in (None, link.mac):
             raise
         raise Refusal(
             "AddressRefused",
@@ -276,25 +328,6 @@ def stand_in_name(link: LinkInfo) -> IfName:
     return IfName(f"knd{link.ifindex}")
 
 
-def tidy(target: Target) -> LinkInfo | None:
-    """Down, and every compared field back that differs. Vanished if the device is nowhere; None if it is
-    still in its pod."""
-    link = target.find_at_home()
-    if link is None:
-        if target.find_in_pod() is None:
-            raise Vanished(f"{target.device} is neither in the host's network namespace nor in its pod's")
-        return None
-    if link.up:
-        target.home.set_down(link.ifindex)
-    _restore_settings(target.home, link, target.preparation.baseline)
-    _restore_mac(target, link)
-    return link
-
-
-def _tidy(target: Target) -> None:
-    tidy(target)
-
-
 def _restore_settings(home: LinkSocket, link: LinkInfo, baseline: LinkSettings) -> None:
     strange = tuple(name for name in link.altnames if name not in baseline.altnames)
     if strange:
@@ -316,20 +349,6 @@ def _restore_settings(home: LinkSocket, link: LinkInfo, baseline: LinkSettings) 
     missing = tuple(name for name in baseline.altnames if name not in link.altnames)
     if missing:
         home.add_altnames(link.ifindex, missing)
-
-
-def _restore_mac(target: Target, link: LinkInfo) -> None:
-    """Last and alone: the kernel stops at what a driver refuses, and a VF's does not give up an address
-    that it was given on the PF."""
-    mac = target.preparation.baseline.mac
-    if mac is None or mac == link.mac:
-        return
-    try:
-        target.home.change(link.ifindex, mac=mac)
-    except Refused as error:
-        if error.errno != errno.EADDRNOTAVAIL or link.mac is None or link.mac != target.given_mac():
-            raise
-        log.info("%s keeps the address %s, which it was given on its PF", target.device, link.mac)
 
 
 def _flags(settings: LinkSettings) -> LinkFlags:

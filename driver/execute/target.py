@@ -14,6 +14,7 @@ from driver.model import Attachment, Preparation
 from hw.model import IfIndex, LinkInfo, MacAddress, PciIdentity, is_at_home
 from hw.netlink import LinkSocket
 from hw.netns import NetnsHandle
+from hw.scan import pf_link
 
 
 class Vanished(DriverError):
@@ -55,15 +56,18 @@ class Target:
                 return link
         return next((link for link in self.home.dump() if is_at_home(identity, link)), None)
 
+    def pf(self) -> LinkInfo | None:
+        """The netdev of a VF's PF; None if it is no VF, or its PF is not to be seen."""
+        return pf_link(self.preparation.identity, self.home.dump())
+
     def given_mac(self) -> MacAddress | None:
         """The address the node's admin gave a VF on its PF, which its driver takes up sooner or later and
         no tenant can change; None if there is none to be seen."""
-        identity = self.preparation.identity
-        if not isinstance(identity, PciIdentity) or identity.pf is None or identity.vf_index is None:
+        identity, pf = self.preparation.identity, self.pf()
+        if pf is None or not isinstance(identity, PciIdentity) or identity.vf_index is None:
             return None
-        pfs = (link for link in self.home.dump() if PciIdentity(identity.pf).matches(link))
-        pf = min(pfs, key=lambda link: link.ifindex, default=None)
-        return self.home.vf_mac(pf.ifindex, identity.vf_index) if pf is not None else None
+        told = self.home.vf_settings(pf.ifindex, identity.vf_index)
+        return told.mac if told is not None else None
 
     def find_in_pod(self) -> LinkInfo | None:
         if self.pod is None:

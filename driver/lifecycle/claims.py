@@ -26,6 +26,7 @@ from driver.lifecycle.ports import ClaimFailed
 from driver.lifecycle.projections import Projections
 from driver.lifecycle.workers import KeyedLocks
 from driver.model import (
+    VF_FIELDS,
     AllocatedDevice,
     Claim,
     ClaimRef,
@@ -40,6 +41,8 @@ from driver.model import (
     PreparationState,
     PreparedDevice,
 )
+from driver.plan import Act
+from driver.policy import ResetPolicy
 from hw.model import DeviceKind, IfName, LinkSettings
 
 log = logging.getLogger(__name__)
@@ -74,6 +77,7 @@ class Claims:
         self._gate = gate
         self._locks: KeyedLocks[ClaimUid] = KeyedLocks()
         self._coming: dict[ClaimUid, Coming] = {}
+        self._reset: set[PreparationKey] = set()
 
     async def prepare(
         self, claims: Sequence[ClaimRef], deadline: float
@@ -194,8 +198,9 @@ class Claims:
         token.check(0.0)
         look = context.devices.as_it_is
         wanted = [(allocated, look(device), config) for allocated, device, config in wanted]
-        for _, device, _ in wanted:
+        for _, device, config in wanted:
             self._check_free(device, claim.ref)
+            _check_pf(device, config)
         opened = context.book.open_preparations([_new(claim, *each) for each in wanted])
         try:
             for preparation in opened:
@@ -204,7 +209,7 @@ class Claims:
                     context.engine.run(plan.prepare(preparation, context.hook), target, token)
             return context.book.advance_preparations(opened, PreparationState.PREPARED)
         except EXPECTED as error:
-            self.finish(opened)
+            self.finish(opened, reset=False)
             if isinstance(error, DriverError):
                 raise
             raise NotNow(str(error)) from error
@@ -228,24 +233,32 @@ class Claims:
         if device.ifindex is None or device.settings is None:
             raise NotNow(f"{device.name} is not in the host's network namespace now")
 
-    def _take_back(self, leaving: Preparation) -> None:
+    def _take_back(self, leaving: Preparation, *, reset: bool) -> None:
         """Undo a preparation that is in no pod. The record, which says what clean is, stays until the
-        device is clean or is no more; reconcile goes on with what does not work."""
+        device is clean or is no more; reconcile goes on with what does not work.
+
+        reset: a pod may have had it. A driver that began anew with it is not made to do so each time.
+        """
         context = self._context
         if self._homecoming.is_hidden(leaving):
             self._withhold(leaving, HIDDEN)
             return
+        reset = reset and leaving.key not in self._reset and context.policy().reset is ResetPolicy.REPROBE
         with open_target(leaving, None, context.host_netns, None, context.devices.hint(leaving)) as target:
-            problems = context.engine.bring_home(plan.unprepare(leaving), target)
-        if any(isinstance(problem.error, Vanished) for problem in problems):
+            problems = context.engine.bring_home(plan.unprepare(leaving, reset=reset), target)
+        errors = {problem.act: problem.error for problem in problems}
+        if reset and not errors.keys() & {Act.UNBIND, Act.TO_KERNEL}:
+            self._reset.add(leaving.key)
+        if _is_gone(errors):
             # Nothing told us of its end: the picture may be from when it was at home.
             context.devices.rescan()
         else:
             context.devices.see_home(leaving)
-            if problems:
-                self._withhold(leaving, str(problems[-1].error))
+            if errors:
+                self._withhold(leaving, _why_kept(errors))
                 return
         context.book.close_preparation(leaving)
+        self._reset.discard(leaving.key)
 
     def _withhold(self, preparation: Preparation, reason: str) -> None:
         if self._context.book.quarantine(preparation.key.device, reason, self._context.clock.wall()):
@@ -310,9 +323,9 @@ class Claims:
         for preparation in self._context.book.preparations():
             await self._context.workers.run([preparation.key.device], partial(self.finish, [preparation]))
 
-    def finish(self, preparations: Sequence[Preparation]) -> None:
+    def finish(self, preparations: Sequence[Preparation], *, reset: bool = True) -> None:
         """In a worker, holding the devices: home from every pod, programs off, and each record closed if
-        nothing of it is open.
+        nothing of it is open. reset is False where no pod can have had them.
 
         What could not be brought home stays in the book as UNPREPARING, quarantined, for reconcile.
         """
@@ -323,7 +336,7 @@ class Claims:
                 for attachment in book.attachments_of(leaving.key):
                     self._homecoming.bring_home(attachment)
                 if not book.attachments_of(leaving.key):
-                    self._take_back(leaving)
+                    self._take_back(leaving, reset=reset)
             except EXPECTED as error:
                 log.error("taking %s back: %s", leaving.key.device, error)
                 self._withhold(leaving, str(error))
@@ -337,19 +350,44 @@ class Claims:
 def _check_fits(device: Device, config: NicConfig) -> None:
     """ConfigError for what the device cannot do: the kernel would refuse it only when the pod's sandbox is
     there, and then each time again."""
-    if config.by_file:
-        _check_by_file(device, config)
-        return
+    problems = _check_vf(device, config)
     mtu = config.interface.mtu
-    if mtu is None:
-        return
-    least, most = device.min_mtu or 0, device.max_mtu
-    if mtu < least or (most is not None and mtu > most):
-        bounds = f"{least} to {most}" if most is not None else f"at least {least}"
-        raise ConfigError([FieldProblem("interface.mtu", f"{device.name} takes {bounds}, not {mtu}")])
+    if config.by_file:
+        problems += _check_by_file(device, config)
+    elif mtu is not None:
+        least, most = device.min_mtu or 0, device.max_mtu
+        if mtu < least or (most is not None and mtu > most):
+            bounds = f"{least} to {most}" if most is not None else f"at least {least}"
+            problems.append(FieldProblem("interface.mtu", f"{device.name} takes {bounds}, not {mtu}"))
+    if problems:
+        raise ConfigError(problems)
 
 
-def _check_by_file(device: Device, config: NicConfig) -> None:
+def _check_vf(device: Device, config: NicConfig) -> list[FieldProblem]:
+    """What is asked of something that is no VF."""
+    if device.kind is DeviceKind.VF:
+        return []
+    asked = (VF_FIELDS[name] for name in config.on_pf())
+    return [FieldProblem(path, f"{device.name} is no VF") for path in asked if path.startswith("vf.")]
+
+
+def _check_pf(device: Device, config: NicConfig) -> None:
+    """ConfigError for what a VF's PF would have to do and cannot."""
+    asked = [VF_FIELDS[name] for name in config.on_pf()]
+    problems = []
+    if device.vf is None:
+        absent = f"{device.name} is a VF whose PF is not to be seen here, and only there could it be set"
+        # A netdev can be given an address all the same.
+        problems = [FieldProblem(path, absent) for path in asked if path.startswith("vf.") or config.by_file]
+    mtu = config.interface.mtu
+    if mtu is not None and device.pf_mtu is not None and mtu > device.pf_mtu:
+        reason = f"{device.name} takes up to {device.pf_mtu}, the MTU of its PF, not {mtu}"
+        problems.append(FieldProblem("interface.mtu", reason))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _check_by_file(device: Device, config: NicConfig) -> list[FieldProblem]:
     problems = []
     if device.kind is not DeviceKind.VF or not device.driver:
         problems.append(FieldProblem("vf.driver", f"{device.name} is no VF with a driver to take it from"))
@@ -357,12 +395,11 @@ def _check_by_file(device: Device, config: NicConfig) -> None:
     given = {
         "name": config.interface.name,
         "mtu": config.interface.mtu,
-        "hardwareAddress": config.interface.hardware_address,
         "addresses": config.interface.addresses,
     }
-    problems += [FieldProblem(f"interface.{name}", no_interface) for name, value in given.items() if value]
-    if problems:
-        raise ConfigError(problems)
+    return problems + [
+        FieldProblem(f"interface.{name}", no_interface) for name, value in given.items() if value
+    ]
 
 
 def _named(wanted: Sequence[Wanted]) -> list[Named]:
@@ -393,7 +430,22 @@ def _new(claim: Claim, allocated: AllocatedDevice, device: Device, config: NicCo
         state=PreparationState.PREPARING,
         generation=0,
         home_driver=device.driver or "",
+        vf_baseline=device.vf,
     )
+
+
+def _is_gone(errors: Mapping[Act, Exception]) -> bool:
+    """Whether the device is no more. One that has no netdev since no driver took it is there all the same."""
+    bound = errors.get(Act.UNBIND) or errors.get(Act.TO_KERNEL)
+    found = [bound] if bound is not None else list(errors.values())
+    return any(isinstance(error, Vanished) for error in found)
+
+
+def _why_kept(errors: Mapping[Act, Exception]) -> str:
+    """What a driver did, what the looks at the device and its PF found, or else what went wrong last."""
+    telling = (Act.UNBIND, Act.TO_KERNEL, Act.VERIFY_VF, Act.VERIFY)
+    found = [errors[act] for act in telling if act in errors] or [list(errors.values())[-1]]
+    return "; ".join(dict.fromkeys(map(str, found)))
 
 
 def clean(settings: LinkSettings) -> LinkSettings:

@@ -16,6 +16,7 @@ from driver.errors import NotNow
 from driver.model import Device, DeviceName, Preparation
 from driver.policy import NodePolicy
 from hw.model import (
+    DeviceKind,
     HwDevice,
     Identity,
     IfIndex,
@@ -24,11 +25,13 @@ from hw.model import (
     PciAddress,
     PciIdentity,
     SoftwareIdentity,
+    VfSettings,
     is_at_home,
 )
 from hw.netlink import LinkSocket
-from hw.scan import scan, uplinks_of
+from hw.scan import pf_link, scan, uplinks_of
 from hw.sriov import binding
+from hw.sriov.discovery import DEVICES
 from hw.sysfs import Sysfs
 
 log = logging.getLogger(__name__)
@@ -110,19 +113,26 @@ class Devices:
 
     def see_home(self, preparation: Preparation) -> None:
         """Look again if the picture does not have the device at home and clean: it is from while a pod had
-        it, or from before it was put in order, and an offer made from it would be wrong."""
+        it, or from before it was put in order or probed anew, and an offer made from it would be wrong."""
         device = self.get(preparation.key.device)
-        if device is None or device.ifindex is None or device.settings != preparation.baseline:
+        known = device is not None and device.settings == preparation.baseline
+        if not known or not self.is_at_home(preparation):
             self.rescan()
 
+    def has_netdev(self, address: PciAddress) -> bool:
+        """Whether a function's driver has made a netdev, in whatever namespace that is."""
+        return self._sysfs.names(f"{DEVICES}/{address}/net") is not None
+
     def as_it_is(self, device: Device) -> Device:
-        """The device with the settings it has now rather than when the picture was taken: they become its
-        next baseline. Without ifindex if it is not at home; withheld if someone has taken it into use."""
+        """The device with the settings it has now, on its PF too, not those when the picture was taken: they
+        become its next baseline. Without ifindex if it is not at home; withheld if someone has taken it into
+        use."""
         with LinkSocket(None) as links:
             link = links.by_index(device.ifindex) if device.ifindex is not None else None
             if link is None or not is_at_home(device.identity, link):
                 return replace(device, ifindex=None, settings=None)
             addressed = any(not address.ip.is_link_local for address in links.addresses(link.ifindex))
+            vf, pf_mtu = _on_pf(device.identity, links) if device.kind is DeviceKind.VF else (None, None)
         # Work on it may have been waited for since: what was offered then may not be any more.
         newest = self.get(device.name)
         withheld = device.withheld or (newest.withheld if newest is not None else "")
@@ -130,7 +140,8 @@ class Devices:
             withheld = withheld or "in use by the host: it has an address"
         elif link.master is not None:
             withheld = withheld or f"in use by others: it belongs to link {link.master}"
-        return replace(device, settings=LinkSettings.of(link, kind=device.kind), withheld=withheld)
+        settings = LinkSettings.of(link, kind=device.kind)
+        return replace(device, settings=settings, withheld=withheld, vf=vf, pf_mtu=pf_mtu)
 
     def look(self, changed: frozenset[IfIndex], away: Callable[[], Mapping[DeviceName, Identity]]) -> Look:
         """What changed links mean. Most link events of a node are the CNI's veths coming and going, and
@@ -153,6 +164,14 @@ class Devices:
                 elif _matters(link, known, policy):
                     rescan = True
         return Look(rescan=rescan, returned=frozenset(returned))
+
+
+def _on_pf(identity: Identity, links: LinkSocket) -> tuple[VfSettings | None, int | None]:
+    """What its PF holds of a VF, and the PF's own MTU."""
+    pf = pf_link(identity, links.dump())
+    if pf is None or isinstance(identity, SoftwareIdentity) or identity.vf_index is None:
+        return None, None
+    return links.vf_settings(pf.ifindex, identity.vf_index), pf.mtu
 
 
 def _matters(link: LinkInfo | None, known: Device | None, policy: NodePolicy) -> bool:

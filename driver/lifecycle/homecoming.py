@@ -115,7 +115,11 @@ class Homecoming:
             pair = context.programs.state(device) if context.programs is not None else None
             return pair is not None and pair.alive
         context.devices.rescan()
-        return context.devices.get(device) is not None
+        if context.devices.get(device) is None:
+            return False
+        # Between two drivers it has no netdev that could be anywhere.
+        address = preparation.pci_address
+        return address is None or context.devices.has_netdev(address)
 
     # --- the way home --------------------------------------------------------------------------------
 

@@ -211,6 +211,7 @@ class Reconcile:
                 context.book.quarantine(preparation.key.device, str(problems[-1].error), context.clock.wall())
             else:
                 context.book.release(preparation.key.device)
+                context.devices.see_home(preparation)
                 self._rearm(preparation, must_be_home=True)
 
         return work

@@ -110,13 +110,13 @@ class Sandboxes:
     # --- hooks --------------------------------------------------------------------------------------
 
     async def run_sandbox(self, sandbox: Sandbox, deadline: float) -> None:
-        belonging = await self._belonging(sandbox.pod, deadline)
+        belonging = await self._belonging(sandbox, deadline)
         if belonging.preparations:
             self._gate.check_unprepare()
             await self._attach(sandbox, belonging.preparations, deadline)
 
     async def create_container(self, sandbox: Sandbox, container: str, deadline: float) -> None:
-        belonging = await self._belonging(sandbox.pod, deadline)
+        belonging = await self._belonging(sandbox, deadline)
         if belonging.open:
             raise NotNow(
                 f"container {container}: the API server did not say whether pod {sandbox.pod.name} "
@@ -183,7 +183,11 @@ class Sandboxes:
 
     # --- inside -------------------------------------------------------------------------------------
 
-    async def _belonging(self, pod: PodRef, deadline: float) -> Belonging:
+    async def _belonging(self, sandbox: Sandbox, deadline: float) -> Belonging:
+        pod = sandbox.pod
+        if sandbox.static:
+            # Nobody need be asked what it names: the API server itself may be such a pod.
+            return Belonging(self.known_belongings(pod), open=False)
         candidates = self._context.book.in_namespace(pod.namespace)
         if not candidates:
             return Belonging((), open=False)

@@ -21,6 +21,9 @@ EVENT_MASK = 0xF
 a runtime does not know makes it drop the plugin, and 0 would ask for all events."""
 
 NETWORK_NAMESPACE = "network"
+POD_SOURCE = "kubernetes.io/config.source"
+"""Where kubelet has a pod from. It sets this on every pod it runs, over whatever the pod says itself."""
+STATIC_SOURCES = frozenset({"file", "http"})
 
 
 class Hook(enum.StrEnum):
@@ -74,6 +77,7 @@ def sandbox_of(pod: pb.PodSandbox) -> Sandbox | None:
         pod=PodRef(pod.namespace, pod.name, PodUid(pod.uid)),
         netns_path=netns_path(pod),
         pid=pod.pid,
+        static=pod.annotations.get(POD_SOURCE) in STATIC_SOURCES,
     )
 
 

@@ -48,9 +48,7 @@ def bind(sysfs: Sysfs, address: PciAddress, driver: str) -> None:
     override = f"{DEVICES}/{address}/driver_override"
     sysfs.write(override, driver)
     try:
-        current = driver_of(sysfs, address)
-        if current is not None:
-            sysfs.write(f"{_DRIVERS}/{current}/unbind", address)
+        unbind(sysfs, address)
         sysfs.write("bus/pci/drivers_probe", address)
     finally:
         _clear(sysfs, override)
@@ -68,6 +66,13 @@ def probe(sysfs: Sysfs, address: PciAddress) -> bool:
             # ENODEV says no more than that no driver took it, or that it is gone.
             log.debug("%s", error)
     return driver_of(sysfs, address) is not None
+
+
+def unbind(sysfs: Sysfs, address: PciAddress) -> None:
+    """Take it from its driver, if it has one. Busy if that did not let go in time."""
+    current = driver_of(sysfs, address)
+    if current is not None:
+        sysfs.write(f"{_DRIVERS}/{current}/unbind", address)
 
 
 def group_of(sysfs: Sysfs, address: PciAddress) -> int | None:

@@ -15,8 +15,18 @@ from typing import Any
 import pytest
 
 from hw.links import Links
-from hw.model import Direction, IfIndex, IfName, LinkFlags, MacAddress
+from hw.model import (
+    Direction,
+    IfIndex,
+    IfName,
+    LinkFlags,
+    MacAddress,
+    VfLinkState,
+    VfVlan,
+    VlanProtocol,
+)
 from hw.netlink import LinkSocket
+from hw.vf import VfRates
 
 REQUEST_ACK = 0x5
 LINK = IfIndex(7)
@@ -78,6 +88,11 @@ def tc(parent: int, handle: int, info: int, *attrs: bytes) -> bytes:
     return struct.pack("=BxxxiIII", 0, 7, handle, parent, info) + b"".join(attrs)
 
 
+def vf(entry: bytes) -> bytes:
+    """IFLA_VFINFO_LIST with one IFLA_VF_INFO, as struct ifla_vf_* of uapi linux/if_link.h."""
+    return link(attr(22, attr(1, entry)))
+
+
 CASES: dict[str, tuple[Callable[[LinkSocket], object], bytes]] = {
     "move": (
         lambda links: links.move(
@@ -121,6 +136,42 @@ CASES: dict[str, tuple[Callable[[LinkSocket], object], bytes]] = {
     "altname off": (
         lambda links: links.remove_altnames(LINK, ["one"]),
         link(attr(0x8000 | 52, attr(53, b"one\0")), kind=109),
+    ),
+    "VF address": (
+        lambda links: links.set_vf(LINK, 3, "mac", MacAddress("02:aa:00:00:00:01")),
+        vf(attr(1, u32(3) + bytes.fromhex("02aa00000001") + bytes(26))),
+    ),
+    "VF address off": (
+        lambda links: links.set_vf(LINK, 3, "mac", None),
+        vf(attr(1, u32(3) + bytes(32))),
+    ),
+    "VF vlan": (
+        lambda links: links.set_vf(LINK, 3, "vlan", VfVlan(id=100, qos=5)),
+        vf(attr(12, attr(1, u32(3) + u32(100) + u32(5) + b"\x81\x00\0\0"))),
+    ),
+    "VF service vlan": (
+        lambda links: links.set_vf(LINK, 3, "vlan", VfVlan(id=4094, protocol=VlanProtocol.SERVICE)),
+        vf(attr(12, attr(1, u32(3) + u32(4094) + u32(0) + b"\x88\xa8\0\0"))),
+    ),
+    "VF rates": (
+        lambda links: links.set_vf(LINK, 3, "rates", VfRates(100, 2500)),
+        vf(attr(6, u32(3) + u32(100) + u32(2500))),
+    ),
+    "VF spoof check": (
+        lambda links: links.set_vf(LINK, 3, "spoof_check", False),
+        vf(attr(4, u32(3) + u32(0))),
+    ),
+    "VF trust": (
+        lambda links: links.set_vf(LINK, 3, "trust", True),
+        vf(attr(9, u32(3) + u32(1))),
+    ),
+    "VF link state": (
+        lambda links: links.set_vf(LINK, 3, "link_state", VfLinkState.DISABLE),
+        vf(attr(5, u32(3) + u32(2))),
+    ),
+    "VF settings": (
+        lambda links: links.vf_settings(LINK, 3),
+        link(attr(29, u32(9)), kind=18),
     ),
     "IPv4 address": (
         lambda links: links.add_address(LINK, ipaddress.ip_interface("192.0.2.5/24")),

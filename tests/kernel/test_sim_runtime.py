@@ -128,7 +128,7 @@ def test_a_pods_life_in_the_modes_order(root: Path, mode: RuntimeMode) -> None:
         pid = 0 if mode is RuntimeMode.CRIO else sandbox.pid
         assert (sandbox.pid == 0) == (mode is RuntimeMode.CRIO)
         stop = {
-            RuntimeMode.STATE_CHANGE: [("stop", sandbox.id, None, 0)],
+            RuntimeMode.STATE_CHANGE: [("stop", sandbox.id, path, pid)],
             RuntimeMode.POD_RPC: [("stop", sandbox.id, path, pid)],
             RuntimeMode.CRIO: [("stop", sandbox.id, path, 0)] * 2,
         }[mode]

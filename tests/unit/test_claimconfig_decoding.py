@@ -112,8 +112,7 @@ def test_a_wrong_value_is_refused_with_its_path_and_reason(
 @pytest.mark.parametrize(
     "content",
     [{name: {}} for name in ("routes", "rules", "neighbors", "ethtool", "rdma", "qos", "subinterface")]
-    + [{"interface": {name: 1}} for name in ("dhcp", "vrf", "forwarding", "gsoMaxSize")]
-    + [{"vf": {name: 1}} for name in ("vlan", "trust", "maxRate")],
+    + [{"interface": {name: 1}} for name in ("dhcp", "vrf", "forwarding", "gsoMaxSize")],
 )
 def test_what_is_ours_but_not_built_is_not_called_unknown(content: dict[str, object]) -> None:
     (message,) = decoded(**content).values()
@@ -136,7 +135,54 @@ def test_a_whole_number_may_be_written_as_a_float() -> None:
 
 
 def test_every_field_that_can_hurt_others_is_guarded() -> None:
-    assert {"interface.hardwareAddress", "vf.driver"} == FIELDS & GUARDED_FIELDS
+    assert {
+        *("interface.hardwareAddress", "vf.driver", "vf.vlan", "vf.spoofCheck", "vf.trust", "vf.minRate")
+    } == FIELDS & GUARDED_FIELDS
+
+
+@pytest.mark.parametrize(
+    ("vf", "path", "words"),
+    [
+        ({"vlan": {}}, "vf.vlan", "needs id"),
+        ({"vlan": 7}, "vf.vlan", "must be an object, not 7"),
+        ({"vlan": {"id": 4095}}, "vf.vlan.id", "must be 0 to 4094, not 4095"),
+        ({"vlan": {"id": -1}}, "vf.vlan.id", "must be 0 to 4094, not -1"),
+        ({"vlan": {"id": 7, "qos": 8}}, "vf.vlan.qos", "must be 0 to 7, not 8"),
+        ({"vlan": {"id": 7, "protocol": "qinq"}}, "vf.vlan.protocol", "must be one of 802.1q, 802.1ad"),
+        ({"vlan": {"id": 0, "qos": 1}}, "vf.vlan", "id 0 means no VLAN"),
+        ({"vlan": {"id": 0, "protocol": "802.1ad"}}, "vf.vlan", "id 0 means no VLAN"),
+        ({"spoofCheck": "off"}, "vf.spoofCheck", "must be true or false"),
+        ({"trust": 1}, "vf.trust", "must be true or false"),
+        ({"linkState": "up"}, "vf.linkState", "must be one of auto, enable, disable"),
+        ({"maxRate": 1000}, "vf.maxRate", "must be a string, not 1000"),
+        ({"maxRate": "1000"}, "vf.maxRate", "is not a rate like 500M or 25G"),
+        ({"maxRate": "0M"}, "vf.maxRate", "is not a rate"),
+        ({"maxRate": "1.5G"}, "vf.maxRate", "is not a rate"),
+        ({"maxRate": "1Gi"}, "vf.maxRate", "is not a rate"),
+        ({"minRate": "11T"}, "vf.minRate", "is above 10T"),
+        ({"max_rate": "1G"}, "vf.max_rate", "did you mean maxRate?"),
+    ],
+)
+def test_a_wrong_setting_of_a_vf_is_refused_with_its_path_and_reason(
+    vf: dict[str, object], path: str, words: str
+) -> None:
+    found = decoded(vf=vf)
+    assert words in found[path]
+    assert len(found) == 1
+    says_more_than_a_schema = "no VLAN" in words
+    assert VALIDATOR.is_valid(HEADER | {"vf": vf}) == says_more_than_a_schema
+
+
+@pytest.mark.parametrize(
+    ("rate", "megabits"), [("0", 0), ("1M", 1), ("9999999M", 9_999_999), ("25G", 25_000), ("10T", 10_000_000)]
+)
+def test_a_rate_is_bits_per_second_in_whole_megabits(rate: str, megabits: int) -> None:
+    document, found = decode(json.dumps(HEADER | {"vf": {"minRate": rate, "maxRate": rate}}))
+    assert not found
+    assert document is not None
+    assert document.vf is not None
+    assert (document.vf.min_rate, document.vf.max_rate) == (megabits, megabits)
+    VALIDATOR.validate(HEADER | {"vf": {"maxRate": rate}})
 
 
 # --- the schema -------------------------------------------------------------------------------------

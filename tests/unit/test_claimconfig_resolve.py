@@ -18,8 +18,9 @@ from driver.model import (
     NicConfig,
     OpaqueConfig,
     PoolName,
+    VfConfig,
 )
-from hw.model import IfName, MacAddress
+from hw.model import IfName, MacAddress, VfLinkState, VfVlan
 
 DEFAULTS = ClaimLimits()
 MAC = "02:00:00:00:00:01"
@@ -283,3 +284,52 @@ def test_devices_with_one_label_are_still_two_devices() -> None:
     # A shared device can be allocated twice in one claim, under two share ids.
     plain = InterfaceConfig()
     assert len(together(("a", plain, "net1"), ("a", plain, "net1"))) == 1
+
+
+# --- settings of a VF -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("vf", "path"),
+    [
+        ({"vlan": {"id": 7}}, "vf.vlan"),
+        ({"vlan": {"id": 0}}, "vf.vlan"),
+        ({"trust": True}, "vf.trust"),
+        ({"spoofCheck": False}, "vf.spoofCheck"),
+        ({"minRate": "1G"}, "vf.minRate"),
+    ],
+)
+def test_a_claim_may_not_harm_others_through_its_vf(vf: dict[str, object], path: str) -> None:
+    assert "cannot be set by a claim on this node" in problems(of_claim(vf=vf))[path]
+    resolve(nic(), [of_claim(vf=vf)], ClaimLimits(allow=(FieldPath(path),)))
+    resolve(nic(), [of_class(vf=vf), of_claim(vf=vf)], DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    "vf",
+    [{"trust": False}, {"spoofCheck": True}, {"minRate": "0"}, {"maxRate": "1G"}, {"linkState": "disable"}],
+)
+def test_a_claim_may_ask_for_what_harms_nobody(vf: dict[str, object]) -> None:
+    resolve(nic(), [of_claim(vf=vf)], DEFAULTS)
+    (name,) = vf
+    assert problems(of_claim(vf=vf), limits=ClaimLimits(deny=(FieldPath(f"vf.{name}"),)))
+
+
+def test_a_vlan_is_taken_whole_and_the_rest_field_by_field() -> None:
+    merged = resolve(
+        nic(),
+        [
+            of_class(
+                vf={"vlan": {"id": 7, "qos": 5, "protocol": "802.1ad"}, "maxRate": "1G", "trust": False}
+            ),
+            of_claim(vf={"vlan": {"id": 8}, "linkState": "enable"}),
+        ],
+        ClaimLimits(allow=(FieldPath("vf.vlan"),)),
+    )
+    assert merged.vf == VfConfig(vlan=VfVlan(id=8), max_rate=1000, trust=False, link_state=VfLinkState.ENABLE)
+
+
+def test_rates_of_class_and_claim_that_do_not_fit_together_are_refused() -> None:
+    found = problems(of_class(vf={"minRate": "2G"}), of_claim(vf={"maxRate": "1G"}))
+    assert found == {"vf.minRate": "is 2000M, above vf.maxRate, which is 1000M"}
+    resolve(nic(), [of_class(vf={"minRate": "2G"}), of_claim(vf={"maxRate": "0"})], DEFAULTS)

@@ -25,6 +25,7 @@ from hw.model import (
     MacAddress,
     PciAddress,
     PciIdentity,
+    VfSettings,
 )
 from hw.sysfs import Sysfs
 from tests.unit.journal_values import preparation
@@ -93,9 +94,9 @@ class Home:
     def addresses(self, ifindex: IfIndex) -> tuple[()]:
         return ()
 
-    def vf_mac(self, pf: IfIndex, vf: int) -> MacAddress | None:
+    def vf_settings(self, pf: IfIndex, vf: int) -> VfSettings:
         assert (pf, vf) == (PF_LINK.ifindex, 0)
-        return self.given
+        return VfSettings(mac=self.given)
 
     def change(self, ifindex: IfIndex, **fields: Any) -> None:
         """As the kernel: address first, then the rest; nothing after a refusal."""

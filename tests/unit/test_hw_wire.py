@@ -70,17 +70,6 @@ def test_a_link_is_read_whole() -> None:
     assert link.up
 
 
-def test_the_addresses_given_to_vfs_are_read_by_their_number() -> None:
-    def vf(number: int, mac: str) -> bytes:
-        given = u32(number) + bytes.fromhex(mac) + bytes(26)
-        return attr(0x8000 | 1, attr(1, given) + attr(2, bytes(12)))
-
-    listed = vf(0, "02aa00000001") + vf(1, "000000000000") + attr(0x8000 | 1, attr(1, b"\0\0"))
-    payload = link_payload(attr(3, b"ens1f0\0"), attr(0x8000 | 22, listed))
-    assert wire.vf_macs(payload) == {0: "02:aa:00:00:00:01", 1: None}
-    assert wire.vf_macs(link_payload(attr(3, b"lo\0"))) == {}
-
-
 def test_what_a_link_does_not_say_is_none() -> None:
     link = wire.link(link_payload(attr(3, b"lo\0"), attr(1, bytes(6))))
     assert (link.mac, link.permanent_mac, link.kind, link.peer_nsid, link.gso_max_size) == (None,) * 5

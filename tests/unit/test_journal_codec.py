@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from driver.journal import Quarantine
 from driver.journal.codec import CodecError, canonical, decode, encode
 from driver.journal.records import Record, RecordKind, from_record, to_record
 from driver.model import Attachment, DeviceName, NicConfig, Preparation
-from hw.model import LinkSettings
+from hw.model import LinkSettings, VfSettings
 from tests.unit.journal_values import IDENTITIES, attachment, preparation
 
 
@@ -36,6 +37,19 @@ def test_any_link_settings_come_back_equal_and_as_ascii(value: LinkSettings) -> 
     text = encode(value)
     assert decode(LinkSettings, text) == value
     assert text.isascii()
+
+
+@given(st.from_type(VfSettings))
+def test_any_settings_of_a_vf_come_back_equal(value: VfSettings) -> None:
+    made = replace(preparation(0), vf_baseline=value)
+    assert decode(Preparation, encode(made)) == made
+
+
+def test_a_record_from_before_pfs_were_asked_has_no_baseline_of_one() -> None:
+    tree = json.loads(encode(preparation(0)))
+    del tree["vf_baseline"]
+    del tree["config"]["vf"]["vlan"]
+    assert decode(Preparation, json.dumps(tree)).vf_baseline is None
 
 
 def test_equal_values_have_one_text() -> None:

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from driver.claimconfig import ClaimLimits, FieldPath
 from driver.errors import NotNow, Refusal
 from driver.lifecycle.ports import ClaimFailed
 from driver.model import (
@@ -27,11 +26,10 @@ from driver.model import (
     PreparationState,
 )
 from driver.plan import Act
-from driver.policy import NodePolicy
 from hw.errors import HwError
 from hw.model import DeviceKind, PciAddress, PciIdentity
 from tests.conftest import WaitUntilAsync
-from tests.unit.claims_world import FAR, POOL, VFIO, A, B, C, World, device, interface, play_claims
+from tests.unit.claims_world import FAR, POOL, A, B, C, World, device, interface, play_claims
 
 VF = PciIdentity(PciAddress("0000:21:10.0"), PciAddress("0000:21:00.0"), 0)
 
@@ -430,64 +428,5 @@ def test_what_was_journalled_is_the_device_as_it_was_found_less_what_a_tenant_ca
         made = world.book.preparation(PreparationKey(ClaimUid("uid-c"), POOL, A))
         assert made is not None
         assert made.baseline == found.settings
-
-    play(story)
-
-
-# --- devices given by their files ---------------------------------------------------------------------
-
-
-def _allowing_vfio() -> NodePolicy:
-    return NodePolicy(claim_limits=ClaimLimits(allow=(FieldPath("vf.driver"),)))
-
-
-def test_a_vf_given_by_its_files_is_prepared_without_programs_and_goes_home_to_its_driver(play) -> None:  # type: ignore[no-untyped-def]
-    async def story(world: World) -> None:
-        world.policy = _allowing_vfio()
-        world.node.present[A] = device(A, 20, kind=DeviceKind.VF, identity=VF, driver="igbvf")
-        ref = world.claim("one", A, parameters=VFIO)
-        assert await world.prepare(ref) == [A]
-        (made,) = world.book.preparations()
-        assert (made.by_file, made.home_driver, made.pod_ifname) == (True, "igbvf", None)
-        assert Act.ARM not in [act for act, _ in world.node.acts]
-        world.node.acts.clear()
-        assert await world.unprepare(ref) == ""
-        assert [act for act, _ in world.node.acts] == [Act.TO_KERNEL, Act.RESTORE, Act.VERIFY]
-
-    play(story)
-
-
-@pytest.mark.parametrize(
-    ("allowed", "fields", "words"),
-    [
-        (False, {"kind": DeviceKind.VF, "driver": "igbvf"}, "cannot be set by a claim"),
-        (True, {"kind": DeviceKind.NETDEV}, "no VF with a driver"),
-        (True, {"kind": DeviceKind.VF, "driver": None}, "no VF with a driver"),
-        (True, {"kind": DeviceKind.PF, "driver": "igb"}, "no VF with a driver"),
-    ],
-)
-def test_only_a_vf_is_given_by_its_files_and_only_where_policy_lets_claims_ask(  # type: ignore[no-untyped-def]
-    play, allowed: bool, fields: dict[str, object], words: str
-) -> None:
-    async def story(world: World) -> None:
-        if allowed:
-            world.policy = _allowing_vfio()
-        world.node.present[A] = device(A, 20, **fields)
-        answer = await world.prepare(world.claim("one", A, parameters=VFIO))
-        assert "vf.driver" in answer
-        assert words in answer
-        assert not world.node.acts
-
-    play(story)
-
-
-def test_an_interface_cannot_be_set_up_where_there_will_be_none(play) -> None:  # type: ignore[no-untyped-def]
-    async def story(world: World) -> None:
-        world.policy = _allowing_vfio()
-        world.node.present[A] = device(A, 20, kind=DeviceKind.VF, identity=VF, driver="igbvf")
-        both = VFIO[:-1] + ', "interface": {"name": "net1", "mtu": 1400}}'
-        answer = await world.prepare(world.claim("one", A, parameters=both))
-        assert "interface.name" in answer
-        assert "interface.mtu" in answer
 
     play(story)

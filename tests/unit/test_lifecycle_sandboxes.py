@@ -297,6 +297,21 @@ def test_a_pod_that_nobody_knows_is_let_through_only_where_no_claim_could_be_its
     play(story)
 
 
+def test_a_static_pod_waits_for_nobody_but_is_held_to_a_claim_that_is_known_to_be_its(play) -> None:  # type: ignore[no-untyped-def]
+    """The API server may be such a pod itself: it would wait for itself for ever."""
+
+    async def story(world: World) -> None:
+        static = replace(sandbox("static", OTHER), static=True)
+        world.prepare(0)
+        await world.container(static)
+        assert world.looked_up == []
+        mine = replace(sandbox("mine", POD), static=True)
+        with pytest.raises(NotNow, match="has not been given"):
+            await world.container(mine)
+
+    play(story)
+
+
 def test_in_recovery_nothing_is_attached(play) -> None:  # type: ignore[no-untyped-def]
     async def story(world: World) -> None:
         world.prepare(0)

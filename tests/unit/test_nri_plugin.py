@@ -373,6 +373,23 @@ def test_the_netns_is_the_network_entry_or_nothing(
     assert made.pod == PodRef("", "", PodUid(""))
 
 
+@pytest.mark.parametrize(
+    ("annotations", "static"),
+    [
+        ({}, False),
+        ({"kubernetes.io/config.source": "api"}, False),
+        ({"kubernetes.io/config.source": "file"}, True),
+        ({"kubernetes.io/config.source": "http"}, True),
+    ],
+)
+def test_a_pod_is_static_where_kubelet_says_that_it_is_its_own(
+    annotations: dict[str, str], static: bool
+) -> None:
+    made = api.sandbox_of(pb.PodSandbox(id="x", annotations=annotations))
+    assert made is not None
+    assert made.static is static
+
+
 def test_odd_orders_of_events_are_all_ok(short_tmp: Path) -> None:
     async def test() -> None:
         async with world(short_tmp, RuntimeMode.CRIO) as w:

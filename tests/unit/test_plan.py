@@ -9,6 +9,7 @@ import pytest
 from bpf.layout import Hook
 from driver import plan
 from driver.model import (
+    InterfaceConfig,
     NicConfig,
     Preparation,
     VfConfig,
@@ -17,19 +18,33 @@ from driver.model import (
     preparation_owner,
 )
 from driver.plan import Act, Plan
+from hw.model import DeviceKind, IfIndex, MacAddress, SoftwareIdentity, VfSettings, VfVlan
 from tests.unit.journal_values import attachment, preparation
 
+OWN_CHOICE = MacAddress("02:00:5e:00:00:01")
 WITH_ADDRESSES = preparation(0, generation=7)
 BARE = replace(WITH_ADDRESSES, config=NicConfig())
+SOFTWARE = SoftwareIdentity("veth", IfIndex(5), None, None)
 ATTACHMENT = attachment(0, generation=9)
 
+ON_PF = replace(
+    BARE,
+    vf_baseline=VfSettings(vlan=VfVlan()),
+    config=NicConfig(vf=VfConfig(vlan=VfVlan(id=7))),
+    home_driver="igbvf",
+)
+ADDRESSED = replace(ON_PF, config=NicConfig(interface=InterfaceConfig(hardware_address=OWN_CHOICE)))
+ON_PF_BY_FILE = replace(ON_PF, config=NicConfig(vf=VfConfig(vlan=VfVlan(id=7), driver=VfDriver.VFIO)))
 BY_FILE = replace(BARE, config=NicConfig(vf=VfConfig(driver=VfDriver.VFIO)))
 
-LOOKS = {Act.VERIFY, Act.VERIFY_VFIO}
+LOOKS = {Act.VERIFY, Act.VERIFY_VFIO, Act.VERIFY_VF}
 """Changes nothing."""
 GOES_WITH_THE_MOVE = {Act.ADDRESS, Act.FILTER}
 """The kernel drops it when the device leaves the netns."""
-HOMEWARD = {Act.DISARM, Act.DOWN, Act.FOLD, Act.STRIP, Act.MOVE_HOME, Act.TIDY, Act.RESTORE, Act.TO_KERNEL}
+HOMEWARD = {
+    *(Act.DISARM, Act.DOWN, Act.FOLD, Act.STRIP, Act.MOVE_HOME, Act.TIDY, Act.RESTORE),
+    *(Act.UNBIND, Act.RESTORE_VF, Act.TO_KERNEL),
+}
 """Brings a device nearer to clean, whatever came before."""
 
 OUTWARD = [
@@ -41,8 +56,11 @@ OUTWARD = [
         ("attach", plan.attach(ATTACHMENT, which, hook)),
     )
 ]
+OUTWARD += [pytest.param(plan.prepare(ON_PF, hook), id=f"prepare-{hook.value}-on-pf") for hook in Hook]
 HOME = [
     pytest.param(plan.unprepare(WITH_ADDRESSES), id="unprepare"),
+    pytest.param(plan.unprepare(ON_PF, reset=True), id="unprepare-on-pf"),
+    pytest.param(plan.unprepare(ON_PF_BY_FILE), id="unprepare-on-pf-by-file"),
     pytest.param(plan.tidy(WITH_ADDRESSES), id="tidy"),
     pytest.param(plan.detach(ATTACHMENT, BARE), id="detach"),
 ]
@@ -144,9 +162,48 @@ def test_a_plan_is_the_record_it_is_made_for(which: Preparation) -> None:
 
 
 @pytest.mark.parametrize("made", OUTWARD)
-def test_every_step_asks_for_some_time_and_all_fit_into_a_hook(made: Plan) -> None:
+def test_every_step_asks_for_some_time_and_all_of_an_attach_fit_into_a_hook(made: Plan) -> None:
+    """A prepare has kubelet's tens of seconds, and asks nothing of a PF unless the claim does."""
     assert all(step.budget > 0 for step in made.steps)
-    assert sum(step.budget for step in made.steps) < 0.5
+    assert sum(step.budget for step in made.steps if step.act is not Act.SET_VF) < 0.5
+
+
+# --- what is set on a VF's PF ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", [ON_PF, ADDRESSED, ON_PF_BY_FILE])
+def test_a_vf_is_set_before_anybody_can_drive_it_and_put_back_when_nobody_can(which: Preparation) -> None:
+    made = plan.prepare(which, Hook.TCX)
+    order = acts(made)
+    assert order[:2] == [Act.TIDY, Act.SET_VF]
+    back = undone(made)
+    assert back[-2:] == [Act.RESTORE_VF, Act.RESTORE]
+    if which.by_file:
+        assert back.index(Act.TO_KERNEL) < back.index(Act.RESTORE_VF)
+
+
+def test_a_pf_is_left_alone_where_nothing_is_asked_of_it() -> None:
+    assert Act.SET_VF not in acts(plan.prepare(replace(ON_PF, config=NicConfig()), Hook.TCX))
+
+
+@pytest.mark.parametrize("which", [ON_PF, ON_PF_BY_FILE])
+def test_on_the_way_home_the_pf_is_changed_while_no_driver_has_the_vf(which: Preparation) -> None:
+    order = acts(plan.unprepare(which, reset=True))
+    assert order.index(Act.UNBIND) + 1 == order.index(Act.RESTORE_VF) == order.index(Act.TO_KERNEL) - 1
+    assert order[-2:] == [Act.VERIFY_VF, Act.VERIFY]
+
+
+@pytest.mark.parametrize(
+    "which",
+    [replace(ON_PF, home_driver=""), replace(ON_PF, kind=DeviceKind.PF), replace(ON_PF, identity=SOFTWARE)],
+)
+def test_only_a_vf_whose_driver_is_known_is_probed_anew(which: Preparation) -> None:
+    assert not {Act.UNBIND, Act.TO_KERNEL} & set(acts(plan.unprepare(which, reset=True)))
+
+
+def test_after_a_reboot_the_pf_is_told_again_before_the_next_attach() -> None:
+    assert acts(plan.tidy(ON_PF)) == [Act.RESTORE, Act.SET_VF, Act.VERIFY]
+    assert acts(plan.tidy(ON_PF_BY_FILE)) == [Act.SET_VF, Act.TO_VFIO, Act.VERIFY_VFIO]
 
 
 # --- a device that is given by its files -------------------------------------------------------------
@@ -162,7 +219,7 @@ def test_a_device_given_by_its_files_is_neither_moved_nor_counted(hook: Hook) ->
 @pytest.mark.parametrize("hook", Hook)
 def test_taking_a_device_from_its_driver_is_undone_down_to_its_baseline(hook: Hook) -> None:
     assert undone(plan.prepare(BY_FILE, hook)) == [Act.TO_KERNEL, Act.RESTORE]
-    assert acts(plan.unprepare(BY_FILE)) == [Act.TO_KERNEL, Act.RESTORE, Act.VERIFY]
+    assert acts(plan.unprepare(BY_FILE)) == [Act.UNBIND, Act.TO_KERNEL, Act.RESTORE, Act.VERIFY]
 
 
 def test_a_sandbox_made_anew_finds_its_device_bound_as_it_was_prepared() -> None:

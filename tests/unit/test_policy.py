@@ -197,8 +197,8 @@ def test_all_sections_are_read() -> None:
         "reset: none\n"
     )
     assert policy.netdevs == (NetdevSelector(kinds=("veth",)),)
-    assert policy.claim_limits.settable(FieldPath("interface.hardwareAddress"))
-    assert not policy.claim_limits.settable(FieldPath("interface.name"))
+    assert policy.claim_limits.settable(FieldPath("interface.hardwareAddress"), "02:00:00:00:00:01")
+    assert not policy.claim_limits.settable(FieldPath("interface.name"), "net1")
     assert (policy.claim_limits.mtu.minimum, policy.claim_limits.mtu.maximum) == (68, 9000)
     assert policy.classes[1].dscp == {44, 46}
     assert policy.hook is HookPreference.CLSACT
@@ -237,7 +237,8 @@ def test_all_problems_come_at_once_in_the_order_of_their_lines() -> None:
         "policy.yaml:10: devices[0].attributes.rail: must be true, false, a 64-bit integer or a string of "
         "at most 64 bytes, not 1.5",
         "policy.yaml:12: claims.deny[0]: 'interface.colour' is not a field; the fields are "
-        "interface.addresses, interface.hardwareAddress, interface.mtu, interface.name, vf.driver",
+        "interface.addresses, interface.hardwareAddress, interface.mtu, interface.name, vf.driver, "
+        "vf.linkState, vf.maxRate, vf.minRate, vf.spoofCheck, vf.trust, vf.vlan",
         "policy.yaml:13: claims.mtu: minimum 9000 is above maximum 1500",
     ]
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from driver.errors import Refusal
-from driver.execute import vfio
+from driver.execute import probe, vfio
 from driver.execute.target import NotClean, Target, Vanished
 from driver.model import NicConfig, VfConfig, VfDriver
 from hw.errors import Busy, NotFound, Refused
@@ -92,7 +92,7 @@ def test_a_vf_goes_to_vfio_and_back_and_no_override_stays(core: PciCore) -> None
     assert (binding.driver_of(core, VF), core.override) == ("vfio-pci", "")
     vfio.to_vfio(target(), core)
     vfio.verify_vfio(target(), core)
-    vfio.to_kernel(target(), core)
+    probe.to_kernel(target(), core)
     assert (binding.driver_of(core, VF), core.override) == ("igbvf", "")
 
 
@@ -128,7 +128,7 @@ def test_a_driver_that_does_not_take_it_is_an_error_and_the_way_back_works(core:
     assert core.override == ""
     with pytest.raises(NotClean):
         vfio.verify_vfio(target(), core)
-    vfio.to_kernel(target(), core)
+    probe.to_kernel(target(), core)
     assert binding.driver_of(core, VF) == "igbvf"
 
 
@@ -136,21 +136,21 @@ def test_a_vf_whose_user_does_not_let_go_is_not_called_home(core: PciCore) -> No
     vfio.to_vfio(target(), core)
     core.stuck = "vfio-pci"
     with pytest.raises(Busy):
-        vfio.to_kernel(target(), core)
+        probe.to_kernel(target(), core)
     assert core.override == ""
     core.stuck = ""
-    vfio.to_kernel(target(), core)
+    probe.to_kernel(target(), core)
 
 
 def test_a_vf_without_its_netdev_is_not_home(core: PciCore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vfio, "NETDEV_SECONDS", 0.05)
+    monkeypatch.setattr(probe, "NETDEV_SECONDS", 0.05)
     with pytest.raises(NotClean, match="made no netdev"):
-        vfio.to_kernel(target(netdev=False), core)
+        probe.to_kernel(target(netdev=False), core)
 
 
 def test_a_vf_that_is_no_more_is_gone_and_not_dirty(core: PciCore, tmp_path: Path) -> None:
     (tmp_path / f"sys/bus/pci/devices/{VF}").unlink()
-    for act in (vfio.verify_vfio, vfio.to_kernel):
+    for act in (vfio.verify_vfio, probe.to_kernel):
         with pytest.raises(Vanished):
             act(target(), core)
 
@@ -161,4 +161,4 @@ def test_a_home_driver_that_was_unloaded_is_not_taken_for_a_vf_that_is_gone(
     vfio.to_vfio(target(), core)
     (tmp_path / "sys/bus/pci/drivers/igbvf").rmdir()
     with pytest.raises(NotFound, match="load its module"):
-        vfio.to_kernel(target(), core)
+        probe.to_kernel(target(), core)

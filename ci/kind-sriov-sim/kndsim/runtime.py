@@ -286,10 +286,10 @@ class Runtime:
         message = pb.PodSandbox(
             id=sandbox.id, name=pod.name, uid=pod.uid, namespace=pod.namespace, annotations=pod.annotations
         )
-        if not pod.host_network and self.mode is not RuntimeMode.STATE_CHANGE:
+        if not pod.host_network:
             message.ips.append("10.244.0.2")
         stopping = event == pb.STOP_POD_SANDBOX
-        if event == pb.REMOVE_POD_SANDBOX or (stopping and self.mode is RuntimeMode.STATE_CHANGE):
+        if event == pb.REMOVE_POD_SANDBOX:
             return message
         message.pid = sandbox.pid
         message.linux.namespaces.add(type="mount", path="")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 class RuntimeMode(enum.StrEnum):
     STATE_CHANGE = "state-change"
-    """containerd with NRI before 0.12: pod events as StateChange; Stop without namespaces and pid."""
+    """containerd 2.1 and 2.2, with NRI before 0.12: pod events as StateChange."""
     POD_RPC = "pod-rpc"
     """containerd with NRI from 0.12: a call per event, StateChange if the plugin does not have it."""
     CRIO = "crio"

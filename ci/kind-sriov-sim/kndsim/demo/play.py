@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,8 @@ async def play(
         ports = _ports(devices, pods)
         for port in ports:
             _set_neighbours(port, devices.far)
+            has_link, what = partial(_has_link, port), f"a link on {port.ifname} of {port.pod.spec.name}"
+            await asyncio.to_thread(wait_until, has_link, what, PATIENCE)
         marks = await _traffic(node, ports, devices.far, say)
         say("removing the pods")
         for pod in pods:
@@ -225,6 +228,16 @@ def _set_neighbours(port: Port, far: SimNetns) -> None:
             ipr.neigh("replace", dst=port.peer_address, lladdr=far_mac, ifindex=index, state="permanent")
 
     in_netns(port.netns, set_near)
+
+
+def _has_link(port: Port) -> bool:
+    """A VF may take seconds to say so, and receives nothing before; that nobody could count."""
+
+    def carrier() -> bool:
+        with IPRoute() as ipr:
+            return bool(ipr.get_links(ipr.link_lookup(ifname=port.ifname)[0])[0].get_attr("IFLA_CARRIER"))
+
+    return in_netns(port.netns, carrier)
 
 
 # --- traffic ------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from kndsim.kind.namespaces import (
     Nodes,
     add_bridge,
     add_veth,
+    drop_altname,
     find,
     move,
     set_up,
@@ -117,4 +118,6 @@ def _lent(nodes: Nodes, lent: Lent) -> Iterator[Given]:
             path = nodes.path(lent.home.node)
             link = find(lent.id, path)
             if link is not None:
+                # udev, which saw it between two users, may have kept its name as another name of it.
+                drop_altname(link.ifindex, before.name, path)
                 move(link.ifindex, FIRST, before.name, source=path)

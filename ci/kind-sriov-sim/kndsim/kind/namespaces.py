@@ -99,6 +99,16 @@ def add_veth(far: str, far_in: Path, near: str, near_in: Path, bridge: int) -> N
             raise CannotMove(f"there will be no veth {near} at {near_in}: {error}") from error
 
 
+def drop_altname(ifindex: int, name: str, where: Path) -> None:
+    """Nothing happens if the link has no such alternative name."""
+
+    def body(ipr: IPRoute) -> None:
+        with contextlib.suppress(NetlinkError):
+            ipr.link("property_del", index=ifindex, altname=name)
+
+    in_netns(where, lambda: _with_iproute(body))
+
+
 def set_up(name: str, where: Path) -> None:
     """A link that is there."""
     in_netns(where, lambda: _with_iproute(lambda ipr: ipr.link("set", ifname=name, state="up")))

@@ -1,0 +1,213 @@
+"""Acts on what a PF holds of one of its VFs: VLAN, address, rates, spoof check, trust, link state.
+
+Invariant: one setting per message, in ORDER on the way out and in reverse on the way back; nothing is taken
+for done before it was read back. What is set where is in the record (wishes and baseline), so that the way
+back is the same whatever was done of the way out.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections.abc import Iterator
+
+from driver.errors import NotNow, Refusal
+from driver.execute import probe
+from driver.execute.target import NotClean, Target
+from driver.model import VF_FIELDS, Preparation
+from hw.errors import Busy, HwError, NotFound, Refused
+from hw.model import LinkInfo, MacAddress, NetdevsimIdentity, PciIdentity, VfSettings
+from hw.sriov import binding
+from hw.sysfs import Sysfs
+from hw.vf import VfRates, VfValue
+
+log = logging.getLogger(__name__)
+
+ORDER = ("vlan", "mac", "rates", "spoof_check", "trust", "link_state")
+"""VLAN first: what follows could give a VF on the wrong one more than it should have."""
+KEEPS_ADDRESS = frozenset({errno.EADDRNOTAVAIL, errno.EPERM, errno.EACCES})
+"""What VF drivers (igbvf, ixgbevf, iavf) say to another address than their PF gave them."""
+SETTLE_SECONDS = 2.0
+"""For a PF's firmware to do what it said it would; iavf's PFs are known to take their time with addresses."""
+_PAUSE = 0.05
+
+
+def set_vf(target: Target, sysfs: Sysfs) -> None:
+    """Have the PF set what the claim asks for, and the VF's own driver take up the address it was given.
+
+    Refusal with field, device and driver for what that driver refuses. What was set by then is for the plan's
+    undo: restore_vf.
+    """
+    preparation = target.preparation
+    wanted = preparation.vf_wanted
+    if wanted is None:
+        return
+    pf, vf = _place(target)
+    now = _read(target, pf, vf)
+    for setting in ORDER:
+        if _value(wanted, setting) != _value(now, setting):
+            _set_wish(target, sysfs, pf, vf, setting, wanted)
+    different = _settled(target, pf, vf, wanted)
+    if different:
+        driver = _pf_driver(target, sysfs)
+        raise Refusal("VfSettingNotTaken", f"{target.device}: {driver} did not do as asked: {different}")
+    address = preparation.config.interface.hardware_address
+    if address is not None and preparation.can_be_probed and not preparation.by_file:
+        take_up_address(target, sysfs, address)
+
+
+def restore_vf(target: Target, sysfs: Sysfs) -> None:
+    """Every setting as it was, whatever became of the others. NotNow while a pod may still drive the VF: it
+    would be in the host's VLAN."""
+    baseline = target.preparation.vf_baseline
+    if baseline is None:
+        return
+    probe.check_in_nobodys_hands(target, sysfs)
+    pf, vf = _place(target)
+    now = _read(target, pf, vf)
+    problems: list[HwError] = []
+    for setting in reversed(ORDER):
+        if _is_clean(target.preparation, setting, now):
+            continue
+        try:
+            target.home.set_vf(pf.ifindex, vf, setting, _value(baseline, setting))
+        except HwError as error:
+            problems.append(error)
+    if problems:
+        raise NotClean(target.device, tuple(map(str, problems)))
+
+
+def verify_vf(target: Target) -> None:
+    """NotClean, naming each setting, unless the PF holds of it what it held when it was prepared."""
+    baseline = target.preparation.vf_baseline
+    if baseline is None:
+        return
+    pf, vf = _place(target)
+    give_up = time.monotonic() + SETTLE_SECONDS
+    while problems := tuple(_unclean(target.preparation, _read(target, pf, vf))):
+        if time.monotonic() > give_up:
+            raise NotClean(target.device, problems)
+        time.sleep(_PAUSE)
+
+
+def take_up_address(target: Target, sysfs: Sysfs, wanted: MacAddress) -> LinkInfo | None:
+    """See that a VF's netdev at home has an address, which its PF gave it. Where its driver takes none but
+    that, it takes that one only when it begins anew."""
+    link = target.find_at_home()
+    if link is None:
+        raise NotNow(f"{target.device} is not in the host's network namespace")
+    if link.mac == wanted:
+        return None
+    try:
+        target.home.change(link.ifindex, mac=wanted)
+        return None
+    except Refused as error:
+        if error.errno not in KEEPS_ADDRESS or target.given_mac() != wanted:
+            raise
+        log.info("%s takes up its address %s when it is probed anew: %s", target.device, wanted, error)
+    link = probe.again(target, sysfs)
+    if link.mac != wanted:
+        raise NotClean(target.device, (f"address is {link.mac}, should be {wanted}, as its PF was told",))
+    return link
+
+
+def _place(target: Target) -> tuple[LinkInfo, int]:
+    pf, index = target.pf(), _vf_index(target.preparation)
+    if pf is None or index is None:
+        raise NotNow(f"the PF of {target.device} is not in the host's network namespace now")
+    return pf, index
+
+
+def _vf_index(preparation: Preparation) -> int | None:
+    identity = preparation.identity
+    return identity.vf_index if isinstance(identity, PciIdentity | NetdevsimIdentity) else None
+
+
+def _read(target: Target, pf: LinkInfo, vf: int) -> VfSettings:
+    found = target.home.vf_settings(pf.ifindex, vf)
+    if found is None:
+        raise NotFound(f"{pf.name!a}, the PF of {target.device}, does not tell of VF {vf} (any more)")
+    return found
+
+
+def _value(settings: VfSettings, setting: str) -> VfValue:
+    """As set_vf of a LinkSocket takes it."""
+    if setting == "rates":
+        return VfRates(settings.min_rate or 0, settings.max_rate or 0)
+    value: VfValue = getattr(settings, setting)
+    return value
+
+
+def _set_wish(target: Target, sysfs: Sysfs, pf: LinkInfo, vf: int, setting: str, wanted: VfSettings) -> None:
+    value = _value(wanted, setting)
+    try:
+        target.home.set_vf(pf.ifindex, vf, setting, value)
+    except Busy as error:
+        raise NotNow(f"{target.device}: {error}") from error
+    except Refused as error:
+        asked = target.preparation.config.on_pf()
+        names = ("min_rate", "max_rate") if setting == "rates" else (setting,)
+        told = " and ".join(
+            f"{VF_FIELDS[name]} {_shown(name, asked[name])}" for name in names if name in asked
+        )
+        raise Refusal(
+            "VfSettingRefused",
+            f"{target.device} cannot have {told}: {_pf_driver(target, sysfs)}, which drives its PF "
+            f"{pf.name!a}, refuses it ({error}); leave it out of the claim, or choose another device",
+        ) from error
+
+
+def _settled(target: Target, pf: LinkInfo, vf: int, wanted: VfSettings) -> str:
+    """What the PF still holds otherwise when it had its time; "" if nothing."""
+    give_up = time.monotonic() + SETTLE_SECONDS
+    while True:
+        now = _read(target, pf, vf)
+        different = "; ".join(
+            f"{VF_FIELDS[name]} is {_shown(name, getattr(now, name))}, "
+            f"asked for is {_shown(name, getattr(wanted, name))}"
+            for name in target.preparation.config.on_pf()
+            if getattr(now, name) != getattr(wanted, name)
+        )
+        if not different or time.monotonic() > give_up:
+            return different
+        time.sleep(_PAUSE)
+
+
+def _shown(name: str, value: object) -> str:
+    """As users write it."""
+    return f"{value}M" if value and name in ("min_rate", "max_rate") else str(value)
+
+
+def _unclean(preparation: Preparation, now: VfSettings) -> Iterator[str]:
+    baseline = preparation.vf_baseline
+    assert baseline is not None
+    for setting in ORDER:
+        if _is_clean(preparation, setting, now):
+            continue
+        for name in ("min_rate", "max_rate") if setting == "rates" else (setting,):
+            is_now, was = (_shown(name, getattr(each, name)) for each in (now, baseline))
+            if is_now != was:
+                yield f"{name} on its PF is {is_now}, should be {was}"
+
+
+def _is_clean(preparation: Preparation, setting: str, now: VfSettings) -> bool:
+    """A setting that was not told when it was prepared has no baseline.
+
+    Of the address some PFs tell the VF's own where they gave it none, and none where its driver let go: both
+    are as good as what they told first, unless that was one that they had given it.
+    """
+    baseline = preparation.vf_baseline
+    assert baseline is not None
+    if setting != "mac":
+        was = _value(baseline, setting)
+        return was is None or _value(now, setting) == was
+    own = preparation.baseline.mac
+    return now.mac in (baseline.mac, own) or (now.mac is None and baseline.mac in (None, own))
+
+
+def _pf_driver(target: Target, sysfs: Sysfs) -> str:
+    identity = target.preparation.identity
+    if isinstance(identity, PciIdentity) and identity.pf is not None:
+        return binding.driver_of(sysfs, identity.pf) or "no driver"
+    return "netdevsim"
