@@ -1,7 +1,7 @@
 # Everything starts here; `make` alone lists the targets. As root on Debian 12 or 13 each target sets up
 # what it needs, once: Debian packages, then .venv from requirements/lock.txt. Set-up talks on stderr, so
 # `make -s demo DEMO_ARGS='-o json'` prints the demo's JSON alone.
-#   PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS, KIND_ARGS   passed on
+#   PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS, CLUSTER_ARGS, KIND_ARGS, VM_ARGS   passed on
 #   WHEELHOUSE         install from this folder, without a network
 #   PYTHON             the interpreter
 #   UPGRADE=1          `make lock` takes newer versions
@@ -35,13 +35,29 @@ demo: setup ## the real agent against a simulated node: a pod gets a NIC and giv
 bench: setup ## the budgets, measured: prints ratios, fails on none (`-o json`, `--only NAME`)
 	@PYTHONPATH=.:$(SIM) $(BIN)/python -m tests.bench $(BENCH_ARGS)
 
-.PHONY: test-vm test-e2e kind-up kind-test kind-down
+.PHONY: test-vm vm-shell test-e2e kind-up kind-test kind-down
 
 GO := command -v go >/dev/null || deploy/install-packages.sh deploy/debian-packages-go.txt
 
 test-vm: setup ## tests in emulated nodes with SR-IOV, on kernels of their own (the first run builds an image)
 	@deploy/install-packages.sh deploy/debian-packages-vm.txt
 	@$(BIN)/pytest tests/vm $(PYTEST_ARGS)
+
+vm-shell: setup ## a shell in such a node (VM_ARGS='--kernel ...'); Ctrl-] leaves it
+	@deploy/install-packages.sh deploy/debian-packages-vm.txt
+	@PYTHONPATH=$(SIM) $(BIN)/python -m kndsim.guest shell $(VM_ARGS)
+
+.PHONY: e2e-binaries cluster-up
+
+e2e-binaries: setup ## Kubernetes, containerd, runc and etcd from their Go modules, kept for test-e2e
+	@deploy/install-packages.sh deploy/debian-packages-e2e.txt
+	@$(GO)
+	@PYTHONPATH=$(SIM) $(BIN)/python -m kndsim.cluster build $(CLUSTER_ARGS)
+
+cluster-up: setup ## a real cluster in namespaces of this machine, until Ctrl-C (CLUSTER_ARGS='--nodes 2')
+	@deploy/install-packages.sh deploy/debian-packages-e2e.txt
+	@$(GO)
+	@PYTHONPATH=$(SIM) $(BIN)/python -m kndsim.cluster up $(CLUSTER_ARGS)
 
 test-e2e: setup ## the agents in a real cluster on this machine (the first run builds Kubernetes)
 	@deploy/install-packages.sh deploy/debian-packages-e2e.txt deploy/debian-packages-vm.txt

@@ -71,13 +71,13 @@ class Lifecycle:
         Then the adapters may be started."""
         await self._context.workers.run([], self._context.devices.rescan)
         if make_vfs:
-            self._keep(await self._provisioning.at_start())
-            self._spawn(_every(VFS_AGAIN_EVERY, self._provisioning.again))
+            await self._provisioning.at_start(self._spawn(self._provisioning.run))
+            self._spawn(lambda: _every(VFS_AGAIN_EVERY, self._provisioning.again))
         self._makes_vfs = make_vfs
         await self._reconcile.at_start()
-        self._spawn(self._context.workers.run([], self._usage.prune))
-        self._spawn(_every(CHECKPOINT_EVERY, self._checkpoint))
-        self._spawn(_every(AGAIN_EVERY, self._reconcile.again))
+        self._spawn(lambda: self._context.workers.run([], self._usage.prune))
+        self._spawn(lambda: _every(CHECKPOINT_EVERY, self._checkpoint))
+        self._spawn(lambda: _every(AGAIN_EVERY, self._reconcile.again))
 
     async def stop(self, deadline: float) -> None:
         """Nothing half done: wait for what is in hand; attached devices stay as they are, counted."""
@@ -144,7 +144,7 @@ class Lifecycle:
     def _look_after_vfs(self) -> None:
         """In a task of its own: it may take long, and nobody waits for it."""
         if self._makes_vfs:
-            self._spawn(self._provisioning.run())
+            self._spawn(self._provisioning.run)
 
     def _away(self) -> dict[DeviceName, Identity]:
         """The devices that are in pods."""
@@ -200,8 +200,9 @@ class Lifecycle:
         copied = tuple(sandboxes)
         running = {id: tuple(names) for id, names in containers.items()}
         self._sandboxes.forget_unlisted({sandbox.id for sandbox in copied})
+<<<<<<< HEAD
         attachments = self._context.book.attachments()
-        self._spawn(self._settle_with_runtime(copied, running, attachments))
+        self._spawn(lambda: self._settle_with_runtime(copied, running, attachments))
 
     async def _settle_with_runtime(
         self,
@@ -212,6 +213,9 @@ class Lifecycle:
         await self._reconcile.with_runtime(sandboxes, containers, attachments)
         # In recovery nothing was known of who has what until now.
         self._look_after_vfs()
+=======
+        attached = self._context.book.attachments()
+        self._spawn(lambda: self._reconcile.with_runtime(copied, running, attached))
 
     async def run_sandbox(self, sandbox: Sandbox, deadline: float) -> None:
         await self._sandboxes.run_sandbox(sandbox, deadline)
@@ -229,12 +233,12 @@ class Lifecycle:
         """The pod watch learnt something: a waiting sandbox may be attachable now."""
         self._reconcile.attach_waiting()
 
-    def _spawn(self, work: Coroutine[object, object, None]) -> None:
-        self._keep(asyncio.get_running_loop().create_task(_logged(work)))
-
-    def _keep(self, task: asyncio.Task[None]) -> None:
+    def _spawn(self, work: Callable[[], Coroutine[object, object, None]]) -> asyncio.Task[None]:
+        """A function, not a coroutine: a task that is stopped before its first step never makes one."""
+        task = asyncio.get_running_loop().create_task(_logged(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
 
 async def _every(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
@@ -247,9 +251,9 @@ async def _every(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
             log.error("%s", error)
 
 
-async def _logged(work: Coroutine[object, object, None]) -> None:
+async def _logged(work: Callable[[], Coroutine[object, object, None]]) -> None:
     try:
-        await work
+        await work()
     except Exception:
         # The last line of a background task: a bug must be seen, and must not end the agent.
         log.exception("a background task failed")

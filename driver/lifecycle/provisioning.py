@@ -58,13 +58,11 @@ class Provisioning:
         self._pending = False
         self._asked = False
 
-    async def at_start(self) -> asyncio.Task[None]:
-        """Make what is missing, if that is done soon; the task that goes on if it is not."""
-        task = asyncio.get_running_loop().create_task(self.run())
-        await asyncio.wait({task}, timeout=START_PATIENCE)
-        if not task.done():
+    async def at_start(self, first: asyncio.Task[None]) -> None:
+        """Wait for the first run, if it is done soon: it goes on if it is not."""
+        await asyncio.wait({first}, timeout=START_PATIENCE)
+        if not first.done():
             log.warning("VFs are still being made: other devices are offered meanwhile")
-        return task
 
     async def run(self) -> None:
         """Look, and do what is to be done. What does not work is logged, and tried again."""
