@@ -200,7 +200,6 @@ class Lifecycle:
         copied = tuple(sandboxes)
         running = {id: tuple(names) for id, names in containers.items()}
         self._sandboxes.forget_unlisted({sandbox.id for sandbox in copied})
-<<<<<<< HEAD
         attachments = self._context.book.attachments()
         self._spawn(lambda: self._settle_with_runtime(copied, running, attachments))
 
@@ -213,9 +212,6 @@ class Lifecycle:
         await self._reconcile.with_runtime(sandboxes, containers, attachments)
         # In recovery nothing was known of who has what until now.
         self._look_after_vfs()
-=======
-        attached = self._context.book.attachments()
-        self._spawn(lambda: self._reconcile.with_runtime(copied, running, attached))
 
     async def run_sandbox(self, sandbox: Sandbox, deadline: float) -> None:
         await self._sandboxes.run_sandbox(sandbox, deadline)
