@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
@@ -177,7 +176,7 @@ class Provisioning:
 
     async def _carry_out(self, found: Survey) -> None:
         groups = _groups(found.plans.values())
-        now = time.monotonic()
+        now = self._context.clock.monotonic()
         due = [
             group
             for group in groups
@@ -224,7 +223,7 @@ class Provisioning:
     def _failed(self, pf: PciAddress, text: str) -> None:
         before = self._failures.get(pf)
         wait = min(before.wait * 2, LAST_RETRY) if before else FIRST_RETRY
-        self._failures[pf] = _Failure(text, wait, time.monotonic() + wait)
+        self._failures[pf] = _Failure(text, wait, self._context.clock.monotonic() + wait)
         self._tell(pf, f"PF {pf}: its VFs could not be made, which is tried again: {text}")
 
     async def _remove(self, plan: PortPlan) -> list[str]:
