@@ -59,6 +59,7 @@ def test_the_first_known_version_of_the_plugins_list_is_spoken(
         ({"supported_versions": ["1.0.0"]}, "none of the plugin's versions"),
         ({"supported_versions": []}, "none of the plugin's versions"),
         ({"type": "CSIPlugin"}, "no handler for plugin type"),
+        ({"name": "Not A Driver"}, "is not a driver name"),
         ({"endpoint": "dra.sock"}, "is not an absolute path"),
     ],
 )

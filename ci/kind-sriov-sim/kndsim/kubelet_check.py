@@ -40,7 +40,7 @@ def choose_version(offered: Iterable[str], known: Iterable[Version]) -> Version:
 def check_plugin(info: PluginInfo) -> None:
     """RegistrationFailed if kubelet would refuse the plugin."""
     if not _DRIVER.fullmatch(info.driver):
-        raise RegistrationFailed(f"{info.driver!r} is not a driver name", tell=True, last=True)
+        raise RegistrationFailed(f"{info.driver!r} is not a driver name", tell=True)
     if not info.endpoint.is_absolute():
         raise RegistrationFailed(f"the endpoint {info.endpoint} is not an absolute path", tell=True)
 

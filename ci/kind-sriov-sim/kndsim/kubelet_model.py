@@ -127,12 +127,10 @@ class KubeletError(Exception):
 
 
 class RegistrationFailed(KubeletError):
-    """tell: whether the plugin is told (kubelet tells it of refusals, not of silence). last: kubelet counts
-    the socket as done with and asks no more until it is made anew."""
+    """tell: whether the plugin is told (kubelet tells it of refusals, not of silence)."""
 
-    def __init__(self, text: str, *, tell: bool, last: bool = False) -> None:
+    def __init__(self, text: str, *, tell: bool) -> None:
         self.tell = tell
-        self.last = last
         super().__init__(text)
 
 

@@ -45,7 +45,7 @@ class PluginStore:
         """RegistrationFailed if this endpoint of the driver is registered already."""
         plugins = self._plugins.setdefault(info.driver, [])
         if any(plugin.info.endpoint == info.endpoint for plugin in plugins):
-            raise RegistrationFailed(f"endpoint {info.endpoint} is already registered", tell=True, last=True)
+            raise RegistrationFailed(f"endpoint {info.endpoint} is already registered", tell=True)
         connection = Connection(info.endpoint)
         plugin = RegisteredPlugin(info, connection, DraClient(connection, info.version))
         plugins.append(plugin)

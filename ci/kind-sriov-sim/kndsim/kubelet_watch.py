@@ -86,8 +86,6 @@ class PluginWatcher:
                     failures += 1
                     self._registry.log(KubeletEvent.REGISTRATION_FAILED, str(path), str(error))
                     await self._forget(path)
-                    if error.last:
-                        break
                 await asyncio.sleep(self._timing.back_off(failures))
             await asyncio.Event().wait()
         finally:
