@@ -1,7 +1,7 @@
 # Everything starts here; `make` alone lists the targets. As root on Debian 12 or 13 each target sets up
 # what it needs, once: Debian packages, then .venv from requirements/lock.txt. Set-up talks on stderr, so
 # `make -s demo DEMO_ARGS='-o json'` prints the demo's JSON alone.
-#   PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS, KIND_ARGS   passed on
+#   PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS, CLUSTER_ARGS, KIND_ARGS, VM_ARGS   passed on
 #   WHEELHOUSE         install from this folder, without a network
 #   PYTHON             the interpreter
 #   UPGRADE=1          `make lock` takes newer versions
@@ -35,7 +35,7 @@ demo: setup ## the real agent against a simulated node: a pod gets a NIC and giv
 bench: setup ## the budgets, measured: prints ratios, fails on none (`-o json`, `--only NAME`)
 	@PYTHONPATH=.:$(SIM) $(BIN)/python -m tests.bench $(BENCH_ARGS)
 
-.PHONY: test-vm test-e2e kind-up kind-test kind-down
+.PHONY: test-vm vm-image vm-shell test-e2e kind-up kind-test kind-down
 
 GO := command -v go >/dev/null || deploy/install-packages.sh deploy/debian-packages-go.txt
 
@@ -43,10 +43,32 @@ test-vm: setup ## tests in emulated nodes with SR-IOV, on kernels of their own (
 	@deploy/install-packages.sh deploy/debian-packages-vm.txt
 	@$(BIN)/pytest tests/vm $(PYTEST_ARGS)
 
-test-e2e: setup ## the agents in a real cluster on this machine (the first run builds Kubernetes)
+vm-image: setup ## what test-vm and a guest's cluster boot, made once
+	@deploy/install-packages.sh deploy/debian-packages-vm.txt
+	@PYTHONPATH=$(SIM) $(BIN)/python -m kndsim.guest build
+
+vm-shell: setup ## a shell in such a node (VM_ARGS='--kernel ...'); Ctrl-] leaves it
+	@deploy/install-packages.sh deploy/debian-packages-vm.txt
+	@PYTHONPATH=$(SIM) $(BIN)/python -m kndsim.guest shell $(VM_ARGS)
+
+.PHONY: e2e-binaries cluster-up
+
+e2e-binaries: setup ## what test-e2e starts: Kubernetes, containerd and more from their Go modules, the agent's image
 	@deploy/install-packages.sh deploy/debian-packages-e2e.txt deploy/debian-packages-vm.txt
 	@$(GO)
-	@$(BIN)/pytest tests/e2e $(PYTEST_ARGS)
+	@PYTHONPATH=$(SIM) $(BIN)/python -m kndsim.cluster build --kubernetes 1.37 --containerd 2.4
+	@PYTHONPATH=$(SIM) $(BIN)/python -m kndsim.cluster build --kubernetes 1.34 --containerd 2.1
+	@PYTHONPATH=$(SIM) $(BIN)/python -m kndsim.agent_image
+
+cluster-up: setup ## a real cluster in namespaces of this machine, until Ctrl-C (CLUSTER_ARGS='--nodes 2')
+	@deploy/install-packages.sh deploy/debian-packages-e2e.txt
+	@$(GO)
+	@PYTHONPATH=$(SIM) $(BIN)/python -m kndsim.cluster up $(CLUSTER_ARGS)
+
+test-e2e: setup ## the agents in real clusters: two of this machine's and a guest's (CLUSTERS='machine-1.37')
+	@deploy/install-packages.sh deploy/debian-packages-e2e.txt deploy/debian-packages-vm.txt
+	@$(GO)
+	@CLUSTERS='$(CLUSTERS)' $(SIM)/test-e2e.sh $(PYTEST_ARGS)
 
 kind-up: setup ## a cluster of docker's or podman's by kind, with simulated NICs and the agents (as root)
 	@deploy/install-packages.sh deploy/debian-packages-kind.txt

@@ -159,6 +159,7 @@ def read_boot_id(proc: Path) -> BootId:
 
 
 def make_folders(settings: Settings) -> None:
-    """The root-only folders everything else is in."""
+    """The root-only folders everything else is in; also where kubelet made them, which lets everyone look."""
     for folder in (settings.paths.state, settings.paths.run):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)

@@ -29,6 +29,7 @@ class Choice:
     kubernetes: str
     containerd: str
     pace: float = 1.0
+    nodes: int = NODES
 
     @property
     def version(self) -> tuple[int, int]:
@@ -41,26 +42,22 @@ CHOICES = {
     for each in (
         Choice(name="machine-1.37", kubernetes="1.37", containerd="2.4"),
         Choice(name="machine-1.34", kubernetes="1.34", containerd="2.1"),
+        # Its processors are emulated.
+        Choice(name="guest", kubernetes="1.37", containerd="2.4", pace=8.0, nodes=1),
     )
 }
+GUEST = "guest"
 KIND = "kind"
-NOT_YET = ("guest",)
 DEFAULT = "machine-1.37"
 
 
 def chosen() -> Choice:
-    """UsageError for a name that is not there, or not there yet."""
+    """UsageError for a name that is not there."""
     name = os.environ.get(VARIABLE) or DEFAULT
-    if name in NOT_YET:
-        raise pytest.UsageError(
-            f"{VARIABLE}={name}: tests cannot run there yet; choose from {', '.join(CHOICES)}"
-        )
     if name == KIND:
         return _kind()
     if name not in CHOICES:
-        raise pytest.UsageError(
-            f"{VARIABLE}={name} is no cluster: choose from {', '.join((*CHOICES, KIND, *NOT_YET))}"
-        )
+        raise pytest.UsageError(f"{VARIABLE}={name} is no cluster: choose from {', '.join((*CHOICES, KIND))}")
     return CHOICES[name]
 
 
@@ -81,7 +78,8 @@ def _kind() -> Choice:
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster | KindCluster]:
     from kndsim.cluster import ClusterSpec
-    from kndsim.cluster import cluster as start
+    from kndsim.cluster import cluster as on_this_machine
+    from kndsim.cluster.in_guest import guest_cluster
     from kndsim.cluster.kind import running as running_kind
     from kndsim.kind.up import FOLDER
 
@@ -90,6 +88,7 @@ def cluster() -> Iterator[Cluster | KindCluster]:
         with running_kind(FOLDER) as running:
             yield running
         return
-    spec = ClusterSpec(kubernetes=choice.kubernetes, containerd=choice.containerd, nodes=NODES)
+    spec = ClusterSpec(kubernetes=choice.kubernetes, containerd=choice.containerd, nodes=choice.nodes)
+    start = guest_cluster if choice.name == GUEST else on_this_machine
     with start(spec) as running:
         yield running

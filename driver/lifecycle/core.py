@@ -65,9 +65,9 @@ class Lifecycle:
         """Look at the node and settle what an earlier agent left. Then the adapters may be started."""
         await self._context.workers.run([], self._context.devices.rescan)
         await self._reconcile.at_start()
-        self._spawn(self._context.workers.run([], self._usage.prune))
-        self._spawn(_every(CHECKPOINT_EVERY, self._checkpoint))
-        self._spawn(_every(AGAIN_EVERY, self._reconcile.again))
+        self._spawn(lambda: self._context.workers.run([], self._usage.prune))
+        self._spawn(lambda: _every(CHECKPOINT_EVERY, self._checkpoint))
+        self._spawn(lambda: _every(AGAIN_EVERY, self._reconcile.again))
 
     async def stop(self, deadline: float) -> None:
         """Nothing half done: wait for what is in hand; attached devices stay as they are, counted."""
@@ -176,7 +176,8 @@ class Lifecycle:
         copied = tuple(sandboxes)
         running = {id: tuple(names) for id, names in containers.items()}
         self._sandboxes.forget_unlisted({sandbox.id for sandbox in copied})
-        self._spawn(self._reconcile.with_runtime(copied, running, self._context.book.attachments()))
+        attached = self._context.book.attachments()
+        self._spawn(lambda: self._reconcile.with_runtime(copied, running, attached))
 
     async def run_sandbox(self, sandbox: Sandbox, deadline: float) -> None:
         await self._sandboxes.run_sandbox(sandbox, deadline)
@@ -194,7 +195,8 @@ class Lifecycle:
         """The pod watch learnt something: a waiting sandbox may be attachable now."""
         self._reconcile.attach_waiting()
 
-    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+    def _spawn(self, work: Callable[[], Coroutine[object, object, None]]) -> None:
+        """A function, not a coroutine: a task that is stopped before its first step never makes one."""
         task = asyncio.get_running_loop().create_task(_logged(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -210,9 +212,9 @@ async def _every(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
             log.error("%s", error)
 
 
-async def _logged(work: Coroutine[object, object, None]) -> None:
+async def _logged(work: Callable[[], Coroutine[object, object, None]]) -> None:
     try:
-        await work
+        await work()
     except Exception:
         # The last line of a background task: a bug must be seen, and must not end the agent.
         log.exception("a background task failed")

@@ -21,6 +21,7 @@ from driver.execute.target import open_target
 from driver.lifecycle.context import Context
 from driver.lifecycle.gate import Gate
 from driver.lifecycle.homecoming import Homecoming
+from driver.lifecycle.patience import Patience
 from driver.lifecycle.projections import Projections
 from driver.lifecycle.usage import Usage
 from driver.model import (
@@ -106,14 +107,24 @@ class Sandboxes:
         self._late_lane = asyncio.Semaphore(2)
         self._leaving: set[asyncio.Task[None]] = set()
         self._closed = False
+        self._patience = Patience()
 
     # --- hooks --------------------------------------------------------------------------------------
 
     async def run_sandbox(self, sandbox: Sandbox, deadline: float) -> None:
-        belonging = await self._belonging(sandbox, deadline)
-        if belonging.preparations:
-            self._gate.check_unprepare()
-            await self._attach(sandbox, belonging.preparations, deadline)
+        try:
+            belonging = await self._belonging(sandbox, deadline)
+            if belonging.preparations:
+                self._gate.check_unprepare()
+                await self._attach(sandbox, belonging.preparations, deadline)
+        except EXPECTED as error:
+            if not self._patience.exhausted(sandbox.pod.uid):
+                raise
+            # Its containers are refused until it has its devices, which is now tried outside of the hook.
+            log.warning("pod %s goes on without its devices for now: %s", sandbox.pod.name, error)
+            self.attach_late(sandbox)
+        else:
+            self._patience.restored(sandbox.pod.uid)
 
     async def create_container(self, sandbox: Sandbox, container: str, deadline: float) -> None:
         belonging = await self._belonging(sandbox, deadline)

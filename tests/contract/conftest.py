@@ -16,6 +16,7 @@ import pytest
 
 from kndsim.runtime import RuntimeMode
 from tests.contract.api_peer import ApiPeer, real_api, simulated_api
+from tests.contract.kubelet_forms import KubeletPeer, real_kubelet, simulated_kubelet
 from tests.contract.runtime_forms import RuntimePeer, real_runtime, simulated_runtime
 from tests.real_cluster import VARIABLE, chosen, cluster
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["cluster"]
 
 _TOO_OLD = pytest.StashKey[list[str]]()
-SIMULATED = {"api": ["sim"], "runtime": [RuntimeMode.STATE_CHANGE, RuntimeMode.POD_RPC]}
+SIMULATED = {"api": ["sim"], "kubelet": ["sim"], "runtime": [RuntimeMode.STATE_CHANGE, RuntimeMode.POD_RPC]}
 """Fixture to its simulated forms; the real one's form is `real`."""
 
 
@@ -98,6 +99,18 @@ def runtime(request: pytest.FixtureRequest, short_tmp: Path) -> Opened:
         return lambda: simulated_runtime(short_tmp, request.param)
     node: Node = request.getfixturevalue("bare_node")
     return lambda: real_runtime(node)
+
+
+@pytest.fixture
+def kubelet(
+    request: pytest.FixtureRequest, short_tmp: Path
+) -> Callable[[], AbstractAsyncContextManager[KubeletPeer]]:
+    """Opens the first node's kubelet in the loop of whoever calls it."""
+    if request.param != "real":
+        return lambda: simulated_kubelet(short_tmp)
+    running = _cluster(request)
+    node = next(iter(running.nodes.values()))
+    return lambda: real_kubelet(node, running.kubeconfig)
 
 
 def _cluster(request: pytest.FixtureRequest) -> Cluster:

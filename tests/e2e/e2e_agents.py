@@ -228,7 +228,7 @@ class Agents(Waiting):
 
         def listen() -> None:
             # The stream breaks off where kubelet or the pod goes first; what came until then is kept.
-            with contextlib.suppress(ApiRefused, OSError, ValueError):
+            with contextlib.suppress(ApiRefused):
                 parts.extend(self.api.follow(NAMESPACE, pod, CONTAINER, 60 * self.pace))
 
         listener = threading.Thread(target=listen, name=f"log of {pod}", daemon=True)

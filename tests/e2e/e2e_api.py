@@ -136,7 +136,8 @@ class Api:
         return self._text(f"log of {namespace}/{pod} {container}", answer)
 
     def follow(self, namespace: str, pod: str, container: str, within: float) -> Iterator[bytes]:
-        """The log from its beginning to the container's end, or until it is silent for so long."""
+        """The log from its beginning to the container's end. ApiRefused if it breaks off, or is silent for so
+        long."""
         query = {"container": container, "follow": "true"}
         path = f"{self.path('Pod', namespace, pod)}/log"
         answer = self._send("GET", path, query, limit=within)
@@ -144,6 +145,8 @@ class Api:
             self._text(f"log of {namespace}/{pod} {container}", answer)
         try:
             yield from answer.stream(1 << 14)
+        except urllib3.exceptions.HTTPError as error:
+            raise ApiRefused(f"log of {namespace}/{pod} {container}", 0, str(error)) from error
         finally:
             answer.close()
 

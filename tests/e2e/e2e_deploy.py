@@ -44,10 +44,10 @@ def asked_for() -> Sabotage | None:
 @contextlib.contextmanager
 def deployed(cluster: Cluster, ground: Ground, api: Api) -> Iterator[None]:
     """The cluster's agents; they are gone with the cluster."""
-    from kndsim.deployed import deploy_agent
+    from kndsim.deployed import READY_WITHIN, deploy_agent
 
     how = asked_for()
-    deploy_agent(cluster)
+    deploy_agent(cluster, within=READY_WITHIN * ground.pace)
     with sabotaged(api, how) if how else contextlib.nullcontext():
         yield
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.real_cluster import NODES, Choice
+from tests.real_cluster import GUEST, Choice
 
 MARKER = "needs"
 
@@ -67,23 +67,26 @@ class Ground:
 
 
 _KND = 'device.attributes["knd.internal"]'
-DEVICES_ON_MACHINE = 8
-_MACHINE = {
+DEVICES = 8
+_FEATURES = {
     (1, 37): frozenset(Feature),
     (1, 34): frozenset(Feature),
 }
 
 
 def ground_of(choice: Choice) -> Ground:
+    """A guest's devices are VFs of two PFs on one wire, named as the veths of a machine's cluster are."""
+    kind, published = (DeviceKind.VF, "vf") if choice.name == GUEST else (DeviceKind.VETH, "netdev")
     return Ground(
         choice=choice,
-        kind=DeviceKind.VETH,
-        nodes=NODES,
-        devices=DEVICES_ON_MACHINE,
+        kind=kind,
+        nodes=choice.nodes,
+        devices=DEVICES,
         wired=True,
-        features=_MACHINE[choice.version],
+        features=_FEATURES[choice.version],
         selector=(
-            f'device.driver == "knd.internal" && {_KND}.kind == "netdev" && {_KND}.ifName.startsWith("net-")'
+            f'device.driver == "knd.internal" && {_KND}.kind == "{published}" '
+            f'&& {_KND}.ifName.startsWith("net-")'
         ),
     )
 

@@ -5,7 +5,8 @@ Invariant: everything goes through the node's Place, so that it is the same on e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from tests.e2e.e2e_links import Link, parse_links
@@ -13,6 +14,8 @@ from tests.e2e.e2e_space import LivePod
 
 if TYPE_CHECKING:
     from kndsim.place import Place
+
+SPARE = "net-e2e"
 
 # The pause program of this cluster's own image, or of a public one; nothing else is started by such a path.
 _PAUSE_OF = r"""
@@ -31,11 +34,15 @@ def links_of(place: Place, prefix: str = "net-") -> Mapping[str, Link]:
     return {name: link for name, link in found.items() if name.startswith(prefix)}
 
 
+def pauses_of(place: Place, pod: LivePod) -> list[int]:
+    """The processes that hold the pod's sandboxes: one, or none while kubelet makes it anew."""
+    return [int(pid) for pid in place.run(["sh", "-c", _PAUSE_OF, "sh", pod.uid]).out.split()]
+
+
 def pause_of(place: Place, pod: LivePod) -> int:
-    """The process that holds the pod's sandbox."""
-    found = place.run(["sh", "-c", _PAUSE_OF, "sh", pod.uid]).out.split()
+    found = pauses_of(place, pod)
     assert len(found) == 1, f"pause processes of {pod.name}: {found}"
-    return int(found[0])
+    return found[0]
 
 
 def kill_sandbox(place: Place, pod: LivePod) -> int:
@@ -43,3 +50,14 @@ def kill_sandbox(place: Place, pod: LivePod) -> int:
     pid = pause_of(place, pod)
     place.run(["kill", "-9", str(pid)])
     return pid
+
+
+@contextlib.contextmanager
+def spare_nic(place: Place) -> Iterator[str]:
+    """A virtual device of the case's own on the node, wired to nothing: one that may be destroyed. A veth
+    dies with its network namespace where no agent holds that open. The CEL that selects it."""
+    place.run(["ip", "link", "add", SPARE, "type", "veth", "peer", "name", "e2e-far"])
+    try:
+        yield f'device.attributes["knd.internal"].ifName == "{SPARE}"'
+    finally:
+        place.run(["ip", "link", "del", SPARE], check=False)

@@ -260,9 +260,11 @@ class Space(Waiting):
         self.add(pod.object())
         return LivePod(self, pod.name)
 
-    def nic_pod(self, name: str, *configs: Config, node: str = "", **more: Any) -> LivePod:
+    def nic_pod(
+        self, name: str, *configs: Config, node: str = "", device_class: str = "", **more: Any
+    ) -> LivePod:
         """A pod with one device by a template of its own."""
-        self.add(self.claim(*configs).template(name))
+        self.add(self.claim(*configs, device_class=device_class).template(name))
         return self.pod(Pod(name=name, templates={"net": name}, node=node, **more))
 
     def pods(self) -> Iterator[LivePod]:

@@ -50,15 +50,19 @@ class Sent:
 
 
 def two_stations(
-    space: Space, cluster: Cluster, *, apart: bool, mtu: int = 1400, more: Mapping[str, object] | None = None
+    space: Space, cluster: Cluster, *, apart: bool, mtu: int = 1400, first_class: str = ""
 ) -> tuple[Station, Station]:
-    """On two nodes, or both on one. more: of the first one's interface."""
+    """On two nodes, or both on one. first_class: of the first one's device; "": the ground's."""
     nodes = list(cluster.nodes)
     where = (nodes[0], nodes[1] if apart else nodes[0])
-    extra = (more or {}, {})
+    classes = (first_class, "")
     pods = [
-        space.nic_pod(name, nic("net1", f"198.18.1.{number}/24", mtu=mtu, **extra[number - 1]), node=node)
-        for number, (name, node) in enumerate(zip(("one", "two"), where, strict=True), 1)
+        space.nic_pod(
+            name, nic("net1", f"198.18.1.{number}/24", mtu=mtu), node=node, device_class=device_class
+        )
+        for number, (name, node, device_class) in enumerate(
+            zip(("one", "two"), where, classes, strict=True), 1
+        )
     ]
     one, two = (Station(pod.running(), f"198.18.1.{number}") for number, pod in enumerate(pods, 1))
     _reach(one, two)

@@ -8,7 +8,7 @@ from kndsim.cluster import Cluster
 from tests.e2e.e2e_agents import Agents
 from tests.e2e.e2e_ground import Ground, needs
 from tests.e2e.e2e_node import links_of
-from tests.e2e.e2e_objects import DRIVER, Json, nic
+from tests.e2e.e2e_objects import DRIVER, Config, DeviceClass, Json, nic
 from tests.e2e.e2e_space import LivePod, Space
 from tests.e2e.e2e_traffic import accounts_are, counts_are, send, two_stations
 
@@ -65,9 +65,10 @@ def test_a_nic_comes_home_as_it_was_and_its_account_stays(
     nodes = list(cluster.nodes)
     home = {node: links_of(cluster.nodes[node].place) for node in nodes}
     offered = {node: agents.slice_devices(node) for node in nodes}
-    one, two = two_stations(
-        space, cluster, apart=False, mtu=1300, more={"hardwareAddress": "02:00:5e:10:00:0a"}
-    )
+    name = f"e2e-{space.name}"[:60]
+    mac = Config(interface={"hardwareAddress": "02:00:5e:10:00:0a"})
+    space.cluster_wide(DeviceClass(name=name, selectors=(ground.selector,), config=mac).object())
+    one, two = two_stations(space, cluster, apart=False, mtu=1300, first_class=name)
     assert one.pod.links()["net1"].mac == "02:00:5e:10:00:0a"
     assert {node: agents.slice_devices(node) for node in nodes} == offered, "an attach writes no slice"
     node = one.pod.node

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SPEC = KindSpec(name="fake", workers=1)
 _KIND = """#!/bin/bash
 echo "$*" >>{folder}/kind.asked
-echo "$KIND_EXPERIMENTAL_PROVIDER" >{folder}/provider
+echo "$KIND_EXPERIMENTAL_PROVIDER" >>{folder}/provider
 case "$1 $2" in
     "$(cat {folder}/kind.fails)") echo 'ERROR: no such luck' >&2; exit 1 ;;
     'create cluster') touch "${{4#--kubeconfig=}}" ;;
@@ -124,7 +124,7 @@ def test_a_cluster_comes_up_with_devices_and_all_of_it_goes_down(world: World) -
         f"load image-archive {world.folder}/agent.tar --name=fake",
         f"load image-archive {world.scratch}/tool.tar --name=fake",
     ]
-    assert (world.scratch / "provider").read_text() == "docker\n"
+    assert (world.scratch / "provider").read_text() == "docker\n" * 3
     assert yaml.safe_load(config.read_text())["name"] == "fake"
     names = {f"net-{number}" for number in range(8)} | {"mac-0"}
     assert [world.links(node) for node in SPEC.nodes] == [names, names]

@@ -9,7 +9,8 @@ import pytest
 
 from kndsim.cache import Cache
 from kndsim.cluster import ClusterSpec, binaries
-from kndsim.cluster.binaries import PINS, BuildFailed, build_command, program_names, read_pin
+from kndsim.cluster.binaries import PINS, BuildFailed, build_arguments, program_names, read_pin
+from kndsim.cluster.toolchain import toolchain
 from kndsim.progress import Progress
 
 OLD = ClusterSpec(kubernetes="1.34", containerd="2.1")
@@ -46,7 +47,7 @@ def test_a_pins_name_says_its_version_and_its_hashes_are_there(name: str) -> Non
 
 def test_a_program_is_built_from_hashed_modules_and_told_its_version(tmp_path: Path) -> None:
     pin = read_pin("kubernetes-1.34")
-    argv = build_command(pin, "k8s.io/kubernetes/cmd/kubelet", tmp_path)
+    argv = build_arguments(pin, "k8s.io/kubernetes/cmd/kubelet", tmp_path)
     assert "-mod=readonly" in argv
     assert "-trimpath" in argv
     assert f"k8s.io/component-base/version.gitVersion={pin.version}" in argv[argv.index("-ldflags") + 1]
@@ -55,7 +56,7 @@ def test_a_program_is_built_from_hashed_modules_and_told_its_version(tmp_path: P
 
 def test_etcds_program_is_not_called_after_its_folder(tmp_path: Path) -> None:
     (command,) = read_pin("etcd").commands
-    assert str(tmp_path / "etcd") in build_command(read_pin("etcd"), command, tmp_path)
+    assert str(tmp_path / "etcd") in build_arguments(read_pin("etcd"), command, tmp_path)
 
 
 def test_one_line_and_block_directives_are_both_read(tmp_path: Path) -> None:
@@ -76,28 +77,53 @@ def test_a_pin_that_names_no_program_is_refused(tmp_path: Path) -> None:
         read_pin("it", pin_at(tmp_path, "module m\n\ngo 1.26.0\n"))
 
 
-def test_without_go_the_reader_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_go_the_reader_is_told_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(BuildFailed, match=r"no `go` here: install .*golang-go"):
-        binaries.go_version()
+        binaries.binaries("etcd", Progress("test"), Cache(tmp_path))
 
 
-def fake_go(folder: Path, monkeypatch: pytest.MonkeyPatch, build: str) -> None:
-    """A `go` that answers questions and runs `build` for a build."""
+def fake_go(folder: Path, monkeypatch: pytest.MonkeyPatch, build: str, version: str = "go1.26.0") -> None:
+    """A `go` that answers questions and runs `build` for all else."""
     script = folder / "go"
     script.write_text(
         "#!/bin/sh\n"
-        f'case "$1 $2" in "env GOVERSION") echo go1.26.0 ;; env*) echo local ;; *) {build} ;; esac\n'
+        f'case "$1 $2" in "env GOVERSION") echo {version} ;; "env GOARCH") echo amd64 ;; *) {build} ;; esac\n'
     )
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
 
-def test_a_go_that_cannot_read_the_pins_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_go(tmp_path, monkeypatch, "false")
-    monkeypatch.setattr(binaries, "OLDEST_GO", (1, 99))
-    with pytest.raises(BuildFailed, match=r"go1\.26\.0 is too old: the pins need 1\.99"):
-        binaries.go_version()
+def test_a_go_that_may_not_fetch_the_one_it_needs_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "go"
+    said = "go: go.mod requires go >= 1.26.0 (running go 1.24.4; GOTOOLCHAIN=local)"
+    script.write_text(f'#!/bin/sh\n[ "$PWD" = / ] && echo go1.24.4 && exit\necho "{said}" >&2\nexit 1\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(BuildFailed, match=r"build etcd: .*running go 1\.24\.4.*set GOTOOLCHAIN=auto"):
+        binaries.binaries("etcd", Progress("test"), Cache(tmp_path / "cache"))
+
+
+def test_a_go_too_old_to_fetch_a_newer_one_is_helped_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes as a module has no executable file in it."""
+    home = tmp_path / "fetched"
+    (home / "bin").mkdir(parents=True)
+    (home / "pkg/tool").mkdir(parents=True)
+    newer = home / "bin/go"
+    newer.write_text(f'#!/bin/sh\n[ "$GOROOT" = {home} ] && echo go1.26.8\n')
+    newer.chmod(0o444)
+    fake_go(
+        tmp_path, monkeypatch, f'echo "$3 $4" >{tmp_path}/asked; echo \'{{"Dir": "{home}"}}\'', "go1.19.8"
+    )
+    found = toolchain(PINS / "etcd")
+    assert (found.command, found.version) == (str(newer), "go1.26.8")
+    assert (tmp_path / "asked").read_text() == "-json golang.org/toolchain@v0.0.1-go1.26.8.linux-amd64\n"
 
 
 def test_a_failed_build_says_why_and_leaves_no_folder(

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from driver.errors import DriverError, NotNow, Refusal
+from driver.lifecycle.patience import FAILURES_MAX
 from driver.model import (
     AttachmentState,
     ClaimRef,
@@ -99,6 +100,46 @@ def test_a_busy_device_fails_the_hook(play) -> None:  # type: ignore[no-untyped-
         world.fail[Act.MOVE_IN, A] = Busy("move", errno.EBUSY)
         with pytest.raises(NotNow, match="EBUSY"):
             await world.run(ONE)
+
+    play(story)
+
+
+def test_a_pod_whose_hook_fails_on_and_on_is_let_through_and_its_containers_wait_until_it_is_attached(
+    play, wait_until_async: WaitUntilAsync
+) -> None:  # type: ignore[no-untyped-def]
+    """A runtime that keeps a record of each failure would not start again over too many."""
+
+    async def story(world: World) -> None:
+        world.prepare(0)
+        world.fail[Act.MOVE_IN, A] = NotNow("no")
+        for number in range(FAILURES_MAX):
+            with pytest.raises(NotNow):
+                await world.run(sandbox(f"try-{number}"))
+        last = sandbox("last")
+        await world.run(last)
+        with pytest.raises(NotNow):
+            await world.container(last)
+        del world.fail[Act.MOVE_IN, A]
+        with pytest.raises(NotNow):
+            await world.container(last)
+        await wait_until_async(lambda: world.states() == {(last.id, A): ATTACHED})
+        await world.container(last)
+
+    play(story)
+
+
+def test_a_hook_that_went_well_gives_a_pod_all_its_failures_back(play) -> None:  # type: ignore[no-untyped-def]
+    async def story(world: World) -> None:
+        world.prepare(0)
+        for round in range(2):
+            world.fail[Act.MOVE_IN, A] = NotNow("no")
+            for number in range(FAILURES_MAX):
+                with pytest.raises(NotNow):
+                    await world.run(sandbox(f"try-{round}-{number}"))
+            del world.fail[Act.MOVE_IN, A]
+            good = sandbox(f"good-{round}")
+            await world.run(good)
+            await world.stop(good)
 
     play(story)
 

@@ -93,3 +93,11 @@ def test_files_that_a_cache_is_keyed_by_are_there(workflow: dict[Any, Any]) -> N
     patterns = [each for key in keys for each in re.findall(r"'([^']+)'", key)]
     assert patterns
     assert [each for each in patterns if not list(ROOT.glob(each))] == []
+
+
+def test_every_target_that_the_grounds_page_names_is_there() -> None:
+    named = set(
+        re.findall(r"(?:`|    )make ([a-z][a-z0-9-]+)", (ROOT / "ci/kind-sriov-sim/README.md").read_text())
+    )
+    assert named >= {"kind-up", "kind-down", "test-vm", "test-e2e"}
+    assert named - make_targets() == set()

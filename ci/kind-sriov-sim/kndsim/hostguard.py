@@ -131,6 +131,12 @@ def _devices() -> Items:
     return {f"{folder}/{name}": "" for folder in _DEVICE_FOLDERS for name in _names(Path(folder))}
 
 
+def _cgroups() -> Items:
+    """Of nodes made here: a folder in every hierarchy, which outlives the processes that were in it."""
+    top = Path("/sys/fs/cgroup")
+    return {str(path): "" for pattern in ("knd*", "*/knd*") for path in top.glob(pattern)}
+
+
 def _processes() -> Items:
     """Processes of this run other than the caller: see RUN_MARK."""
     mark = os.environ.get(RUN_MARK)
@@ -156,6 +162,7 @@ _SECTIONS: Mapping[str, Callable[[], Items]] = {
     "sysctl": _sysctls,
     "file": _folders,
     "device": _devices,
+    "cgroup": _cgroups,
     "process": _processes,
 }
 

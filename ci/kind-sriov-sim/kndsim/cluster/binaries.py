@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -17,11 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kndsim.cache import Cache, digest
+from kndsim.cluster.toolchain import NoGo, toolchain
 from kndsim.progress import Progress
 
 PINS = Path(__file__).resolve().parents[2] / "pins"
-OLDEST_GO = (1, 24)
-"""The first that reads `tool` lines; the pins' own `go` lines may ask for more."""
 
 
 class BuildFailed(Exception):
@@ -104,56 +102,40 @@ def program_names(pin: Pin) -> dict[str, str]:
     return {command: names.get(command, command.rpartition("/")[2]) for command in pin.commands}
 
 
-def build_command(pin: Pin, command: str, to: Path) -> list[str]:
+def build_arguments(pin: Pin, command: str, to: Path) -> list[str]:
+    """Of `go`."""
     recipe = recipe_of(pin.name)
     linker = ["-s", "-w"]
     if recipe.version_symbol:
         linker += ["-X", f"{recipe.version_symbol}={pin.version}"]
     if recipe.linker:
         linker.append(recipe.linker)
-    argv = ["go", "build", "-mod=readonly", "-buildvcs=false", "-trimpath", "-ldflags", " ".join(linker)]
+    argv = ["build", "-mod=readonly", "-buildvcs=false", "-trimpath", "-ldflags", " ".join(linker)]
     if recipe.tags:
         argv += ["-tags", recipe.tags]
     return [*argv, "-o", str(to / program_names(pin)[command]), command]
-
-
-def go_version() -> str:
-    """ "go1.26.8"; BuildFailed with what to do if there is none, or one that cannot read the pins."""
-    if shutil.which("go") is None:
-        raise BuildFailed(
-            "the cluster's programs are built from Go modules, and there is no `go` here: install Debian's "
-            "golang-go (deploy/debian-packages-go.txt), or put another Go first in PATH"
-        )
-    said = subprocess.run(["go", "env", "GOVERSION"], capture_output=True, text=True, check=True).stdout
-    found = re.match(r"go(\d+)\.(\d+)", said)
-    if found and (int(found[1]), int(found[2])) < OLDEST_GO and not _may_fetch_toolchain():
-        wanted = ".".join(map(str, OLDEST_GO))
-        raise BuildFailed(f"{said.strip()} is too old: the pins need {wanted}, or set GOTOOLCHAIN=auto")
-    return said.strip()
-
-
-def _may_fetch_toolchain() -> bool:
-    told = subprocess.run(["go", "env", "GOTOOLCHAIN"], capture_output=True, text=True, check=True).stdout
-    return told.strip().endswith(("auto", "path"))
 
 
 def binaries(name: str, progress: Progress, cache: Cache | None = None) -> Path:
     """The folder with the programs of a pin, built if there is none yet for exactly this pin and recipe."""
     pin = read_pin(name)
     recipe = recipe_of(name)
-    go = go_version()
+    try:
+        go = toolchain(PINS / name)
+    except NoGo as error:
+        raise BuildFailed(str(error)) from None
     files = [PINS / name / "go.mod", PINS / name / "go.sum"]
 
     def make(folder: Path) -> None:
         for command in pin.commands:
             with progress.phase(f"building {name}: {program_names(pin)[command]}"):
-                _build(pin, build_command(pin, command, folder), recipe)
+                _build(pin, [go.command, *build_arguments(pin, command, folder)], recipe, go.env)
 
-    return (cache or Cache()).folder(name, digest([*files, repr(recipe), go]), make)
+    return (cache or Cache()).folder(name, digest([*files, repr(recipe), go.version]), make)
 
 
-def _build(pin: Pin, argv: Sequence[str], recipe: Recipe) -> None:
-    env = {**os.environ, "CGO_ENABLED": "1" if recipe.cgo else "0"}
+def _build(pin: Pin, argv: Sequence[str], recipe: Recipe, more: Mapping[str, str]) -> None:
+    env = {**os.environ, **more, "CGO_ENABLED": "1" if recipe.cgo else "0"}
     # A group of its own, so that the compilers end with it.
     with subprocess.Popen(
         argv,
@@ -183,8 +165,6 @@ _CAUSES = (
     ("cannot find -lseccomp", "install Debian's libseccomp-dev (deploy/debian-packages-e2e.txt)"),
     ("seccomp.h: No such file", "install Debian's libseccomp-dev (deploy/debian-packages-e2e.txt)"),
     ("gcc", "install Debian's gcc and libc6-dev (deploy/debian-packages-e2e.txt)"),
-    ("requires go >=", "take a newer Go, or set GOTOOLCHAIN=auto"),
-    ("toolchain not available", "the pin wants a newer Go than the module proxy serves: install one"),
     ("not found", "the module proxy does not serve a module of the pin: see GOPROXY"),
     ("dial tcp", "the module proxy is out of reach: see GOPROXY"),
     ("missing go.sum entry", "the pin is not whole: run `go mod tidy` in its folder"),

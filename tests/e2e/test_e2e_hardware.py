@@ -1,0 +1,116 @@
+"""Real functions: a claim's VF is the one in the pod, netdevsim ports come and go, and files are given where
+a pod drives the device itself."""
+
+from __future__ import annotations
+
+from kndsim.cluster import Cluster
+from kndsim.place import Place
+from tests.e2e.e2e_agents import Agents
+from tests.e2e.e2e_ground import DeviceKind, needs
+from tests.e2e.e2e_node import links_of
+from tests.e2e.e2e_objects import Config, Container, DeviceClass, Pod, nic
+from tests.e2e.e2e_space import LivePod, Space
+
+_DRIVER = 'device.driver == "knd.internal"'
+_NAME = 'device.attributes["knd.internal"].ifName'
+
+
+def pci_of(pod: LivePod) -> str:
+    """The PCI address in the name of its one device, pci-0000-21-10-0."""
+    (device,) = pod.devices()
+    domain, bus, slot, function = device.removeprefix("pci-").split("-")
+    return f"{domain}:{bus}:{slot}.{function}"
+
+
+def pod_of(template: str, *more: Container) -> Pod:
+    """One container that names the claim, and others."""
+    return Pod(name=template, templates={"net": template}, containers=(Container(claims=("net",)), *more))
+
+
+def driver_of(place: Place, address: str) -> str:
+    link = place.run(["readlink", f"/sys/bus/pci/devices/{address}/driver"]).out
+    return link.strip().rpartition("/")[2]
+
+
+@needs(kind=DeviceKind.VF)
+def test_the_interface_in_the_pod_is_the_vf_that_was_allocated(space: Space, cluster: Cluster) -> None:
+    (node,) = cluster.nodes.values()
+    before = links_of(node.place)
+    pod = space.nic_pod("p", nic("net1", "198.18.1.2/24")).running()
+    address = pci_of(pod)
+    seen = pod.out("readlink", "-f", "/sys/class/net/net1/device").strip()
+    assert seen.endswith(f"/{address}")
+    assert len(links_of(node.place)) == len(before) - 1
+    pod.delete()
+    space.until(lambda: links_of(node.place) == before, 20, lambda: f"{before} again: {links_of(node.place)}")
+
+
+@needs(kind=DeviceKind.VF)
+def test_a_netdevsim_port_is_moved_named_and_home_again(space: Space, cluster: Cluster) -> None:
+    """Its two ports are on one wire: two pods talk over it."""
+    (node,) = cluster.nodes.values()
+    before = links_of(node.place, "net-nsim-")
+    assert len(before) == 2
+    space.cluster_wide(
+        DeviceClass(
+            name="e2e-simulated", selectors=(f'{_DRIVER} && {_NAME}.startsWith("net-nsim-")',)
+        ).object()
+    )
+    for number, name in enumerate(("one", "two"), 1):
+        claim = space.claim(nic("sim0", f"198.18.2.{number}/24"), device_class="e2e-simulated")
+        space.add(claim.template(name))
+    one, two = (space.pod(pod_of(name)) for name in ("one", "two"))
+    one.running()
+    two.running()
+    assert one.first_links()["sim0"].up
+    space.until(
+        lambda: one.exec("ping", "-c", "1", "-W", "1", "198.18.2.2").code == 0,
+        15,
+        lambda: f"the ports reach each other: {one.links()} {two.links()}",
+    )
+    one.delete()
+    two.delete()
+    space.until(
+        lambda: links_of(node.place, "net-nsim-") == before,
+        20,
+        lambda: f"{before} again: {links_of(node.place, 'net-nsim-')}",
+    )
+
+
+@needs(kind=DeviceKind.VF)
+def test_a_nic_with_an_rdma_device_is_offered_as_such_and_given(space: Space, agents: Agents) -> None:
+    space.cluster_wide(
+        DeviceClass(
+            name="e2e-rdma", selectors=(f'{_DRIVER} && device.attributes["knd.internal"].rdma',)
+        ).object()
+    )
+    space.add(space.claim(nic("roce0", "198.18.3.1/24"), device_class="e2e-rdma").template("p"))
+    pod = space.pod(pod_of("p")).running()
+    (device,) = pod.devices()
+    assert agents.slice_devices(pod.node)[device]["attributes"]["rdmaDevice"]["string"] == "rxe0"
+    assert pod.first_links()["roce0"].up
+
+
+@needs(kind=DeviceKind.VF)
+def test_a_virtual_machines_pod_has_the_vfio_files_and_the_address_it_is_told(
+    space: Space, agents: Agents, cluster: Cluster
+) -> None:
+    (node,) = cluster.nodes.values()
+    before = links_of(node.place)
+    vfio = Config(more={"vf": {"driver": "vfio-pci"}})
+    selector = f'{_DRIVER} && device.attributes["knd.internal"].kind == "vf"'
+    space.cluster_wide(DeviceClass(name="e2e-vfio", selectors=(selector,), config=vfio).object())
+    space.add(space.claim(device_class="e2e-vfio").template("vm"))
+    pod = space.pod(pod_of("vm", Container(name="other"))).running()
+    address = pci_of(pod)
+    assert driver_of(node.place, address) == "vfio-pci"
+    group = node.place.run(["readlink", f"/sys/bus/pci/devices/{address}/iommu_group"]).out
+    files = pod.out("ls", "/dev/vfio").split()
+    assert sorted(files) == sorted(["vfio", group.strip().rpartition("/")[2]])
+    told = [line for line in pod.out("env").splitlines() if line.startswith("KND_PCI_ADDRESS_")]
+    assert [line.partition("=")[2] for line in told] == [address]
+    assert pod.exec("ls", "/dev/vfio", container="other").code != 0, "a container that names no claim"
+    pod.delete()
+    space.until(lambda: driver_of(node.place, address) == "igbvf", 20, "its own driver again")
+    space.until(lambda: links_of(node.place) == before, 20, lambda: f"{before} again: {links_of(node.place)}")
+    assert agents.prepared(node.name, space.name) == []
