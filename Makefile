@@ -52,7 +52,8 @@ vm-shell: setup ## a shell in such a node (VM_ARGS='--kernel ...'); Ctrl-] leave
 	@PYTHONPATH=$(SIM) $(BIN)/python -m kndsim.guest shell $(VM_ARGS)
 
 .PHONY: image
-image: setup ## the agent's image as an OCI tar, without a container engine; prints its path (as root, mmdebstrap)
+image: setup ## the agent's image as an OCI tar, without a container engine; prints its path (as root)
+	@deploy/install-packages.sh deploy/debian-packages-image-host.txt
 	@PYTHONPATH=$(SIM) $(BIN)/python -m kndsim.agent_image
 
 .PHONY: e2e-binaries cluster-up
