@@ -51,6 +51,11 @@ vm-shell: setup ## a shell in such a node (VM_ARGS='--kernel ...'); Ctrl-] leave
 	@deploy/install-packages.sh deploy/debian-packages-vm.txt
 	@PYTHONPATH=$(SIM) $(BIN)/python -m kndsim.guest shell $(VM_ARGS)
 
+.PHONY: image
+image: setup ## the agent's image as an OCI tar, without a container engine; prints its path (as root)
+	@deploy/install-packages.sh deploy/debian-packages-image-host.txt
+	@PYTHONPATH=$(SIM) $(BIN)/python -m kndsim.agent_image
+
 .PHONY: e2e-binaries cluster-up
 
 e2e-binaries: setup ## what test-e2e starts: Kubernetes, containerd and more from their Go modules, the agent's image

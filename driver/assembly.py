@@ -19,6 +19,7 @@ from driver.clock import Clock
 from driver.errors import DriverError
 from driver.execute.actions import NodeActs
 from driver.execute.engine import Engine, Observer
+from driver.execute.probe import Host
 from driver.journal.ledger import Ledger
 from driver.journal.reserve import Reserve
 from driver.journal.store import Journal
@@ -37,6 +38,7 @@ from driver.qos import class_maps
 from driver.settings import HookChoice, Settings
 from hw.netns import host_netns
 from hw.sysfs import Sysfs
+from hw.udev import Udev
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +89,9 @@ def assemble(
         class_names=classes.names,
     )
     sysfs = Sysfs(paths.sysfs)
-    acts = NodeActs(hook=hook, accounting=accounting, programs=tcx, fold=usage.fold, sysfs=sysfs)
+    acts = NodeActs(
+        hook=hook, accounting=accounting, programs=tcx, fold=usage.fold, host=Host(sysfs, Udev(paths.udev))
+    )
 
     def policy() -> NodePolicy:
         return policy_file.current

@@ -57,12 +57,17 @@ class Paths:
     @property
     def udev_rules(self) -> Path:
         """Read by udev when it has changed, which it looks for every few seconds."""
-        return self.root / "run/udev/rules.d"
+        return self.udev / "rules.d"
 
     @property
     def udev_control(self) -> Path:
         """There while udev runs."""
-        return self.root / "run/udev/control"
+        return self.udev / "control"
+
+    @property
+    def udev(self) -> Path:
+        """What it says of itself and of links."""
+        return self.root / "run/udev"
 
     @property
     def networkd(self) -> Path:

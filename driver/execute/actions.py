@@ -34,7 +34,6 @@ from hw.model import (
 )
 from hw.netlink import LinkSocket
 from hw.netns import run_in
-from hw.sysfs import Sysfs
 
 log = logging.getLogger(__name__)
 
@@ -76,10 +75,10 @@ class NodeActs:
         accounting: Accounting,
         programs: TcxPrograms | None,
         fold: Fold,
-        sysfs: Sysfs,
+        host: probe.Host,
     ) -> None:
         self._hook = hook
-        self._sysfs = sysfs
+        self._host = host
         self._accounting = accounting
         self._programs = programs
         self._fold = fold
@@ -100,13 +99,13 @@ class NodeActs:
             Act.RESTORE: self.restore,
             Act.TIDY: self.tidy,
             Act.VERIFY: self.verify,
-            Act.TO_VFIO: partial(vfio.to_vfio, sysfs=self._sysfs),
+            Act.TO_VFIO: partial(vfio.to_vfio, sysfs=self._host.sysfs),
             Act.SET_VF: self.set_vf,
-            Act.RESTORE_VF: partial(vf.restore_vf, sysfs=self._sysfs),
+            Act.RESTORE_VF: partial(vf.restore_vf, host=self._host),
             Act.VERIFY_VF: vf.verify_vf,
-            Act.UNBIND: partial(probe.release, sysfs=self._sysfs),
-            Act.TO_KERNEL: partial(probe.to_kernel, sysfs=self._sysfs),
-            Act.VERIFY_VFIO: partial(vfio.verify_vfio, sysfs=self._sysfs),
+            Act.UNBIND: partial(probe.release, host=self._host),
+            Act.TO_KERNEL: partial(probe.to_kernel, host=self._host),
+            Act.VERIFY_VFIO: partial(vfio.verify_vfio, sysfs=self._host.sysfs),
         }
 
     def arm(self, target: Target) -> None:
@@ -165,7 +164,7 @@ class NodeActs:
 
     def set_vf(self, target: Target) -> None:
         """What was probed anew has its own name and settings again."""
-        vf.set_vf(target, self._sysfs)
+        vf.set_vf(target, self._host)
         link = target.find_at_home()
         if link is not None:
             _restore_settings(target.home, link, target.preparation.baseline)
@@ -198,7 +197,7 @@ class NodeActs:
             if link.mac == given:
                 log.info("%s keeps the address %s, which it was given on its PF", target.device, link.mac)
             elif preparation.can_be_probed and self._is_unarmed(target):
-                link = probe.again(target, self._sysfs)
+                link = probe.again(target, self._host)
                 _restore_settings(target.home, link, preparation.baseline)
             else:
                 raise

@@ -8,6 +8,7 @@ index and, for a moment, under another name.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 from driver.errors import NotNow
 from driver.execute.target import NotClean, Target, Vanished
@@ -15,10 +16,21 @@ from hw.errors import NotFound
 from hw.model import LinkInfo, PciAddress
 from hw.sriov import binding
 from hw.sysfs import Sysfs
+from hw.udev import Udev
 
 NETDEV_SECONDS = 10.0
 """For a driver that was bound to make its netdev: igbvf has it at once, others when firmware has answered."""
+UDEV_SECONDS = 3.0
+"""For udev to name it. What it does later than that is mended when it is seen."""
 _PAUSE = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What tells of drivers and of netdevs that they made."""
+
+    sysfs: Sysfs
+    udev: Udev
 
 
 def address_of(target: Target) -> PciAddress:
@@ -27,11 +39,11 @@ def address_of(target: Target) -> PciAddress:
     return address
 
 
-def check_in_nobodys_hands(target: Target, sysfs: Sysfs) -> None:
+def check_in_nobodys_hands(target: Target, host: Host) -> None:
     """NotNow while a pod may drive it: by its files, or by a netdev that is not at home."""
     address = target.preparation.pci_address
     if address is not None:
-        driver = binding.driver_of(sysfs, address)
+        driver = binding.driver_of(host.sysfs, address)
         if driver is None:
             return
         if driver == binding.VFIO_PCI and target.preparation.by_file:
@@ -40,41 +52,41 @@ def check_in_nobodys_hands(target: Target, sysfs: Sysfs) -> None:
         raise NotNow(f"{target.device} is not in the host's network namespace: whoever has it drives it")
 
 
-def release(target: Target, sysfs: Sysfs) -> None:
+def release(target: Target, host: Host) -> None:
     """Have no driver drive it, so that its settings can be changed in nobody's sight."""
     preparation, address = target.preparation, address_of(target)
-    driver = binding.driver_of(sysfs, address)
+    driver = binding.driver_of(host.sysfs, address)
     if driver is None:
         return
     if not preparation.by_file:
         _check_still_ours(target, driver)
-        check_in_nobodys_hands(target, sysfs)
+        check_in_nobodys_hands(target, host)
     elif driver == preparation.home_driver:
         return
-    binding.unbind(sysfs, address)
+    binding.unbind(host.sysfs, address)
 
 
-def to_kernel(target: Target, sysfs: Sysfs) -> None:
+def to_kernel(target: Target, host: Host) -> None:
     """Give it (back) to the driver it was prepared from, and see its netdev at home."""
     address, home = address_of(target), target.preparation.home_driver
-    driver = binding.driver_of(sysfs, address)
+    driver = binding.driver_of(host.sysfs, address)
     if driver is not None and not target.preparation.by_file:
         _check_still_ours(target, driver)
     try:
-        binding.bind(sysfs, address, home)
+        binding.bind(host.sysfs, address, home)
     except NotFound as error:
-        if binding.is_loaded(sysfs, home):
+        if binding.is_loaded(host.sysfs, home):
             raise Vanished(f"{target.device}: {error}") from error
         raise
-    _wait_for_netdev(target)
+    _wait_for_netdev(target, host)
 
 
-def again(target: Target, sysfs: Sysfs) -> LinkInfo:
+def again(target: Target, host: Host) -> LinkInfo:
     """Its driver begins anew with it, here and now; what it made of it."""
-    check_in_nobodys_hands(target, sysfs)
-    binding.unbind(sysfs, address_of(target))
-    binding.bind(sysfs, address_of(target), target.preparation.home_driver)
-    return _wait_for_netdev(target)
+    check_in_nobodys_hands(target, host)
+    binding.unbind(host.sysfs, address_of(target))
+    binding.bind(host.sysfs, address_of(target), target.preparation.home_driver)
+    return _wait_for_netdev(target, host)
 
 
 def _check_still_ours(target: Target, driver: str) -> None:
@@ -82,13 +94,17 @@ def _check_still_ours(target: Target, driver: str) -> None:
         raise Vanished(f"{target.device} was bound to {driver} by others: it is theirs")
 
 
-def _wait_for_netdev(target: Target) -> LinkInfo:
+def _wait_for_netdev(target: Target, host: Host) -> LinkInfo:
     give_up = time.monotonic() + NETDEV_SECONDS
     while True:
         link = target.find_at_home()
         if link is not None:
-            return link
+            break
         if time.monotonic() > give_up:
             home = target.preparation.home_driver
             raise NotClean(target.device, (f"its driver {home} made no netdev within {NETDEV_SECONDS:g} s",))
         time.sleep(_PAUSE)
+    give_up = time.monotonic() + UDEV_SECONDS
+    while not host.udev.is_done(link.ifindex) and time.monotonic() < give_up:
+        time.sleep(_PAUSE)
+    return target.find_at_home() or link

@@ -19,7 +19,6 @@ from driver.model import VF_FIELDS, Preparation
 from hw.errors import Busy, HwError, NotFound, Refused
 from hw.model import LinkInfo, MacAddress, NetdevsimIdentity, PciIdentity, VfSettings
 from hw.sriov import binding
-from hw.sysfs import Sysfs
 from hw.vf import VfRates, VfValue
 
 log = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ SETTLE_SECONDS = 2.0
 _PAUSE = 0.05
 
 
-def set_vf(target: Target, sysfs: Sysfs) -> None:
+def set_vf(target: Target, host: probe.Host) -> None:
     """Have the PF set what the claim asks for, and the VF's own driver take up the address it was given.
 
     Refusal with field, device and driver for what that driver refuses. What was set by then is for the plan's
@@ -47,23 +46,23 @@ def set_vf(target: Target, sysfs: Sysfs) -> None:
     now = _read(target, pf, vf)
     for setting in ORDER:
         if _value(wanted, setting) != _value(now, setting):
-            _set_wish(target, sysfs, pf, vf, setting, wanted)
+            _set_wish(target, host, pf, vf, setting, wanted)
     different = _settled(target, pf, vf, wanted)
     if different:
-        driver = _pf_driver(target, sysfs)
+        driver = _pf_driver(target, host)
         raise Refusal("VfSettingNotTaken", f"{target.device}: {driver} did not do as asked: {different}")
     address = preparation.config.interface.hardware_address
     if address is not None and preparation.can_be_probed and not preparation.by_file:
-        take_up_address(target, sysfs, address)
+        take_up_address(target, host, address)
 
 
-def restore_vf(target: Target, sysfs: Sysfs) -> None:
+def restore_vf(target: Target, host: probe.Host) -> None:
     """Every setting as it was, whatever became of the others. NotNow while a pod may still drive the VF: it
     would be in the host's VLAN."""
     baseline = target.preparation.vf_baseline
     if baseline is None:
         return
-    probe.check_in_nobodys_hands(target, sysfs)
+    probe.check_in_nobodys_hands(target, host)
     pf, vf = _place(target)
     now = _read(target, pf, vf)
     problems: list[HwError] = []
@@ -91,7 +90,7 @@ def verify_vf(target: Target) -> None:
         time.sleep(_PAUSE)
 
 
-def take_up_address(target: Target, sysfs: Sysfs, wanted: MacAddress) -> LinkInfo | None:
+def take_up_address(target: Target, host: probe.Host, wanted: MacAddress) -> LinkInfo | None:
     """See that a VF's netdev at home has an address, which its PF gave it. Where its driver takes none but
     that, it takes that one only when it begins anew."""
     link = target.find_at_home()
@@ -106,7 +105,7 @@ def take_up_address(target: Target, sysfs: Sysfs, wanted: MacAddress) -> LinkInf
         if error.errno not in KEEPS_ADDRESS or target.given_mac() != wanted:
             raise
         log.info("%s takes up its address %s when it is probed anew: %s", target.device, wanted, error)
-    link = probe.again(target, sysfs)
+    link = probe.again(target, host)
     if link.mac != wanted:
         raise NotClean(target.device, (f"address is {link.mac}, should be {wanted}, as its PF was told",))
     return link
@@ -139,7 +138,9 @@ def _value(settings: VfSettings, setting: str) -> VfValue:
     return value
 
 
-def _set_wish(target: Target, sysfs: Sysfs, pf: LinkInfo, vf: int, setting: str, wanted: VfSettings) -> None:
+def _set_wish(
+    target: Target, host: probe.Host, pf: LinkInfo, vf: int, setting: str, wanted: VfSettings
+) -> None:
     value = _value(wanted, setting)
     try:
         target.home.set_vf(pf.ifindex, vf, setting, value)
@@ -153,7 +154,7 @@ def _set_wish(target: Target, sysfs: Sysfs, pf: LinkInfo, vf: int, setting: str,
         )
         raise Refusal(
             "VfSettingRefused",
-            f"{target.device} cannot have {told}: {_pf_driver(target, sysfs)}, which drives its PF "
+            f"{target.device} cannot have {told}: {_pf_driver(target, host)}, which drives its PF "
             f"{pf.name!a}, refuses it ({error}); leave it out of the claim, or choose another device",
         ) from error
 
@@ -206,8 +207,8 @@ def _is_clean(preparation: Preparation, setting: str, now: VfSettings) -> bool:
     return now.mac in (baseline.mac, own) or (now.mac is None and baseline.mac in (None, own))
 
 
-def _pf_driver(target: Target, sysfs: Sysfs) -> str:
+def _pf_driver(target: Target, host: probe.Host) -> str:
     identity = target.preparation.identity
     if isinstance(identity, PciIdentity) and identity.pf is not None:
-        return binding.driver_of(sysfs, identity.pf) or "no driver"
+        return binding.driver_of(host.sysfs, identity.pf) or "no driver"
     return "netdevsim"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 
-from hw.errors import HwError, NotFound, Refused
+from hw.errors import Busy, HwError, NotFound, Refused
 from hw.model import PciAddress
 from hw.sriov.discovery import DEVICES
 from hw.sysfs import Sysfs
@@ -63,6 +63,8 @@ def probe(sysfs: Sysfs, address: PciAddress) -> bool:
         try:
             sysfs.write("bus/pci/drivers_probe", address)
         except (NotFound, Refused) as error:
+            if isinstance(error, Busy):
+                raise
             # ENODEV says no more than that no driver took it, or that it is gone.
             log.debug("%s", error)
     return driver_of(sysfs, address) is not None

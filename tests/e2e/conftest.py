@@ -16,7 +16,7 @@ from kndsim.cluster import Cluster
 from tests.e2e import e2e_ground
 from tests.e2e.e2e_agents import Agents
 from tests.e2e.e2e_api import Api
-from tests.e2e.e2e_deploy import deployed
+from tests.e2e.e2e_deploy import asked_for, deployed
 from tests.e2e.e2e_ground import Ground, ground_of
 from tests.e2e.e2e_objects import DeviceClass
 from tests.e2e.e2e_space import Space
@@ -37,6 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    asked_for()
     own = [item for item in items if "tests/e2e/" in item.nodeid]
     ground = ground_of(chosen())
     out, reasons = e2e_ground.take_out(own, ground)

@@ -12,12 +12,14 @@ import pytest
 from bpf.layout import Hook
 from driver.errors import NotNow, Refusal
 from driver.execute.actions import NodeActs, link_up, move_home, move_in
+from driver.execute.probe import Host
 from driver.execute.target import Target, Vanished
 from driver.model import InterfaceConfig, NicConfig, Preparation
 from hw.model import IfIndex, IfName, LinkSettings, SoftwareIdentity
 from hw.netlink import LinkSocket
 from hw.netns import NetnsHandle, host_netns, open_netns
 from hw.sysfs import Sysfs
+from hw.udev import Udev
 from kndsim.links import SimNetns, netns, private_host, soft_link, veth_pair
 from tests.unit.journal_values import preparation
 
@@ -54,7 +56,11 @@ def device(pod: SimNetns) -> Iterator[tuple[Target, NodeActs]]:
             hint=link.ifindex,
         )
         acts = NodeActs(
-            hook=Hook.CLSACT, accounting=None, programs=None, fold=lambda *a: None, sysfs=Sysfs(Path("/sys"))
+            hook=Hook.CLSACT,
+            accounting=None,
+            programs=None,
+            fold=lambda *a: None,
+            host=Host(Sysfs(Path("/sys")), Udev(Path("/none"))),
         )  # type: ignore[arg-type]
         yield target, acts
 

@@ -98,6 +98,7 @@ def name_of(plan: Plan) -> str:
         Act.DOWN: "detach",
         Act.TIDY: "prepare",
         Act.DISARM: "unprepare",
+        Act.UNBIND: "unprepare",
         Act.RESTORE: "tidy",
     }
     return names[first]

@@ -427,15 +427,20 @@ class Agent:
 class Nursery:
     """The process that agents are forked off: see crash_entry."""
 
-    def __init__(self, sim: SimNode, control: Path) -> None:
+    def __init__(self, sim: SimNode, control: Path, *, patience: float = PATIENCE) -> None:
         self._path = control / "nursery"
+        self._patience = patience
         sim.agent.start([sys.executable, "-m", "tests.node.crash_entry", str(control)])
         self.process, sim.agent.process = sim.agent.process, None
-        wait_until(self._path.exists, "the nursery is open")
+        try:
+            wait_until(self._path.exists, "the nursery is open", patience)
+        except TimeoutError:
+            self.close()
+            raise
 
     def new(self) -> Agent:
         with socket.socket(socket.AF_UNIX) as asking:
-            asking.settimeout(PATIENCE)
+            asking.settimeout(self._patience)
             asking.connect(str(self._path))
             return Agent(int(asking.recv(16)))
 

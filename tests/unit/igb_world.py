@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from driver.execute.probe import Host
 from driver.execute.target import Target
 from driver.model import Preparation
 from hw.errors import Refused, Unsupported
@@ -27,6 +28,7 @@ from hw.model import (
     VlanProtocol,
 )
 from hw.sysfs import Sysfs
+from hw.udev import Udev
 from hw.vf import VfRates
 from kndsim.sysfs_tree import write_tree
 from tests.unit.journal_values import preparation
@@ -72,6 +74,7 @@ class Igb(Sysfs):
 
     def __init__(self, folder: Path, *, given: MacAddress | None = None) -> None:
         super().__init__(write_tree(folder, TREE))
+        self.host = Host(self, Udev(folder.with_name("udev")))
         self.vf: LinkInfo | None = VF_LINK
         self.held = replace(FRESH, mac=given)
         self.pinned = given is not None
@@ -94,6 +97,10 @@ class Igb(Sysfs):
     def set_down(self, ifindex: IfIndex) -> None:
         assert self.vf is not None
         self.vf = replace(self.vf, flags=self.vf.flags & ~LinkFlags.UP)
+
+    def remove_altnames(self, ifindex: IfIndex, names: tuple[str, ...]) -> None:
+        assert self.vf is not None
+        self.vf = replace(self.vf, altnames=tuple(n for n in self.vf.altnames if n not in names))
 
     def change(self, ifindex: IfIndex, **fields: Any) -> None:
         assert self.vf is not None

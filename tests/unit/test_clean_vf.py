@@ -12,6 +12,7 @@ import pytest
 from bpf.layout import Hook
 from driver.errors import Refusal
 from driver.execute.actions import NodeActs, differences, move_in
+from driver.execute.probe import Host
 from driver.execute.target import NotClean, Target
 from driver.model import InterfaceConfig, NicConfig
 from hw.errors import Refused
@@ -28,6 +29,7 @@ from hw.model import (
     VfSettings,
 )
 from hw.sysfs import Sysfs
+from hw.udev import Udev
 from tests.unit.journal_values import preparation
 
 OWN = MacAddress("2a:4d:2c:38:b0:56")
@@ -132,7 +134,7 @@ def acts(monkeypatch: pytest.MonkeyPatch) -> NodeActs:
         accounting=None,  # type: ignore[arg-type]
         programs=None,
         fold=lambda attachment, preparation: None,
-        sysfs=Sysfs(Path("/sys")),
+        host=Host(Sysfs(Path("/sys")), Udev(Path("/none"))),
     )
 
 

@@ -43,10 +43,9 @@ def test_a_case_is_taken_out_with_the_first_need_that_the_ground_does_not_meet(
     assert bool(said) == bool(why)
 
 
-@pytest.mark.parametrize("name", ["guest", "kind", "moon"])
-def test_a_cluster_that_cannot_be_had_is_wrong_usage(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KND_CLUSTER", name)
-    with pytest.raises(pytest.UsageError, match=rf"KND_CLUSTER={name}.*machine-1\.37"):
+def test_a_cluster_that_there_is_not_is_wrong_usage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KND_CLUSTER", "moon")
+    with pytest.raises(pytest.UsageError, match=r"KND_CLUSTER=moon.*machine-1\.37"):
         chosen()
 
 

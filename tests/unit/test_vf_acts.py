@@ -21,7 +21,7 @@ from driver.execute.target import NotClean, Target, Vanished
 from driver.model import InterfaceConfig, NicConfig, Preparation, VfConfig, VfDriver
 from driver.plan import Act, Plan
 from hw.errors import Busy, Refused
-from hw.model import IfIndex, LinkSettings, VfLinkState, VfVlan, VlanProtocol
+from hw.model import IfIndex, IfName, LinkSettings, VfLinkState, VfVlan, VlanProtocol
 from hw.sriov import binding
 from tests.unit.igb_world import ASKED, FRESH, OWN, RANDOM, VF, VF_LINK, Igb, prepared, target
 
@@ -45,7 +45,7 @@ def engine(igb: Igb) -> Engine[Target]:
         attach=lambda *a: None, detach=lambda *a: None, links_of=lambda device: frozenset()
     )
     nothing: Any = None
-    acts = NodeActs(hook=Hook.TCX, accounting=nothing, programs=programs, fold=nothing, sysfs=igb)
+    acts = NodeActs(hook=Hook.TCX, accounting=nothing, programs=programs, fold=nothing, host=igb.host)
     journal: Any = SimpleNamespace(step=lambda *a: None)
     observer: Any = SimpleNamespace(at=lambda *a: None, step_done=lambda *a: None)
     return Engine(journal=journal, acts=acts.table(), clock=SystemClock(), observer=observer)
@@ -94,13 +94,13 @@ def test_setting_again_changes_nothing(igb: Igb) -> None:
     made = prepared(igb, config=ALL)
     prepare(igb, made)
     igb.sent.clear()
-    vf.set_vf(target(igb, made), igb)
+    vf.set_vf(target(igb, made), igb.host)
     assert (igb.sent, igb.probes) == ([], 1)
 
 
 def test_with_vfio_the_address_is_set_on_the_pf_alone(igb: Igb) -> None:
     by_file = replace(ALL, vf=replace(ALL.vf, driver=VfDriver.VFIO))
-    vf.set_vf(target(igb, prepared(igb, config=by_file)), igb)
+    vf.set_vf(target(igb, prepared(igb, config=by_file)), igb.host)
     assert (igb.held.mac, igb.probes) == (ASKED, 0)
 
 
@@ -187,10 +187,38 @@ def test_a_random_address_after_the_probe_does_not_stay(igb: Igb) -> None:
     assert igb.vf.mac == OWN != RANDOM
 
 
+def test_what_udev_adds_to_a_new_netdev_does_not_stay(igb: Igb, tmp_path: Path) -> None:
+    """It names it when its driver has made it, and it takes its time."""
+    (tmp_path / "udev/data").mkdir(parents=True)
+    (tmp_path / "udev/control").touch()
+    looks = igb.host.udev.is_done
+
+    def late(ifindex: IfIndex) -> bool:
+        assert igb.vf is not None
+        if looks(ifindex):
+            return True
+        igb.vf = replace(igb.vf, name=IfName("enp33s0f0v0"), altnames=("enx2a4d2c38b056",))
+        (tmp_path / f"udev/data/n{ifindex}").touch()
+        return False
+
+    igb.host.udev.is_done = late  # type: ignore[method-assign]
+    assert home(igb, prepared(igb), reset=True) == []
+    assert as_before(igb)
+
+
+def test_an_udev_that_does_not_come_is_not_waited_for_for_ever(
+    igb: Igb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "UDEV_SECONDS", 0.05)
+    (tmp_path / "udev").mkdir()
+    (tmp_path / "udev/control").touch()
+    assert home(igb, prepared(igb), reset=True) == []
+
+
 def test_a_vf_that_was_cut_off_between_two_drivers_goes_on_from_there(igb: Igb) -> None:
     made = prepared(igb, config=ALL)
     prepare(igb, made)
-    probe.release(target(igb, made), igb)
+    probe.release(target(igb, made), igb.host)
     assert igb.vf is None
     assert home(igb, made, reset=True) == []
     assert as_before(igb)
@@ -202,9 +230,9 @@ def test_a_vf_that_is_elsewhere_is_neither_probed_nor_put_into_the_hosts_vlan(ig
     there, igb.vf = igb.vf, None
     igb.sent.clear()
     with pytest.raises(NotNow, match="not in the host's network namespace"):
-        probe.release(target(igb, made), igb)
+        probe.release(target(igb, made), igb.host)
     with pytest.raises(NotNow, match="whoever has it drives it"):
-        vf.restore_vf(target(igb, made), igb)
+        vf.restore_vf(target(igb, made), igb.host)
     assert binding.driver_of(igb, VF) == "igbvf"
     assert igb.sent == []
     igb.vf = there
@@ -214,10 +242,10 @@ def test_a_vf_that_is_elsewhere_is_neither_probed_nor_put_into_the_hosts_vlan(ig
 def test_a_vf_that_its_holder_still_drives_by_its_files_keeps_its_vlan(igb: Igb) -> None:
     by_file = replace(ALL, vf=replace(ALL.vf, driver=VfDriver.VFIO))
     made = prepared(igb, config=by_file)
-    vf.set_vf(target(igb, made), igb)
+    vf.set_vf(target(igb, made), igb.host)
     binding.bind(igb, VF, "vfio-pci")
     with pytest.raises(NotNow, match="still bound to vfio-pci"):
-        vf.restore_vf(target(igb, made), igb)
+        vf.restore_vf(target(igb, made), igb.host)
     assert igb.held.vlan == VLAN
 
 
@@ -226,7 +254,7 @@ def test_a_vf_that_others_bound_is_theirs(igb: Igb) -> None:
     binding.bind(igb, VF, "uio")
     for act in (probe.release, probe.to_kernel):
         with pytest.raises(Vanished, match="bound to uio by others"):
-            act(target(igb, made), igb)
+            act(target(igb, made), igb.host)
     assert binding.driver_of(igb, VF) == "uio"
 
 

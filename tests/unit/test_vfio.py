@@ -21,6 +21,7 @@ from hw.errors import Busy, NotFound, Refused
 from hw.model import PciAddress, PciIdentity
 from hw.sriov import binding
 from hw.sysfs import Sysfs
+from hw.udev import Udev
 from kndsim.sysfs_tree import write_tree
 from tests.unit.journal_values import preparation
 
@@ -67,6 +68,10 @@ class PciCore(Sysfs):
         return self.text(f"bus/pci/devices/{VF}/driver_override") or ""
 
 
+def host(core: PciCore) -> probe.Host:
+    return probe.Host(core, Udev(core.root / "no-udev"))
+
+
 @pytest.fixture
 def core(tmp_path: Path) -> PciCore:
     return PciCore(write_tree(tmp_path / "sys", TREE))
@@ -81,7 +86,9 @@ def target(*, netdev: bool = True) -> Target:
     )
     links: Any = SimpleNamespace(
         dump=lambda: (
-            [SimpleNamespace(parent_bus="pci", parent_device=VF, permanent_mac=None)] if netdev else []
+            [SimpleNamespace(ifindex=7, parent_bus="pci", parent_device=VF, permanent_mac=None)]
+            if netdev
+            else []
         )
     )
     return Target(preparation=known, attachment=None, home=links, home_netns=links)
@@ -92,7 +99,7 @@ def test_a_vf_goes_to_vfio_and_back_and_no_override_stays(core: PciCore) -> None
     assert (binding.driver_of(core, VF), core.override) == ("vfio-pci", "")
     vfio.to_vfio(target(), core)
     vfio.verify_vfio(target(), core)
-    probe.to_kernel(target(), core)
+    probe.to_kernel(target(), host(core))
     assert (binding.driver_of(core, VF), core.override) == ("igbvf", "")
 
 
@@ -128,7 +135,7 @@ def test_a_driver_that_does_not_take_it_is_an_error_and_the_way_back_works(core:
     assert core.override == ""
     with pytest.raises(NotClean):
         vfio.verify_vfio(target(), core)
-    probe.to_kernel(target(), core)
+    probe.to_kernel(target(), host(core))
     assert binding.driver_of(core, VF) == "igbvf"
 
 
@@ -136,23 +143,24 @@ def test_a_vf_whose_user_does_not_let_go_is_not_called_home(core: PciCore) -> No
     vfio.to_vfio(target(), core)
     core.stuck = "vfio-pci"
     with pytest.raises(Busy):
-        probe.to_kernel(target(), core)
+        probe.to_kernel(target(), host(core))
     assert core.override == ""
     core.stuck = ""
-    probe.to_kernel(target(), core)
+    probe.to_kernel(target(), host(core))
 
 
 def test_a_vf_without_its_netdev_is_not_home(core: PciCore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "NETDEV_SECONDS", 0.05)
     with pytest.raises(NotClean, match="made no netdev"):
-        probe.to_kernel(target(netdev=False), core)
+        probe.to_kernel(target(netdev=False), host(core))
 
 
 def test_a_vf_that_is_no_more_is_gone_and_not_dirty(core: PciCore, tmp_path: Path) -> None:
     (tmp_path / f"sys/bus/pci/devices/{VF}").unlink()
-    for act in (vfio.verify_vfio, probe.to_kernel):
-        with pytest.raises(Vanished):
-            act(target(), core)
+    with pytest.raises(Vanished):
+        vfio.verify_vfio(target(), core)
+    with pytest.raises(Vanished):
+        probe.to_kernel(target(), host(core))
 
 
 def test_a_home_driver_that_was_unloaded_is_not_taken_for_a_vf_that_is_gone(
@@ -161,4 +169,4 @@ def test_a_home_driver_that_was_unloaded_is_not_taken_for_a_vf_that_is_gone(
     vfio.to_vfio(target(), core)
     (tmp_path / "sys/bus/pci/drivers/igbvf").rmdir()
     with pytest.raises(NotFound, match="load its module"):
-        probe.to_kernel(target(), core)
+        probe.to_kernel(target(), host(core))

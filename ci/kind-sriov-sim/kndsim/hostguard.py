@@ -2,15 +2,20 @@
 
 Invariant: reading a state changes nothing, and takes well under a second. Items come and go by a name
 that a reader can look for with ordinary tools.
+
+`python -m kndsim.hostguard save FILE` before, `compare FILE` after: status 1 and a line for each difference.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import json
 import os
 import socket
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -205,3 +210,20 @@ class Presence:
 
     def close(self) -> None:
         self._socket.close()
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m kndsim.hostguard")
+    parser.add_argument("what", choices=("save", "compare"))
+    parser.add_argument("file", type=Path)
+    told = parser.parse_args(args)
+    if told.what == "save":
+        told.file.write_text(json.dumps(look().sections))
+        return 0
+    found = differences(HostState(json.loads(told.file.read_text())), look())
+    print("\n".join(found) or "the machine is as it was")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

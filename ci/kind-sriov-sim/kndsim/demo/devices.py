@@ -52,8 +52,8 @@ class Devices:
     policy: str
     peer_of: Callable[[Path, str], str]
     """The peer of a device that is in a pod: by the pod's netns and the device's name there."""
-    compared: frozenset[int] | None = None
-    """ifindexes of the links that must be as they were; None: all of this namespace, which is ours."""
+    compared: frozenset[str] | None = None
+    """The links, by dump's keys, that must be as they were; None: all of this namespace, which is ours."""
     patience: float = 5.0
     """Seconds until all is as before, at most: what comes home by itself takes a little."""
 
@@ -106,14 +106,15 @@ def disable_ipv6() -> None:
             Path(f"/proc/sys/net/ipv6/conf/{scope}/disable_ipv6").write_text("1")
 
 
-def dump(only: frozenset[int] | None = None) -> Mapping[str, Mapping[str, Any]]:
-    """Links of this netns as the kernel shows them, by ifindex: what "home as before" is judged by.
+def dump(only: frozenset[str] | None = None) -> Mapping[str, Mapping[str, Any]]:
+    """Links of this netns as the kernel shows them: what "home as before" is judged by. A PCI function is
+    known by its address, since its driver gives it another ifindex each time it is bound; others by ifindex.
 
     only: these, wherever others come and go; None is all.
     """
     # pyroute2 runs an event loop of its own, which a thread that runs one already does not allow.
     found = in_thread(_dump)
-    return {key: link for key, link in found.items() if only is None or int(key) in only}
+    return {key: link for key, link in found.items() if only is None or key in only}
 
 
 def _dump() -> Mapping[str, Mapping[str, Any]]:
@@ -122,7 +123,7 @@ def _dump() -> Mapping[str, Mapping[str, Any]]:
         for address in ipr.get_addr():
             addresses.setdefault(address["index"], []).append(str(address.get_attr("IFA_ADDRESS")))
         return {
-            str(link["index"]): {
+            _key(link): {
                 **{name: _plain(link.get_attr(name)) for name in COMPARED},
                 "flags": link["flags"] & _SETTABLE_FLAGS,
                 "altnames": sorted(_altnames(link)),
@@ -130,6 +131,11 @@ def _dump() -> Mapping[str, Mapping[str, Any]]:
             }
             for link in ipr.get_links()
         }
+
+
+def _key(link: Any) -> str:
+    parent: str = link.get_attr("IFLA_PARENT_DEV_NAME") or ""
+    return parent if link.get_attr("IFLA_PARENT_DEV_BUS_NAME") == "pci" else str(link["index"])
 
 
 def _altnames(link: Any) -> list[str]:
@@ -144,14 +150,14 @@ def _plain(value: Any) -> Any:
 def changes(before: Mapping[str, Mapping[str, Any]], after: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """One line per field that is not as it was."""
     lines = []
-    for index in sorted(before.keys() | after.keys(), key=int):
-        old, new = before.get(index), after.get(index)
+    for key in sorted(before.keys() | after.keys(), key=lambda key: (len(key), key)):
+        old, new = before.get(key), after.get(key)
         if old is None or new is None:
             name = (old or new or {}).get("IFLA_IFNAME")
-            lines.append(f"link {index} ({name!r}) {'appeared' if old is None else 'is gone'}")
+            lines.append(f"link {key} ({name!r}) {'appeared' if old is None else 'is gone'}")
             continue
         lines += [
-            f"link {index} ({old['IFLA_IFNAME']!r}): {field} was {old[field]!r}, is {new[field]!r}"
+            f"link {key} ({old['IFLA_IFNAME']!r}): {field} was {old[field]!r}, is {new[field]!r}"
             for field in old
             if old[field] != new[field]
         ]

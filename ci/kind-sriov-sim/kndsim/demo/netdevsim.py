@@ -47,7 +47,7 @@ def make_ports(count: int) -> Iterator[Devices]:
             far=far,
             policy=_policy(near_id),
             peer_of=peer_of,
-            compared=frozenset(index for index, _ in near_ports),
+            compared=frozenset(str(index) for index, _ in near_ports),
             patience=_PATIENCE,
         )
 

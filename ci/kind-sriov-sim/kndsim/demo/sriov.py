@@ -48,7 +48,7 @@ def make_vfs(pf: PhysicalFunction, count: int) -> Iterator[Devices]:
             far=far,
             policy=_policy(pf),
             peer_of=lambda _netns, _ifname: peer,
-            compared=frozenset(_index(name) for name in (pf.name, *names[:-1])),
+            compared=frozenset((pf.address, *(_address(pf, vf) for vf in range(count)))),
             patience=_PATIENCE / 2,
         )
 
@@ -96,6 +96,10 @@ def _netdev(pf: PhysicalFunction, vf: int) -> str | None:
         names = os.listdir(_PCI / pf.address / f"virtfn{vf}" / "net")
         return names[0] if len(names) == 1 else None
     return None
+
+
+def _address(pf: PhysicalFunction, vf: int) -> str:
+    return os.path.basename(os.readlink(_PCI / pf.address / f"virtfn{vf}"))
 
 
 def _settled(pf: PhysicalFunction, vf: int) -> bool:
