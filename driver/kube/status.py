@@ -36,6 +36,10 @@ REMEMBERED_MAX = 1024
 REASON = re.compile(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?")
 UID_FIELD = "metadata.uid"
 """What the server calls immutable when an apply is for another object of the name."""
+ALLOCATION_FIELD = "status.allocation"
+"""What the server calls immutable when it cannot write the claim back as it was: it keeps the parameters of a
+config as the bytes they came in, and makes compact JSON with sorted keys of them when a status is changed
+(seen on 1.37). Whoever made the claim is the only one who can mend that."""
 UNNAMED = "Reported"
 """Instead of a reason the API would not take: one bad word must not cost the whole status."""
 
@@ -176,6 +180,13 @@ class KubeStatusWriter:
         except (Forbidden, Invalid) as failure:
             if isinstance(failure, Invalid) and UID_FIELD in failure.fields:
                 self._forget(uid)  # another claim has the name now
+                return
+            if isinstance(failure, Invalid) and ALLOCATION_FIELD in failure.fields:
+                self._say_once(
+                    f"claim {shown} cannot be told its status, the pod is not affected: its config, or its "
+                    "class's, has parameters with white space or unsorted keys, which the API server does "
+                    "not write back as they were; make such objects with kubectl, which sends them in order"
+                )
                 return
             self._say_once(f"status of claim {shown} is not taken, the pod is not affected: {failure}")
             raise

@@ -234,6 +234,20 @@ def test_a_claim_that_took_the_name_since_is_never_written_and_never_complained_
     assert caplog.records == []
 
 
+def test_a_claim_that_the_server_cannot_write_back_is_told_of_once_with_what_to_do(
+    setting: Setting, wait_until: WaitUntil, caplog: pytest.LogCaptureFixture
+) -> None:
+    claim = claim_with(setting.api, "vf-1")
+    cause = ("status.allocation", "attribute cannot be modified once set")
+    setting.api.fail(422, times=10_000, verb="patch", causes=(cause,))
+    for message in ("attached", "still attached"):
+        setting.writer.write_status(claim, [status_of(claim, "vf-1", message=message)])
+        wait_until(lambda: len(setting.writer.worker) == 0)
+    assert setting.applies() == 2, "no retry: nobody but the claim's maker can mend it"
+    (record,) = caplog.records
+    assert "kubectl" in record.getMessage()
+
+
 def test_an_empty_status_drops_what_was_queued(setting: Setting, wait_until: WaitUntil) -> None:
     claim = claim_with(setting.api, "vf-1")
     setting.api.fail(500, times=10_000, verb="patch")

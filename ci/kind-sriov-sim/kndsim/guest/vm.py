@@ -1,13 +1,15 @@
 """A guest that runs: started, used through kndsim.place.Place, gone at the end.
 
-Invariant: when guest() is left, however, its qemu, sockets and files are gone; qemu ends with whoever
-started it. Nothing a guest does changes its image, the checkout or the host.
+Invariant: when guest() is left, its qemu, sockets and files are gone; qemu ends with whoever started it,
+also when that one is killed, and the next guest removes the files. Nothing a guest does changes its image,
+the checkout or the host.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import itertools
 import os
 import shutil
@@ -27,6 +29,9 @@ from kndsim.place import CommandFailed, Done
 
 BOOT_SECONDS = 60.0
 """A guest is up after 10 to 15 s on a quiet machine. The second try has twice as long."""
+
+_PREFIX = "knd-vm-"
+_NEW_SECONDS = 30.0
 
 _tokens = itertools.count()
 
@@ -171,8 +176,7 @@ def _up(stack: contextlib.ExitStack, request: Request, found: Image, seconds: fl
 
 @contextlib.contextmanager
 def _machine(request: Request, found: Image, seconds: float) -> Iterator[Guest]:
-    folder = Path(tempfile.mkdtemp(prefix="knd-vm-", dir="/tmp"))
-    try:
+    with _private_folder() as folder:
         first = found.initrd(request.kernel).read_bytes() + boot_files(request)
         (folder / "initrd").write_bytes(first)
         argv = dying_with_parent(command(request, found, folder, REPOSITORY))
@@ -183,8 +187,34 @@ def _machine(request: Request, found: Image, seconds: float) -> Iterator[Guest]:
             if not channel.wait_hello(time.monotonic() + seconds, lambda: qemu.poll() is None):
                 raise _failure(qemu, folder, seconds)
             yield Guest(request, channel, folder)
+
+
+@contextlib.contextmanager
+def _private_folder(below: Path = Path("/tmp")) -> Iterator[Path]:
+    """With a short path, for sockets. Locked while it is used, so that others can tell what was left."""
+    remove_left(below)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=below))
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
     finally:
+        os.close(lock)
         shutil.rmtree(folder)
+
+
+def remove_left(below: Path) -> None:
+    """The folders of guests whose users were killed."""
+    for folder in below.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                # A new one is not locked yet.
+                if time.time() - os.fstat(lock).st_mtime > _NEW_SECONDS:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 @contextlib.contextmanager
