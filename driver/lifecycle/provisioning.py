@@ -11,7 +11,7 @@ import asyncio
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from driver.execute.engine import EXPECTED
@@ -54,6 +54,7 @@ class Provisioning:
         self._looking = threading.Lock()
         self._told: dict[str, str] = {}
         self._failures: dict[PciAddress, _Failure] = {}
+        self._held: Mapping[PciAddress, str] = {}
         self._pending = False
         self._asked = False
 
@@ -73,8 +74,10 @@ class Provisioning:
         finally:
             self._asked = False
         try:
-            if not self._idle():
-                await self._look_and_do()
+            before = self._held
+            if not await self._look_and_do() and self._held != before:
+                # What is held back no longer is there to be offered.
+                await self._changed()
         except EXPECTED as error:
             self._pending = True
             log.error("looking after VFs: %s", error)
@@ -117,22 +120,32 @@ class Provisioning:
         held = held_devices(book.preparations(), quarantined)
         return self._context.provision.survey(self._context.policy(), held)
 
-    async def _look_and_do(self) -> None:
+    async def _look_and_do(self) -> bool:
+        """Whether anything was done, successfully or not."""
+        if self._idle():
+            await self._context.workers.run([], lambda: self._hold_back({}))
+            return False
         found = await self._context.workers.run([], self._look)
         self._note(found)
         if self._gate.recovery or self._gate.policy_problem:
             # Who has what is not known, or what is wanted.
-            return
+            return False
         await self._context.workers.run([], lambda: self._forget(found))
-        await self._carry_out(found)
+        return await self._carry_out(found)
 
     def _look(self) -> Survey:
         """In a worker. What nobody may be given until it is done is held back from now on."""
         with self._looking:
             found = self._survey()
             reasons = {pf: reason for pf, plan in found.plans.items() if (reason := self._held_back(plan))}
-            self._context.devices.hold_back(reasons)
+            self._hold_back(reasons)
             return found
+
+    def _hold_back(self, reasons: Mapping[PciAddress, str]) -> None:
+        if reasons != self._held:
+            self._held = reasons
+            self._context.devices.hold_back(reasons)
+            self._context.devices.rescan()
 
     def _note(self, found: Survey) -> None:
         """Whether there is more to do, and what there is to say, once."""
@@ -174,7 +187,7 @@ class Provisioning:
         for address in found.gone | refused:
             self._context.provision.forget(address)
 
-    async def _carry_out(self, found: Survey) -> None:
+    async def _carry_out(self, found: Survey) -> bool:
         groups = _groups(found.plans.values())
         now = self._context.clock.monotonic()
         due = [
@@ -186,7 +199,7 @@ class Provisioning:
             )
         ]
         if not due:
-            return
+            return False
         wait = await self._context.workers.run(
             [], lambda: self._context.provision.keep_hands_off(found.plans.values())
         )
@@ -196,6 +209,7 @@ class Provisioning:
         await asyncio.gather(*(self._one(group, turn) for group in due))
         self._note(await self._context.workers.run([], self._look))
         await self._changed()
+        return True
 
     async def _one(self, group: Iterable[PortPlan], turn: asyncio.Semaphore) -> None:
         pfs = frozenset(plan.port.address for plan in group)
