@@ -203,12 +203,13 @@ def test_what_udev_adds_to_a_new_netdev_does_not_stay_whenever_it_comes(
     assert as_before(igb)
 
 
+@pytest.mark.parametrize("number", range(3, 8))
 def test_what_udev_adds_to_a_netdev_that_came_home_does_not_stay(
-    igb: Igb, monkeypatch: pytest.MonkeyPatch
+    igb: Igb, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     igb.with_udev()
     (igb.udev / f"data/n{VF_LINK.ifindex}").unlink()
-    igb.named_in = 3
+    igb.named_in = number
     looks = igb.host.udev.is_done
     monkeypatch.setattr(igb.host.udev, "is_done", lambda index: (igb.dump(), looks(index))[1])
     assert home(igb, prepared(igb), reset=False) == []
