@@ -33,6 +33,7 @@ from driver.lifecycle.workers import DeviceWorkers
 from driver.model import BootId, PoolName
 from driver.paths import Paths
 from driver.policy import NodePolicy, PolicyFile
+from driver.provision.carry_out import Provision
 from driver.qos import class_maps
 from driver.settings import HookChoice, Settings
 from hw.netns import host_netns
@@ -109,6 +110,7 @@ def assemble(
         engine=Engine(journal=journal, acts=acts.table(), clock=clock, observer=outside.observer),
         workers=DeviceWorkers(clock),
         devices=Devices(sysfs, policy),
+        provision=Provision(sysfs, paths, boot_id),
         accounting=accounting,
         programs=tcx,
         cdi=CdiProjection(paths),
@@ -120,9 +122,9 @@ def assemble(
         slices=outside.slices,
         telemetry=outside.telemetry,
     )
-    return Assembly(
-        lifecycle=Lifecycle(context, journal, usage), context=context, usage=usage, journal=journal
-    )
+    lifecycle = Lifecycle(context, journal, usage)
+    lifecycle.gate.policy_problem = policy_file.problem
+    return Assembly(lifecycle=lifecycle, context=context, usage=usage, journal=journal)
 
 
 def open_records(stack: ExitStack, paths: Paths, boot_id: BootId) -> tuple[Journal, Ledger]:

@@ -69,7 +69,7 @@ class Nobody:
 
 
 def clean_up(settings: Settings, *, force: bool) -> tuple[str, ...]:
-    """Home with everything; returns what did not come, a sentence each.
+    """Home with everything, and the VFs that were made here gone; returns what did not come, a sentence each.
 
     Refusal: an agent is running, or a living pod has devices and force was not given.
     """
@@ -99,10 +99,11 @@ async def _bring_home(made: Assembly, *, force: bool) -> tuple[str, ...]:
         raise Refusal("Recovery", f"{lifecycle.gate.recovery}; --force goes on with what records there are")
     lifecycle.gate.recovery = ""
     try:
-        await lifecycle.start()
+        await lifecycle.start(make_vfs=False)
         living = lifecycle.attached_pods()
         if living and not force:
             raise Refusal("PodsAttached", f"pods have devices of this node: {', '.join(living)}; see --force")
-        return await lifecycle.release_all()
+        left = await lifecycle.release_all()
+        return (*left, *await lifecycle.remove_vfs())
     finally:
         await lifecycle.stop(SystemClock().monotonic() + 10.0)

@@ -6,13 +6,15 @@ import argparse
 import contextlib
 from pathlib import Path
 
-from driver.cli.output import Row, add_output_argument, show
+from driver.cli import sriov_ports
+from driver.cli.output import Row, add_output_argument, print_table, show
 from driver.errors import DriverError
 from driver.journal.store import Journal
 from driver.lifecycle.devices import Devices
 from driver.model import DeviceName, Preparation
 from driver.paths import Paths
 from driver.policy import PolicyFile
+from driver.provision.survey import held_devices
 from driver.settings import add_place_arguments, paths_from
 from hw.sysfs import Sysfs
 
@@ -33,6 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     devices = Devices(Sysfs(paths.sysfs), lambda: policy_file.current)
     devices.rescan()
     held, quarantined = _records(paths)
+    ports = sriov_ports.rows(paths, policy_file.current, held_devices(held.values(), quarantined))
     rows: list[Row] = []
     for name, device in sorted(devices.current().items()):
         preparation = held.pop(name, None)
@@ -58,7 +61,11 @@ def run(arguments: argparse.Namespace) -> int:
             }
         )
     columns = ["device", "kind", "interface", "held_by", "offered", "why_not"]
-    show(rows, columns, arguments.output, nothing="this node has no network device that could be offered")
+    nothing = "this node has no network device that could be offered"
+    show(rows, columns, arguments.output, nothing=nothing, more={"ports": ports})
+    if ports and arguments.output == "table":
+        print()
+        print_table(ports, sriov_ports.COLUMNS)
     return 0
 
 

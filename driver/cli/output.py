@@ -35,6 +35,10 @@ def show(
     if not rows:
         print(nothing)
         return
+    print_table(rows, columns)
+
+
+def print_table(rows: Sequence[Row], columns: Sequence[str]) -> None:
     lines = [[column.upper().replace("_", " ") for column in columns]]
     lines += [[printable(row.get(column)) for column in columns] for row in rows]
     widths = [max(len(line[place]) for line in lines) for place in range(len(columns))]

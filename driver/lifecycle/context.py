@@ -24,6 +24,7 @@ from driver.lifecycle.workers import DeviceWorkers
 from driver.model import BootId, PoolName
 from driver.paths import Paths
 from driver.policy import NodePolicy
+from driver.provision.carry_out import Provision
 from hw.netns import NetnsHandle
 
 
@@ -53,6 +54,7 @@ class Context:
     engine: Engine[Target]
     workers: DeviceWorkers
     devices: Devices
+    provision: Provision
     accounting: Accounting
     programs: TcxPrograms | None
     cdi: CdiProjection

@@ -18,10 +18,11 @@ from driver.lifecycle.homecoming import Homecoming
 from driver.lifecycle.orphans import Orphans
 from driver.lifecycle.ports import ClaimFailed
 from driver.lifecycle.projections import Projections
+from driver.lifecycle.provisioning import Provisioning
 from driver.lifecycle.reconcile import Reconcile
 from driver.lifecycle.sandboxes import Sandboxes
 from driver.lifecycle.usage import Usage
-from driver.model import ClaimRef, ClaimUid, DeviceName, PreparedDevice, Sandbox, SandboxId
+from driver.model import Attachment, ClaimRef, ClaimUid, DeviceName, PreparedDevice, Sandbox, SandboxId
 from driver.qos import class_maps
 from hw.model import Identity, IfIndex
 
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 
 AGAIN_EVERY = 5.0
 """Seconds between tries to finish what a full disk or a pod's leftovers held up. Costs nothing else."""
+VFS_AGAIN_EVERY = 30.0
+"""Seconds between looks whether VFs can be made by now, while there are some to be made."""
 CHECKPOINT_EVERY = 60.0
 """Seconds between ledger checkpoints: a crash loses at most this much, and the gap is recorded."""
 LAST_CHECKPOINT = 5.0
@@ -56,14 +59,21 @@ class Lifecycle:
             self.gate,
             self._orphans,
         )
+        self._provisioning = Provisioning(context, self.gate, lambda: self.links_changed(None))
         self._usage = usage
+        self._makes_vfs = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     # --- life of the agent ----------------------------------------------------------------------------
 
-    async def start(self) -> None:
-        """Look at the node and settle what an earlier agent left. Then the adapters may be started."""
+    async def start(self, *, make_vfs: bool = True) -> None:
+        """Look at the node, make the VFs that the policy asks for, and settle what an earlier agent left.
+        Then the adapters may be started."""
         await self._context.workers.run([], self._context.devices.rescan)
+        if make_vfs:
+            await self._provisioning.at_start(self._spawn(self._provisioning.run))
+            self._spawn(lambda: _every(VFS_AGAIN_EVERY, self._provisioning.again))
+        self._makes_vfs = make_vfs
         await self._reconcile.at_start()
         self._spawn(lambda: self._context.workers.run([], self._usage.prune))
         self._spawn(lambda: _every(CHECKPOINT_EVERY, self._checkpoint))
@@ -112,6 +122,10 @@ class Lifecycle:
         left += [f"{q.device}: {q.reason}" for q in self._context.book.quarantines().values()]
         return tuple(left)
 
+    async def remove_vfs(self) -> tuple[str, ...]:
+        """Unmake the VFs that were made here; returns what stays, a sentence each."""
+        return await self._provisioning.remove_all()
+
     async def links_changed(self, changed: frozenset[IfIndex] | None) -> None:
         """None: events were lost, look at everything."""
         context = self._context
@@ -124,7 +138,13 @@ class Lifecycle:
         if returned is None:
             await context.workers.run([], context.devices.rescan)
             returned = frozenset(self._away())
+            self._look_after_vfs()
         await self._reconcile.after_change(returned)
+
+    def _look_after_vfs(self) -> None:
+        """In a task of its own: it may take long, and nobody waits for it."""
+        if self._makes_vfs:
+            self._spawn(self._provisioning.run)
 
     def _away(self) -> dict[DeviceName, Identity]:
         """The devices that are in pods."""
@@ -136,7 +156,8 @@ class Lifecycle:
         }
 
     async def policy_changed(self) -> None:
-        """Offer by the new policy, and count by its classes from now on."""
+        """Offer by the new policy, make VFs by it, and count by its classes from now on."""
+        self._provisioning.policy_changed()
         await self._context.workers.run([], self._set_classes)
         await self.links_changed(None)
 
@@ -158,7 +179,10 @@ class Lifecycle:
     async def unprepare(
         self, claims: Sequence[ClaimRef], deadline: float
     ) -> Mapping[ClaimUid, ClaimFailed | None]:
-        return await self._claims.unprepare(claims, deadline)
+        answers = await self._claims.unprepare(claims, deadline)
+        # Its holder may have been what kept a PF's VFs as they were.
+        self._look_after_vfs()
+        return answers
 
     # --- ports.SandboxHandler -------------------------------------------------------------------------
 
@@ -176,8 +200,18 @@ class Lifecycle:
         copied = tuple(sandboxes)
         running = {id: tuple(names) for id, names in containers.items()}
         self._sandboxes.forget_unlisted({sandbox.id for sandbox in copied})
-        attached = self._context.book.attachments()
-        self._spawn(lambda: self._reconcile.with_runtime(copied, running, attached))
+        attachments = self._context.book.attachments()
+        self._spawn(lambda: self._settle_with_runtime(copied, running, attachments))
+
+    async def _settle_with_runtime(
+        self,
+        sandboxes: Sequence[Sandbox],
+        containers: Mapping[SandboxId, Sequence[str]],
+        attachments: Sequence[Attachment],
+    ) -> None:
+        await self._reconcile.with_runtime(sandboxes, containers, attachments)
+        # In recovery nothing was known of who has what until now.
+        self._look_after_vfs()
 
     async def run_sandbox(self, sandbox: Sandbox, deadline: float) -> None:
         await self._sandboxes.run_sandbox(sandbox, deadline)
@@ -195,11 +229,12 @@ class Lifecycle:
         """The pod watch learnt something: a waiting sandbox may be attachable now."""
         self._reconcile.attach_waiting()
 
-    def _spawn(self, work: Callable[[], Coroutine[object, object, None]]) -> None:
+    def _spawn(self, work: Callable[[], Coroutine[object, object, None]]) -> asyncio.Task[None]:
         """A function, not a coroutine: a task that is stopped before its first step never makes one."""
         task = asyncio.get_running_loop().create_task(_logged(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
 
 async def _every(seconds: float, work: Callable[[], Awaitable[None]]) -> None:

@@ -17,11 +17,13 @@ from driver.model import Device, DeviceName, Preparation
 from driver.policy import NodePolicy
 from hw.model import (
     DeviceKind,
+    HwDevice,
     Identity,
     IfIndex,
     LinkInfo,
     LinkSettings,
     PciAddress,
+    PciIdentity,
     SoftwareIdentity,
     VfSettings,
     is_at_home,
@@ -52,6 +54,7 @@ class Devices:
         self._lock = threading.Lock()
         self._current = inventory.Inventory()
         self._by_index: Mapping[IfIndex, Device] = {}
+        self._held_back: Mapping[PciAddress, str] = {}
 
     def current(self) -> Mapping[DeviceName, Device]:
         return self._current.by_name
@@ -84,10 +87,14 @@ class Devices:
             raise NotNow(f"{address} has no IOMMU group (any more)")
         return (Path("/dev/vfio/vfio"), Path(f"/dev/vfio/{group}"))
 
+    def hold_back(self, reasons: Mapping[PciAddress, str]) -> None:
+        """From the next look on nothing of these PFs, whole or VFs, is given away, until another call."""
+        self._held_back = reasons
+
     def rescan(self) -> inventory.InventoryDiff:
         """Look at everything again; returns what changed."""
         with self._lock, LinkSocket(None) as links:
-            found = scan(self._sysfs, links.dump(), uplinks_of(links))
+            found = [self._checked(each) for each in scan(self._sysfs, links.dump(), uplinks_of(links))]
             old = self._current
             new = inventory.build(found, self._policy(), old)
             for problem in new.problems:
@@ -96,6 +103,13 @@ class Devices:
             self._current = new
             self._by_index = {d.ifindex: d for d in new.by_name.values() if d.ifindex is not None}
             return inventory.diff(old, new)
+
+    def _checked(self, device: HwDevice) -> HwDevice:
+        identity = device.identity
+        if device.withheld or not isinstance(identity, PciIdentity):
+            return device
+        reason = self._held_back.get(identity.pf or identity.address)
+        return replace(device, withheld=reason) if reason else device
 
     def see_home(self, preparation: Preparation) -> None:
         """Look again if the picture does not have the device at home and clean: it is from while a pod had
@@ -119,7 +133,9 @@ class Devices:
                 return replace(device, ifindex=None, settings=None)
             addressed = any(not address.ip.is_link_local for address in links.addresses(link.ifindex))
             vf, pf_mtu = _on_pf(device.identity, links) if device.kind is DeviceKind.VF else (None, None)
-        withheld = device.withheld
+        # Work on it may have been waited for since: what was offered then may not be any more.
+        newest = self.get(device.name)
+        withheld = device.withheld or (newest.withheld if newest is not None else "")
         if addressed:
             withheld = withheld or "in use by the host: it has an address"
         elif link.master is not None:

@@ -113,6 +113,9 @@ def _plan(port: SriovPort, rule: PfRule | None, known: Known) -> PortPlan:
     made = PortPlan(
         port=port, rule=rule, making=making, maker=maker, verdict=Verdict.FINE, unfinished=unfinished
     )
+    if making is not None and port.num_vfs == 0 and (rule is None or rule.external or not rule.vfs):
+        # Only the record is left, and perhaps the PF's own settings: nobody is in the way of that.
+        return replace(made, verdict=Verdict.REMOVE)
     if rule is None and not unfinished:
         kept = "no rule of the policy is about it any more: its VFs stay until a rule says vfs: 0"
         return replace(made, verdict=Verdict.NONE, why=kept if maker is Maker.KND else "")
@@ -126,9 +129,6 @@ def _plan(port: SriovPort, rule: PfRule | None, known: Known) -> PortPlan:
         return replace(made, verdict=Verdict.REFUSED, why=why)
     if _is_so(made, wanted):
         return made
-    if wanted == 0 and port.num_vfs == 0:
-        # Only the record is left, and perhaps the PF's own settings: nobody is in the way of that.
-        return replace(made, verdict=Verdict.REMOVE)
     if port.in_use and not (rule is not None and rule.allow_host_uplink):
         why = f"{port.shown} is left alone: it is {port.in_use}; allowHostUplink: true makes VFs all the same"
         return replace(made, verdict=Verdict.REFUSED, why=why)

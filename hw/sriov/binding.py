@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 
-from hw.errors import HwError, NotFound, Refused
+from hw.errors import Busy, HwError, NotFound, Refused
 from hw.model import PciAddress
 from hw.sriov.discovery import DEVICES
 from hw.sysfs import Sysfs
@@ -54,6 +54,20 @@ def bind(sysfs: Sysfs, address: PciAddress, driver: str) -> None:
         _clear(sysfs, override)
     if driver_of(sysfs, address) != driver:
         raise Refused(f"bind {address} to {driver}: its driver did not take it", errno.EIO)
+
+
+def probe(sysfs: Sysfs, address: PciAddress) -> bool:
+    """Let whichever driver the kernel has for it take the function; whether one has it now. For a VF only
+    with sriov_drivers_autoprobe on. May be repeated, until a module is loaded."""
+    if driver_of(sysfs, address) is None:
+        try:
+            sysfs.write("bus/pci/drivers_probe", address)
+        except (NotFound, Refused) as error:
+            if isinstance(error, Busy):
+                raise
+            # ENODEV says no more than that no driver took it, or that it is gone.
+            log.debug("%s", error)
+    return driver_of(sysfs, address) is not None
 
 
 def unbind(sysfs: Sysfs, address: PciAddress) -> None:

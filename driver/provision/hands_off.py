@@ -1,0 +1,84 @@
+"""Rules that keep the node's own network managers off the VFs that this driver makes.
+
+Invariant: there before the VFs are, in folders that go at a reboot; they are about VFs of the named PFs and
+nothing else. udev marks such a netdev with a property. NetworkManager reads its own from the same rule,
+systemd-networkd and udev's naming match the property.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from driver.errors import NotNow
+from driver.paths import Paths
+from hw.model import PciAddress
+
+NOTICE_SECONDS = 3.2
+"""udev looks for changed rules when an event comes, but not more often than every three seconds."""
+_PROPERTY = "KND_VF"
+_RULE = "10-knd-vf.rules"
+_LINK = "10-knd-vf.link"
+_NETWORK = "10-knd-vf.network"
+_HEAD = "# Written by knd; see its policy's section sriov. Goes with `knd cleanup` and at a reboot.\n"
+
+
+def write(paths: Paths, pfs: Iterable[PciAddress]) -> bool:
+    """Have the rules be there for the VFs of these PFs; True if they are new. NotNow if they cannot be."""
+    changed = False
+    for path, text in _files(paths, sorted(pfs)).items():
+        try:
+            if _read(path) != text:
+                _replace(path, text)
+                changed = True
+        except OSError as error:
+            raise NotNow(
+                f"{path} cannot be written, and without it the node's network managers would take the VFs: "
+                f"{error.strerror}"
+            ) from error
+    return changed
+
+
+def remove(paths: Paths) -> None:
+    for path in _files(paths, ()):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _files(paths: Paths, pfs: Iterable[PciAddress]) -> Mapping[Path, str]:
+    return {
+        paths.networkd / _LINK: f"{_HEAD}[Match]\nProperty={_PROPERTY}=1\n\n"
+        "[Link]\nNamePolicy=keep\nMACAddressPolicy=none\n",
+        paths.networkd / _NETWORK: f"{_HEAD}[Match]\nProperty={_PROPERTY}=1\n\n[Link]\nUnmanaged=yes\n",
+        # Last, since it is what makes the others apply.
+        paths.udev_rules / _RULE: _HEAD + "".join(map(_rule, pfs)),
+    }
+
+
+def _rule(pf: PciAddress) -> str:
+    """A VF's netdev is told by its PF's address: its own is not known yet, nor is its name."""
+    return (
+        f'SUBSYSTEM=="net", ATTR{{device/physfn/uevent}}=="*PCI_SLOT_NAME={pf}*", '
+        f'ENV{{{_PROPERTY}}}="1", ENV{{NM_UNMANAGED}}="1"\n'
+    )
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="ascii", errors="replace")
+    except FileNotFoundError:
+        return None
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    # The managers read what ends with their suffix, so not this one.
+    new = path.with_name(f".{path.name}.new")
+    with contextlib.suppress(FileNotFoundError):
+        new.unlink()
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    with open(descriptor, "w", encoding="ascii") as file:
+        file.write(text)
+    os.rename(new, path)
