@@ -179,6 +179,8 @@ class NodeActs:
             return None
         if link.up:
             target.home.set_down(link.ifindex)
+        self._host.udev.wait(link.ifindex)
+        link = target.find_at_home() or link
         _restore_settings(target.home, link, target.preparation.baseline)
         return self._restore_mac(target, link)
 

@@ -20,8 +20,6 @@ from hw.udev import Udev
 
 NETDEV_SECONDS = 10.0
 """For a driver that was bound to make its netdev: igbvf has it at once, others when firmware has answered."""
-UDEV_SECONDS = 3.0
-"""For udev to name it. What it does later than that is mended when it is seen."""
 _PAUSE = 0.02
 
 
@@ -104,7 +102,5 @@ def _wait_for_netdev(target: Target, host: Host) -> LinkInfo:
             home = target.preparation.home_driver
             raise NotClean(target.device, (f"its driver {home} made no netdev within {NETDEV_SECONDS:g} s",))
         time.sleep(_PAUSE)
-    give_up = time.monotonic() + UDEV_SECONDS
-    while not host.udev.is_done(link.ifindex) and time.monotonic() < give_up:
-        time.sleep(_PAUSE)
+    host.udev.wait(link.ifindex)
     return target.find_at_home() or link

@@ -57,6 +57,7 @@ def attach_xdp_by_netlink(ipr: IPRoute, program: sys.ProgramFd, ifindex: int) ->
     ipr.link("set", index=ifindex, xdp={"attrs": [("IFLA_XDP_FD", program.fd), ("IFLA_XDP_FLAGS", 2)]})
 
 
+@pytest.mark.usefixtures("tcx_kernel")
 def test_what_a_tenant_left_is_taken_off_and_ours_stays(
     node: Node, tcx_program: sys.ProgramFd, xdp_program: sys.ProgramFd
 ) -> None:

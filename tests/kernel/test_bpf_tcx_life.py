@@ -21,6 +21,8 @@ from kndsim.links import netns, veth_pair
 from tests.kernel.bpf_node import NAME, OTHER_SLOT, SLOT, Node, both_ways, counting_node, link_up
 from tests.kernel.bpf_traffic import send_frames
 
+pytestmark = pytest.mark.usefixtures("tcx_kernel")
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> ProgramCache:

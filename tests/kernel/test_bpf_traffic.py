@@ -18,9 +18,9 @@ from pyroute2 import IPRoute
 
 from bpf import sys
 from bpf.accounting import Accounting
-from bpf.attach import TcxPrograms
+from bpf.attach import TcxPrograms, probe_tcx
 from bpf.cache import ProgramCache
-from bpf.layout import Cell, Slot, TrafficKind
+from bpf.layout import Cell, Hook, Slot, TrafficKind
 from kndsim.links import SimNetns, netns, private_host, veth_pair
 from tests.bpf import frames as f
 from tests.bpf.bpffs import mounted_bpffs
@@ -81,6 +81,28 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> ProgramCache:
     return ProgramCache(folder, prebuilt=folder / "none")
 
 
+def attach_filters(where: SimNetns, accounting: Accounting, ifindex: int, slot: Slot) -> None:
+    """Both programs at the hooks that kernels without tcx have."""
+
+    def attach(ipr: IPRoute) -> None:
+        ipr.tc("add", "clsact", index=ifindex)
+        for direction, parent in enumerate((0xFFFFFFF3, 0xFFFFFFF2)):
+            with accounting.load(slot, direction) as program:
+                ipr.tc(
+                    "add-filter",
+                    "bpf",
+                    index=ifindex,
+                    fd=program.fd,
+                    name="knd",
+                    parent=parent,
+                    classid=0x10001,
+                    direct_action=True,
+                    handle=1,
+                )
+
+    where.netlink(attach)
+
+
 @pytest.fixture
 def wire(cache: ProgramCache) -> Iterator[Wire]:
     programs = cache.ensure()
@@ -91,7 +113,10 @@ def wire(cache: ProgramCache) -> Iterator[Wire]:
         veth_pair("kdev", "kwire", peer_where=peer) as (device, peer_device),
         Accounting.open(bpffs / "knd/v1", programs, slots=4) as accounting,
     ):
-        TcxPrograms(bpffs / "knd/v1", accounting).attach("dev", device, SLOT)
+        if probe_tcx() is Hook.TCX:
+            TcxPrograms(bpffs / "knd/v1", accounting).attach("dev", device, SLOT)
+        else:
+            attach_filters(host, accounting, device, SLOT)
         set_up(host, device, POD, POD6)
         set_up(peer, peer_device, PEER, PEER6)
         yield Wire(host, peer, device, peer_device, accounting)
@@ -292,7 +317,7 @@ def test_the_inner_of_two_tags_is_passed_over(wire: Wire) -> None:
 
 
 @pytest.fixture
-def tagger(wire: Wire) -> Iterator[None]:
+def tagger(tcx_kernel: None, wire: Wire) -> Iterator[None]:
     """As a VLAN device does it, the tag goes out beside the frame: a program in front of ours sets it."""
     proto, tag = 2, 3
     code = struct.pack("=BBhi", 0xB7, proto, 0, socket.htons(f.CTAG))
@@ -326,30 +351,14 @@ def test_a_tag_beside_the_frame_is_counted_for_every_segment(wire: Wire) -> None
     assert (cell.packets, cell.bytes) == (11, 10_000 + 11 * (14 + 4 + 20 + 8))
 
 
+@pytest.mark.usefixtures("tcx_kernel")
 def test_the_same_programs_count_as_clsact_filters(wire: Wire) -> None:
     """For kernels without tcx: netlink takes the descriptor, which is closed afterwards."""
     slot = Slot(3)
     with netns() as pod:
         wire.pod.netlink(lambda ipr: ipr.link("set", index=wire.device, net_ns_fd=pod.fd))
-
-        def attach(ipr: IPRoute) -> None:
-            ipr.tc("add", "clsact", index=wire.device)
-            for direction, parent in enumerate((0xFFFFFFF3, 0xFFFFFFF2)):
-                with wire.accounting.load(slot, direction) as program:
-                    ipr.tc(
-                        "add-filter",
-                        "bpf",
-                        index=wire.device,
-                        fd=program.fd,
-                        name="knd",
-                        parent=parent,
-                        classid=0x10001,
-                        direct_action=True,
-                        handle=1,
-                    )
-            ipr.link("set", index=wire.device, state="up")
-
-        pod.netlink(attach)
+        attach_filters(pod, wire.accounting, wire.device, slot)
+        pod.netlink(lambda ipr: ipr.link("set", index=wire.device, state="up"))
         for where, name in ((pod, "kdev"), (wire.peer, "kwire")):
             with Sender(where, name) as sender:
                 sender.send(ROCE_FRAME, 4)

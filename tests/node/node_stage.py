@@ -44,6 +44,7 @@ async def node(
         entry=entry,
         request_timeout=request_timeout,
         agent_flags=agent_flags,
+        udev=made.udev,
     ) as sim:
         if start:
             await sim.start_agent()

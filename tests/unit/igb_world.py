@@ -74,18 +74,32 @@ class Igb(Sysfs):
 
     def __init__(self, folder: Path, *, given: MacAddress | None = None) -> None:
         super().__init__(write_tree(folder, TREE))
-        self.host = Host(self, Udev(folder.with_name("udev")))
+        self.udev = folder.with_name("udev")
+        self.host = Host(self, Udev(self.udev))
         self.vf: LinkInfo | None = VF_LINK
         self.held = replace(FRESH, mac=given)
         self.pinned = given is not None
         self.sent: list[tuple[str, object]] = []
         self.refused: dict[str, Exception] = {}
         self.probes = 0
+        self.named_in: int | None = None
+        """Looks at the links until udev, if it is on, has given a new netdev another name of its own."""
         self.makes_netdevs = True
+
+    def with_udev(self) -> None:
+        """It has named what there is."""
+        (self.udev / "data").mkdir(parents=True)
+        for name in ("control", f"data/n{VF_LINK.ifindex}"):
+            (self.udev / name).touch()
 
     # --- links ----------------------------------------------------------------------------------------
 
     def dump(self) -> tuple[LinkInfo, ...]:
+        if self.named_in is not None and self.vf is not None:
+            self.named_in -= 1
+            if self.named_in == 0:
+                self.vf = replace(self.vf, altnames=(*self.vf.altnames, "enx2a4d2c38b056"))
+                (self.udev / f"data/n{self.vf.ifindex}").touch()
         return (PF_LINK, *((self.vf,) if self.vf is not None else ()))
 
     def by_index(self, ifindex: IfIndex) -> LinkInfo | None:

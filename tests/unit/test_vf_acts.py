@@ -21,7 +21,7 @@ from driver.execute.target import NotClean, Target, Vanished
 from driver.model import InterfaceConfig, NicConfig, Preparation, VfConfig, VfDriver
 from driver.plan import Act, Plan
 from hw.errors import Busy, Refused
-from hw.model import IfIndex, IfName, LinkSettings, VfLinkState, VfVlan, VlanProtocol
+from hw.model import IfIndex, LinkSettings, VfLinkState, VfVlan, VlanProtocol
 from hw.sriov import binding
 from tests.unit.igb_world import ASKED, FRESH, OWN, RANDOM, VF, VF_LINK, Igb, prepared, target
 
@@ -187,31 +187,40 @@ def test_a_random_address_after_the_probe_does_not_stay(igb: Igb) -> None:
     assert igb.vf.mac == OWN != RANDOM
 
 
-def test_what_udev_adds_to_a_new_netdev_does_not_stay(igb: Igb, tmp_path: Path) -> None:
-    """It names it when its driver has made it, and it takes its time."""
-    (tmp_path / "udev/data").mkdir(parents=True)
-    (tmp_path / "udev/control").touch()
+@pytest.mark.parametrize("looks", range(1, 9))
+def test_what_udev_adds_to_a_new_netdev_does_not_stay_whenever_it_comes(
+    igb: Igb, monkeypatch: pytest.MonkeyPatch, looks: int
+) -> None:
+    """It names it when its driver has made it, and takes its time."""
+    igb.with_udev()
+    is_done = igb.host.udev.is_done
+    monkeypatch.setattr(igb.host.udev, "is_done", lambda index: (igb.dump(), is_done(index))[1])
+    made = prepared(igb)
+    probe.release(target(igb, made), igb.host)
+    igb.named_in = looks
+    assert home(igb, made, reset=True) == []
+    assert igb.named_in <= 0
+    assert as_before(igb)
+
+
+@pytest.mark.parametrize("number", range(3, 8))
+def test_what_udev_adds_to_a_netdev_that_came_home_does_not_stay(
+    igb: Igb, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    igb.with_udev()
+    (igb.udev / f"data/n{VF_LINK.ifindex}").unlink()
+    igb.named_in = number
     looks = igb.host.udev.is_done
-
-    def late(ifindex: IfIndex) -> bool:
-        assert igb.vf is not None
-        if looks(ifindex):
-            return True
-        igb.vf = replace(igb.vf, name=IfName("enp33s0f0v0"), altnames=("enx2a4d2c38b056",))
-        (tmp_path / f"udev/data/n{ifindex}").touch()
-        return False
-
-    igb.host.udev.is_done = late  # type: ignore[method-assign]
-    assert home(igb, prepared(igb), reset=True) == []
+    monkeypatch.setattr(igb.host.udev, "is_done", lambda index: (igb.dump(), looks(index))[1])
+    assert home(igb, prepared(igb), reset=False) == []
     assert as_before(igb)
 
 
 def test_an_udev_that_does_not_come_is_not_waited_for_for_ever(
-    igb: Igb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    igb: Igb, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe, "UDEV_SECONDS", 0.05)
-    (tmp_path / "udev").mkdir()
-    (tmp_path / "udev/control").touch()
+    monkeypatch.setattr("hw.udev.PATIENCE", 0.05)
+    igb.with_udev()
     assert home(igb, prepared(igb), reset=True) == []
 
 

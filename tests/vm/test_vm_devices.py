@@ -134,7 +134,7 @@ def test_sysfs_and_verbs_agree_on_a_soft_roce_device_and_its_link(found: Found) 
 
 @on_both
 def test_the_command_lists_what_the_scan_found(found: Found) -> None:
-    told = found.vm.run(["python", "-m", "driver", "devices", "-o", "json"], timeout=120).out
+    told = found.vm.run(["knd", "devices", "-o", "json"], timeout=120).out
     rows = json.loads(told)["rows"]
     kinds = [row["kind"] for row in rows]
     assert (kinds.count("vf"), kinds.count("pf")) == (8, IGB_PORTS + 2)

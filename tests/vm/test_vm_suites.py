@@ -12,6 +12,7 @@ import pytest
 
 from kndsim.guest import Guest, Kernel
 
+NO_TCX = "this kernel has no tcx, which came with 6.6"
 REPORT = PurePosixPath("/tmp/report.xml")
 SECONDS = 840.0
 
@@ -26,12 +27,15 @@ def test_the_suites_of_programs_and_kernel_calls_pass(vm: Guest) -> None:
     assert done.code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED), done.out + done.err
     cases = list(ElementTree.fromstring(vm.read(REPORT)).iter("testcase"))
     assert len(cases) > 300
-    wrong = [line for case in cases for line in _complaints(case)]
+    wrong = [line for case in cases for line in _complaints(case, vm.request.kernel)]
     if wrong:
         pytest.fail("\n".join(wrong), pytrace=False)
 
 
-def _complaints(case: ElementTree.Element) -> list[str]:
+def _complaints(case: ElementTree.Element, kernel: Kernel) -> list[str]:
     name = f"{case.get('classname')}::{case.get('name')}"
     found = [part for part in case if part.tag in ("failure", "error", "skipped")]
+    if kernel is Kernel.DEBIAN12:
+        # Older than tcx: what is about tcx alone says so and is not tried.
+        found = [part for part in found if part.tag != "skipped" or part.get("message") != NO_TCX]
     return [f"{name}: {part.tag}: {part.get('message', '')}\n{(part.text or '')[-3000:]}" for part in found]

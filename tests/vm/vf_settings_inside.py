@@ -36,7 +36,7 @@ pytestmark = pytest.mark.timeout(900)
 PF = "0000:21:00.0"
 VFS = 3
 PATIENCE = 60.0
-GUARDED = "[interface.hardwareAddress, vf.vlan, vf.trust, vf.spoofCheck, vf.minRate]"
+GUARDED = "[vf.driver, interface.hardwareAddress, vf.vlan, vf.trust, vf.spoofCheck, vf.minRate]"
 MAC = "02:00:5e:00:00:{:02x}"
 PLANS = {"prepare", "unprepare"}
 
@@ -182,9 +182,6 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         open_node = node(made, start=False, request_timeout=30.0)
         sim = loop.run(open_node.__aenter__())
         stack.callback(lambda: loop.run(open_node.__aexit__(None, None, None)))
-        # The node's root is a private one; udev is the guest's.
-        (sim.root / "run").mkdir(exist_ok=True)
-        (sim.root / "run/udev").symlink_to("/run/udev")
         nursery = stack.enter_context(contextlib.closing(Nursery(sim, control, patience=PATIENCE)))
         stage = Stage(loop, sim, made, nursery, control)
         stage.start_agent()
@@ -265,6 +262,27 @@ def test_what_igb_cannot_do_is_refused_with_a_sentence_and_nothing_stays(
     assert "choose another device" in str(caught.value)
     stage.end(pod)
     stage.wait_as_before("after a refusal")
+
+
+def test_a_vf_given_by_its_files_is_set_before_its_holder_has_it_and_put_back_after(stage: Stage) -> None:
+    claim = ClaimSpec(
+        name="files-nic",
+        parameters={
+            "": {
+                "apiVersion": "knd.internal/v1alpha1",
+                "kind": "NetworkDeviceConfig",
+                "interface": {"hardwareAddress": MAC.format(7)},
+                "vf": {"driver": "vfio-pci", "vlan": {"id": 100}},
+            }
+        },
+    )
+    pod = stage.run(stage.sim.prepare(stage.sim.schedule("files", [claim])))
+    vf = vf_of(pod)
+    assert vf_driver(vf) == "vfio-pci"
+    assert pf_addresses()[vf] == MAC.format(7)
+    assert vf_infos()[vf]["vlan_list"][0]["vlan"] == 100
+    stage.run(stage.sim.delete_pod(pod))
+    stage.wait_as_before("after vfio")
 
 
 # --- crashes ----------------------------------------------------------------------------------------

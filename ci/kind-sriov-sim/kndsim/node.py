@@ -93,8 +93,11 @@ class SimNode:
         entry: Sequence[str] | None = None,
         agent_flags: Sequence[str] = (),
         request_timeout: float = 2.0,
+        udev: bool = False,
     ) -> None:
+        """udev: the agent sees what the machine's udev says of links: they are the machine's own."""
         self.name = name
+        self._udev = udev
         self.mode = mode
         self._policy = policy
         self._hook = hook
@@ -124,6 +127,10 @@ class SimNode:
         self.bpffs.mkdir(parents=True)
         mount_bpffs(self.bpffs)
         stack.callback(unmount, self.bpffs)
+        if self._udev:
+            (self.root / "run/udev").mkdir(parents=True)
+            for name in ("control", "data"):
+                (self.root / "run/udev" / name).symlink_to(f"/run/udev/{name}")
         build_netns_check(self.root / "var/lib/knd/bin/knd-netns-check")
         self.policy_file = self.root / "policy.yaml"
         self.policy_file.write_text(self._policy)

@@ -54,6 +54,8 @@ class Devices:
     """The peer of a device that is in a pod: by the pod's netns and the device's name there."""
     compared: frozenset[str] | None = None
     """The links, by dump's keys, that must be as they were; None: all of this namespace, which is ours."""
+    udev: bool = False
+    """Whether the machine's udev names them."""
     patience: float = 5.0
     """Seconds until all is as before, at most: what comes home by itself takes a little."""
 

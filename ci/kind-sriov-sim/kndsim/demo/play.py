@@ -117,7 +117,7 @@ async def play(
 ) -> Result:
     """unsent: frames added to the generator's word, to see that a difference is noticed."""
     before = dump(devices.compared)
-    async with SimNode(mode=mode, policy=devices.policy, hook=hook, entry=entry) as node:
+    async with SimNode(mode=mode, policy=devices.policy, hook=hook, entry=entry, udev=devices.udev) as node:
         say(f"simulated node in {node.root}: kubelet, {mode} runtime, API server")
         await node.start_agent(seconds=2 * PATIENCE)
         say("agent started: registered with kubelet and the runtime, slices published")

@@ -49,6 +49,7 @@ def make_vfs(pf: PhysicalFunction, count: int) -> Iterator[Devices]:
             policy=_policy(pf),
             peer_of=lambda _netns, _ifname: peer,
             compared=frozenset((pf.address, *(_address(pf, vf) for vf in range(count)))),
+            udev=True,
             patience=_PATIENCE / 2,
         )
 

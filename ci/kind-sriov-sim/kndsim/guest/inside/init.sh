@@ -50,6 +50,8 @@ mount -t overlay knd -o lowerdir=/run/knd-guest/project,upperdir=/run/knd-guest/
 for packages in /opt/knd/venv/lib/python3*/site-packages; do
     printf '%s\n' /srv/knd /srv/knd/ci/kind-sriov-sim >"$packages/knd.pth"
 done
+printf '#!/bin/sh\nexec /opt/knd/venv/bin/python -m driver "$@"\n' >/usr/local/bin/knd
+chmod +x /usr/local/bin/knd
 
 if [ -n "$HOST_LINK" ]; then
     for link in /sys/class/net/*; do
