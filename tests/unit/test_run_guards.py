@@ -52,7 +52,7 @@ def run(tmp_path: Path) -> Run:
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-c", str(tmp_path / "pytest.ini"), *guard, *arguments],
             cwd=tmp_path,
-            env=os.environ | {"KND_REQUIRE": require},
+            env=os.environ | {"KND_REQUIRE": require, "KND_BESIDE": ""},
             capture_output=True,
             text=True,
             check=False,
