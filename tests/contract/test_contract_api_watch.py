@@ -148,7 +148,7 @@ def test_a_watch_ends_when_its_time_is_over(api: ApiPeer) -> None:
 
 
 @pytest.mark.since(
-    "9.0", "a server that is minutes old has all its history: seen on one that was an hour old"
+    "9.0", "a young server has all its history: this was seen of one an hour old"
 )
 def test_a_version_that_has_expired_is_told_inside_the_watch(api: ApiPeer) -> None:
     api.made_slice()
