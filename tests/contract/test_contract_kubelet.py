@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
@@ -29,10 +30,18 @@ def play(kubelet: Opened, case: Case) -> None:
     asyncio.run(whole())
 
 
+_numbers = itertools.count()
+
+
 @asynccontextmanager
-async def offered(peer: KubeletPeer, plugin: FakePlugin, *, taken: bool = True) -> AsyncIterator[FakePlugin]:
-    plugin.endpoint = peer.seen(peer.registry / "contract-reg.sock")
-    async with serving(peer, plugin, "contract"):  # type: ignore[arg-type] # only its registry is used
+async def offered(
+    peer: KubeletPeer, plugin: FakePlugin, *, taken: bool = True, name: str = ""
+) -> AsyncIterator[FakePlugin]:
+    """On a socket of its own unless named: kubelet waits ever longer for one that has failed it, minutes at
+    last, whoever makes it next."""
+    name = name or f"contract-{next(_numbers)}"
+    plugin.endpoint = peer.seen(peer.registry / f"{name}-reg.sock")
+    async with serving(peer, plugin, name):  # type: ignore[arg-type] # only its registry is used
         if taken:
             await until(lambda: (True, "") in plugin.told, 20.0, "kubelet took the plugin")
         yield plugin
@@ -66,6 +75,7 @@ def test_a_plugin_is_asked_who_it_is_and_told_that_it_is_taken(kubelet: Opened) 
     play(kubelet, case)
 
 
+@pytest.mark.since("9.0", "asked again in a second by itself, but not in 20 s after another plugin of its name")
 @pytest.mark.parametrize(
     "info",
     [
@@ -103,9 +113,9 @@ def test_a_plugin_that_does_not_answer_in_a_second_is_told_nothing_and_asked_aga
 
 def test_a_socket_that_is_made_anew_is_registered_anew(kubelet: Opened) -> None:
     async def case(peer: KubeletPeer) -> None:
-        async with offered(peer, FakePlugin()):
+        async with offered(peer, FakePlugin(), name="anew"):
             pass
-        async with offered(peer, FakePlugin()) as again:
+        async with offered(peer, FakePlugin(), name="anew") as again:
             claim = await peer.claim()
             pod = await started(peer, claim)
             assert [uids for _, uids in again.prepares] == [[claim.uid]]
