@@ -75,7 +75,7 @@ def test_a_plugin_is_asked_who_it_is_and_told_that_it_is_taken(kubelet: Opened) 
     play(kubelet, case)
 
 
-@pytest.mark.since("9.0", "asked again in a second by itself, but not in 20 s after another plugin of its name")
+@pytest.mark.since("9.0", "by itself asked again in a second; not in 20 s after another plugin of its name")
 @pytest.mark.parametrize(
     "info",
     [
