@@ -33,7 +33,8 @@ for cluster in "${clusters[@]}"; do
             if [ -n "${WHOLE:-}" ]; then
                 try "$cluster" tests/e2e "$@"
             else
-                try "$cluster" tests/e2e/test_e2e_hardware.py tests/e2e/test_e2e_core.py "$@"
+                try "$cluster" tests/e2e/test_e2e_hardware.py \
+                    tests/e2e/test_e2e_core.py::test_a_nic_comes_home_as_it_was_and_its_account_stays "$@"
             fi
             ;;
         *) try "$cluster" tests/e2e "$@" ;;

@@ -147,9 +147,7 @@ def test_a_watch_ends_when_its_time_is_over(api: ApiPeer) -> None:
             assert {kind for kind, _ in stream} <= {"BOOKMARK"}
 
 
-@pytest.mark.since(
-    "9.0", "a young server has all its history: this was seen of one an hour old"
-)
+@pytest.mark.since("9.0", "a young server has all its history: this was seen of one an hour old")
 def test_a_version_that_has_expired_is_told_inside_the_watch(api: ApiPeer) -> None:
     api.made_slice()
     with api.http.watch(SLICES, fieldSelector=api.selector, resourceVersion="1") as events:
