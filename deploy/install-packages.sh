@@ -5,6 +5,10 @@
 set -euo pipefail
 exec >&2
 
+# apt gives up where another apt is at work: targets that are made side by side take turns.
+exec 9<"${BASH_SOURCE[0]}"
+flock 9
+
 missing=()
 while read -r package _; do
     case $package in '' | '#'*) continue ;; esac
