@@ -6,8 +6,10 @@ set -euo pipefail
 exec >&2
 
 # apt gives up where another apt is at work: targets that are made side by side take turns.
-exec 9<"${BASH_SOURCE[0]}"
-flock 9
+if command -v flock >/dev/null; then
+    exec 9<"${BASH_SOURCE[0]}"
+    flock 9
+fi
 
 missing=()
 while read -r package _; do
