@@ -12,17 +12,17 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from kndsim.cluster import kubectl
 from kndsim.cluster.ground import Devices
 from kndsim.cluster.node import NotUp
 from kndsim.kind.engine import Engine
 from kndsim.kind.place import EnginePlace
 from kndsim.kind.plan import Ground, read_ground
-from kndsim.place import CommandFailed, Done
+from kndsim.place import Done
 from kndsim.waiting import wait_until
 
 API_SERVER = "kube-apiserver"
@@ -155,14 +155,7 @@ class KindCluster:
         program = shutil.which("kubectl")
         if program is None:
             raise NotUp("kubectl is not installed: put one in PATH")
-        argv = [program, f"--kubeconfig={self.kubeconfig}", *args]
-        started = time.monotonic()
-        ran = subprocess.run(argv, input=stdin, capture_output=True, text=True, timeout=timeout, check=False)
-        seconds = time.monotonic() - started
-        done = Done(argv=tuple(argv), code=ran.returncode, out=ran.stdout, err=ran.stderr, seconds=seconds)
-        if check and done.code != 0:
-            raise CommandFailed(done, "this machine")
-        return done
+        return kubectl.run(program, self.kubeconfig, args, stdin=stdin, check=check, timeout=timeout)
 
     def load_image(self, tar: Path) -> None:
         """Into all nodes."""

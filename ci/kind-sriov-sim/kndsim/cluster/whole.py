@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -18,12 +16,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from kndsim.cluster import conf, control_plane, images, machine, pki
+from kndsim.cluster import conf, control_plane, images, kubectl, machine, pki
 from kndsim.cluster.binaries import binaries
 from kndsim.cluster.control_plane import API_SERVER, ApiClient
 from kndsim.cluster.ground import Ground
 from kndsim.cluster.node import Node, Programs
-from kndsim.place import CommandFailed, Done
+from kndsim.place import Done
 from kndsim.progress import Progress
 
 API_WITHIN = 120.0
@@ -74,14 +72,8 @@ class Cluster:
 
     def kubectl(self, *args: str, stdin: str = "", check: bool = True, timeout: float = 60.0) -> Done:
         """Run here, as the administrator: files are this machine's. CommandFailed unless check is false."""
-        argv = [str(self._kubectl), f"--kubeconfig={self.kubeconfig}", *args]
-        started = time.monotonic()
-        ran = subprocess.run(argv, input=stdin, capture_output=True, text=True, timeout=timeout, check=False)
-        seconds = time.monotonic() - started
-        done = Done(argv=tuple(argv), code=ran.returncode, out=ran.stdout, err=ran.stderr, seconds=seconds)
-        if check and done.code != 0:
-            raise CommandFailed(done, "this machine")
-        return done
+        program = str(self._kubectl)
+        return kubectl.run(program, self.kubeconfig, args, stdin=stdin, check=check, timeout=timeout)
 
     def load_image(self, tar: Path) -> None:
         """On every node."""
