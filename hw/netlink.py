@@ -121,9 +121,13 @@ class LinkSocket:
     def vf_settings(self, pf: IfIndex, vf: int) -> VfSettings | None:
         """What a PF holds of one of its VFs; None if it does not tell. Asks the hardware for all VFs of the
         PF: not for where time matters."""
+        return self.all_vf_settings(pf).get(vf)
+
+    def all_vf_settings(self, pf: IfIndex) -> Mapping[int, VfSettings]:
+        """By VF index; empty if the PF tells of none."""
         encode = _get_link(pf, _RTEXT_FILTER_VF | _RTEXT_FILTER_SKIP_STATS)
         answer = self._transport.get(self._what("read the VFs of", pf), encode)
-        return vf_settings(answer[0]).get(vf) if answer else None
+        return vf_settings(answer[0]) if answer else {}
 
     def set_vf(self, pf: IfIndex, vf: int, setting: str, value: VfValue) -> None:
         """Have a PF set one thing of one of its VFs, as hw.vf.vf_request names it. Drivers may do it later

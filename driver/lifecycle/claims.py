@@ -18,6 +18,7 @@ from driver.cdi import cdi_id
 from driver.errors import ConfigError, DriverError, FieldProblem, NotNow, Refusal
 from driver.execute.engine import EXPECTED, Token
 from driver.execute.target import Vanished, open_target
+from driver.lifecycle import one_address
 from driver.lifecycle.context import Context
 from driver.lifecycle.gate import Gate
 from driver.lifecycle.homecoming import HIDDEN, QUARANTINED, Homecoming
@@ -62,6 +63,7 @@ class Coming:
 
     reserved_for: frozenset[PodUid]
     devices: tuple[Named, ...]
+    addresses: tuple[one_address.Has, ...]
 
 
 class Claims:
@@ -113,7 +115,7 @@ class Claims:
             await self._context.workers.run_until([], self._context.devices.rescan, deadline)
         wanted = self._examine(claim)
         # No await since the check, so of two claims of one pod one is checked against the other.
-        self._coming[ref.uid] = Coming(claim.reserved_for, tuple(_named(wanted)))
+        self._coming[ref.uid] = Coming(claim.reserved_for, tuple(_named(wanted)), _asking(claim, wanted))
         try:
             done = await self._context.workers.run_until(
                 [device.name for _, device, _ in wanted],
@@ -168,6 +170,7 @@ class Claims:
             _check_fits(device, config)
             wanted.append((allocated, device, config))
         self._check_pod(claim, wanted)
+        self._check_addresses(claim, wanted)
         return wanted
 
     def _check_pod(self, claim: Claim, wanted: Sequence[Wanted]) -> None:
@@ -186,6 +189,11 @@ class Claims:
                 together += coming.devices
         claimconfig.check_together(together)
 
+    def _check_addresses(self, claim: Claim, wanted: Sequence[Wanted]) -> None:
+        others = [*one_address.on_record(self._context.book.preparations(), but=claim.ref.uid)]
+        others += [each for coming in self._coming.values() for each in coming.addresses]
+        one_address.check(_asking(claim, wanted), others)
+
     def _prepare_devices(
         self, claim: Claim, wanted: Sequence[Wanted], token: Token
     ) -> tuple[Preparation, ...]:
@@ -201,6 +209,10 @@ class Claims:
         for _, device, config in wanted:
             self._check_free(device, claim.ref)
             _check_pf(device, config)
+            mac = config.interface.hardware_address
+            holder = context.devices.who_else_has(mac, device) if mac is not None else ""
+            if mac is not None and holder:
+                raise one_address.refused(device.name, mac, holder)
         opened = context.book.open_preparations([_new(claim, *each) for each in wanted])
         try:
             for preparation in opened:
@@ -409,6 +421,11 @@ def _named(wanted: Sequence[Wanted]) -> list[Named]:
         for _, device, config in wanted
         if device.settings is not None and not config.by_file
     ]
+
+
+def _asking(claim: Claim, wanted: Sequence[Wanted]) -> tuple[one_address.Has, ...]:
+    named = f"{claim.ref.namespace}/{claim.ref.name}"
+    return one_address.asking([(device, config) for _, device, config in wanted], named)
 
 
 def _new(claim: Claim, allocated: AllocatedDevice, device: Device, config: NicConfig) -> Preparation:

@@ -22,6 +22,7 @@ from hw.model import (
     IfIndex,
     LinkInfo,
     LinkSettings,
+    MacAddress,
     PciAddress,
     PciIdentity,
     SoftwareIdentity,
@@ -142,6 +143,22 @@ class Devices:
             withheld = withheld or f"in use by others: it belongs to link {link.master}"
         settings = LinkSettings.of(link, kind=device.kind)
         return replace(device, settings=settings, withheld=withheld, vf=vf, pf_mtu=pf_mtu)
+
+    def who_else_has(self, mac: MacAddress, device: Device) -> str:
+        """What in the host's namespace has an address, or is told it by the device's PF, in words; "" if
+        nothing but the device itself."""
+        with LinkSocket(None) as links:
+            found = links.dump()
+            for link in found:
+                if link.mac == mac and link.ifindex != device.ifindex:
+                    return f"{link.name!a} has it"
+            pf = pf_link(device.identity, found)
+            told = links.all_vf_settings(pf.ifindex) if pf is not None else {}
+        own = None if isinstance(device.identity, SoftwareIdentity) else device.identity.vf_index
+        for vf, settings in told.items():
+            if settings.mac == mac and vf != own:
+                return f"VF {vf} of the same PF is given it"
+        return ""
 
     def look(self, changed: frozenset[IfIndex], away: Callable[[], Mapping[DeviceName, Identity]]) -> Look:
         """What changed links mean. Most link events of a node are the CNI's veths coming and going, and

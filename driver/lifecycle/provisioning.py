@@ -12,12 +12,13 @@ import logging
 import threading
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from driver.execute.engine import EXPECTED
 from driver.inventory import name_of
 from driver.lifecycle.context import Context
 from driver.lifecycle.gate import Gate
+from driver.lifecycle.one_address import asked_for
 from driver.model import DeviceName
 from driver.provision.carry_out import addresses
 from driver.provision.plan import PortPlan, Verdict
@@ -118,7 +119,9 @@ class Provisioning:
         book = self._context.book
         quarantined = {name: q.reason for name, q in book.quarantines().items()}
         held = held_devices(book.preparations(), quarantined)
-        return self._context.provision.survey(self._context.policy(), held)
+        found = self._context.provision.survey(self._context.policy(), held)
+        # Those of devices in pods are not to be seen from here.
+        return replace(found, macs=found.macs | asked_for(book.preparations()))
 
     async def _look_and_do(self) -> bool:
         """Whether anything was done, successfully or not."""

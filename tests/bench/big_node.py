@@ -24,9 +24,9 @@ from tests.bench import processes
 from tests.bench.outcome import Outcome, measured, of_medians
 from tests.bench.stage import bench_node, wired_host
 
-PFS, VFS_PER_PF = 8, 128
+PFS, VFS_PER_PF = 16, 64
 SCANS = 15
-FEW, MANY = 10, 1000
+FEW, MANY = 10, PFS * VFS_PER_PF
 EVENTS = 60
 EVENT_PERIOD = 0.1
 """Longer than the agent gathers events, so that each is one look."""

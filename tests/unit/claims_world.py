@@ -43,7 +43,7 @@ from driver.model import (
 )
 from driver.plan import Act
 from driver.policy import NodePolicy
-from hw.model import DeviceKind, IfIndex, IfName, LinkSettings, SoftwareIdentity
+from hw.model import DeviceKind, IfIndex, IfName, LinkSettings, MacAddress, SoftwareIdentity
 from tests.unit.journal_values import BOOT, preparation
 
 POOL = PoolName("node-a")
@@ -76,6 +76,16 @@ class Node:
     def as_it_is(self, device: Device) -> Device:
         return device
 
+    def who_else_has(self, mac: MacAddress, device: Device) -> str:
+        return next(
+            (
+                f"{other.name} has it"
+                for other in self.present.values()
+                if other.name != device.name and other.settings is not None and other.settings.mac == mac
+            ),
+            "",
+        )
+
     def hint(self, made: Preparation) -> None:
         del made
 
@@ -95,7 +105,8 @@ class Node:
 
 
 def device(name: DeviceName, index: int, **fields: Any) -> Device:
-    settings: LinkSettings = replace(preparation(0).baseline, name=IfName(f"host{index}"))
+    mac = MacAddress(f"02:00:00:00:01:{index:02x}")
+    settings: LinkSettings = replace(preparation(0).baseline, name=IfName(f"host{index}"), mac=mac)
     made = Device(
         name=name,
         kind=DeviceKind.NETDEV,
