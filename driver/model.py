@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NewType
 
 from bpf.layout import Slot
+from driver.rdma import NO_WISHES, RdmaBinding, RdmaConfig, RdmaInPod
 from hw.model import (
     DeviceKind,
     Identity,
@@ -151,6 +152,7 @@ class NicConfig:
 
     interface: InterfaceConfig = InterfaceConfig()
     vf: VfConfig = VfConfig()
+    rdma: RdmaConfig = NO_WISHES
 
     @property
     def by_file(self) -> bool:
@@ -288,6 +290,7 @@ class Preparation:
     """The kernel's driver that it had when it was prepared, and goes back to; "" for what is not PCI."""
     vf_baseline: VfSettings | None = None
     """What its PF held of it; None for what is no VF, and where there is no PF to be seen."""
+    rdma: RdmaBinding | None = None
 
     @property
     def by_file(self) -> bool:
@@ -377,6 +380,8 @@ class Attachment:
     boot_id: BootId
     state: AttachmentState
     generation: int
+    rdma: RdmaInPod | None = None
+    """None until it is attached, and where no RDMA device goes with it."""
 
 
 def attachment_owner(id: AttachmentId) -> str:

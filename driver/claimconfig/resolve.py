@@ -25,6 +25,7 @@ from driver.claimconfig.sections import (
     FieldPath,
     InterfaceSection,
     MtuBounds,
+    RdmaSection,
     VfSection,
     decode,
 )
@@ -38,6 +39,7 @@ from driver.model import (
     VfConfig,
     VfDriver,
 )
+from driver.rdma import RdmaConfig
 from driver.strict import Key, listing, record
 from hw.model import IfName
 
@@ -171,6 +173,7 @@ def build(values: Mapping[FieldPath, object]) -> NicConfig:
     """Merged fields as the driver's own types."""
     interface = _section(InterfaceSection, "interface", values)
     vf = _section(VfSection, "vf", values)
+    rdma = _section(RdmaSection, "rdma", values)
     return NicConfig(
         interface=InterfaceConfig(
             name=interface.name,
@@ -186,6 +189,12 @@ def build(values: Mapping[FieldPath, object]) -> NicConfig:
             link_state=vf.link_state,
             min_rate=vf.min_rate,
             max_rate=vf.max_rate,
+        ),
+        rdma=RdmaConfig(
+            mode=rdma.mode,
+            files=rdma.files or (),
+            nccl=bool(rdma.nccl),
+            ucx=bool(rdma.ucx),
         ),
     )
 

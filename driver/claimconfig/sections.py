@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, NewType
 
 from driver.model import VfDriver
+from driver.rdma import RdmaFile, RdmaMode
 from driver.strict import (
     Key,
     Kind,
@@ -253,6 +254,43 @@ class VfSection:
     ] = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RdmaSection:
+    mode: Annotated[
+        RdmaMode | None,
+        Key(
+            "mode",
+            choice(RdmaMode),
+            "The mode that the node must be in: exclusive, the RDMA device is in the pod alone; shared, the "
+            "pod gets its device files. Absent: either.",
+        ),
+    ] = None
+    files: Annotated[
+        tuple[RdmaFile, ...] | None,
+        Key(
+            "deviceFiles",
+            listing(choice(RdmaFile), maximum=len(RdmaFile)),
+            "Device files beyond uverbs and rdma_cm. From a claim only where the node policy allows it: they "
+            "reach the management of the whole fabric.",
+            guarded=True,
+            harmless=((),),
+        ),
+    ] = None
+    nccl: Annotated[
+        bool | None,
+        Key(
+            "nccl",
+            boolean(),
+            "true: NCCL_IB_HCA, NCCL_IB_GID_INDEX and NCCL_SOCKET_IFNAME name the claim's devices, in place "
+            "of what the container's own environment says.",
+        ),
+    ] = None
+    ucx: Annotated[
+        bool | None,
+        Key("ucx", boolean(), "true: UCX_NET_DEVICES names the claim's RDMA devices, in the same way."),
+    ] = None
+
+
 _INTERFACE_LATER = frozenset(
     {
         "dhcp",
@@ -267,11 +305,12 @@ _INTERFACE_LATER = frozenset(
         "disableEbpfPrograms",
     }
 )
-_SECTIONS_LATER = frozenset({"routes", "rules", "neighbors", "ethtool", "rdma", "qos", "subinterface"})
+_SECTIONS_LATER = frozenset({"routes", "rules", "neighbors", "ethtool", "qos", "subinterface"})
 
 SECTIONS: Mapping[str, Mapping[str, Key[Any]]] = {
     "interface": keys_of(InterfaceSection),
     "vf": keys_of(VfSection),
+    "rdma": keys_of(RdmaSection),
 }
 """Section to attribute to key."""
 
@@ -356,6 +395,10 @@ class Document:
     vf: Annotated[
         VfSection | None,
         Key("vf", record(VfSection), "The virtual function as such."),
+    ] = None
+    rdma: Annotated[
+        RdmaSection | None,
+        Key("rdma", record(RdmaSection), "The RDMA device that goes with the interface, or is all there is."),
     ] = None
 
     def given(self) -> Mapping[FieldPath, object]:

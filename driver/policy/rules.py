@@ -15,6 +15,7 @@ from typing import Annotated
 from driver.claimconfig import DEFAULT_LIMITS, ClaimLimits
 from driver.model import AttributeValue
 from driver.policy.patterns import GLOBS, IDS, matches
+from driver.policy.rdma import DEFAULT_RDMA, RdmaRules
 from driver.policy.sriov import PF_RULES, PfRule
 from driver.qos import DEFAULT_CLASSES, QosClass
 from driver.strict import Key, Kind, Node, Problems, boolean, choice, listing, record, shown
@@ -237,6 +238,7 @@ class NodePolicy:
     reset: Annotated[ResetPolicy, Key("reset", choice(ResetPolicy), "VFs between tenants.")] = (
         ResetPolicy.REPROBE
     )
+    rdma: Annotated[RdmaRules, Key("rdma", record(RdmaRules), "RDMA on this node.")] = DEFAULT_RDMA
 
     def __post_init__(self) -> None:
         names = {name for rule in self.devices for name, _ in rule.attributes.pairs}

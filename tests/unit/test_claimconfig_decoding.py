@@ -111,7 +111,7 @@ def test_a_wrong_value_is_refused_with_its_path_and_reason(
 
 @pytest.mark.parametrize(
     "content",
-    [{name: {}} for name in ("routes", "rules", "neighbors", "ethtool", "rdma", "qos", "subinterface")]
+    [{name: {}} for name in ("routes", "rules", "neighbors", "ethtool", "qos", "subinterface")]
     + [{"interface": {name: 1}} for name in ("dhcp", "vrf", "forwarding", "gsoMaxSize")],
 )
 def test_what_is_ours_but_not_built_is_not_called_unknown(content: dict[str, object]) -> None:
@@ -136,7 +136,8 @@ def test_a_whole_number_may_be_written_as_a_float() -> None:
 
 def test_every_field_that_can_hurt_others_is_guarded() -> None:
     assert {
-        *("interface.hardwareAddress", "vf.driver", "vf.vlan", "vf.spoofCheck", "vf.trust", "vf.minRate")
+        *("interface.hardwareAddress", "vf.driver", "vf.vlan", "vf.spoofCheck", "vf.trust", "vf.minRate"),
+        "rdma.deviceFiles",
     } == FIELDS & GUARDED_FIELDS
 
 
@@ -183,6 +184,24 @@ def test_a_rate_is_bits_per_second_in_whole_megabits(rate: str, megabits: int) -
     assert document.vf is not None
     assert (document.vf.min_rate, document.vf.max_rate) == (megabits, megabits)
     VALIDATOR.validate(HEADER | {"vf": {"maxRate": rate}})
+
+
+@pytest.mark.parametrize(
+    ("rdma", "path", "words"),
+    [
+        ({"mode": "asIs"}, "rdma.mode", "must be one of shared, exclusive"),
+        ({"deviceFiles": ["uverbs"]}, "rdma.deviceFiles[0]", "must be one of umad, issm"),
+        ({"deviceFiles": ["umad", "umad"]}, "rdma.deviceFiles[1]", "is the same as"),
+        ({"nccl": "yes"}, "rdma.nccl", "must be true or false"),
+        ({"device_files": []}, "rdma.device_files", "did you mean deviceFiles?"),
+    ],
+)
+def test_a_wrong_wish_about_rdma_is_refused_with_its_path_and_reason(
+    rdma: dict[str, object], path: str, words: str
+) -> None:
+    found = decoded(rdma=rdma)
+    assert words in found[path]
+    assert len(found) == 1
 
 
 # --- the schema -------------------------------------------------------------------------------------

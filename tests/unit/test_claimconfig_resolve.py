@@ -20,6 +20,7 @@ from driver.model import (
     PoolName,
     VfConfig,
 )
+from driver.rdma import RdmaConfig, RdmaFile, RdmaMode
 from hw.model import IfName, MacAddress, VfLinkState, VfVlan
 
 DEFAULTS = ClaimLimits()
@@ -333,3 +334,25 @@ def test_rates_of_class_and_claim_that_do_not_fit_together_are_refused() -> None
     found = problems(of_class(vf={"minRate": "2G"}), of_claim(vf={"maxRate": "1G"}))
     assert found == {"vf.minRate": "is 2000M, above vf.maxRate, which is 1000M"}
     resolve(nic(), [of_class(vf={"minRate": "2G"}), of_claim(vf={"maxRate": "0"})], DEFAULTS)
+
+
+# --- RDMA -------------------------------------------------------------------------------------------
+
+
+def test_files_that_reach_the_fabrics_management_come_from_a_class_or_where_the_node_allows_it() -> None:
+    rdma = {"deviceFiles": ["umad"], "mode": "shared"}
+    assert "cannot be set by a claim" in problems(of_claim(rdma=rdma))["rdma.deviceFiles"]
+    allowed = ClaimLimits(allow=(FieldPath("rdma.deviceFiles"),))
+    for configs, limits in (([of_claim(rdma=rdma)], allowed), ([of_class(rdma=rdma)], DEFAULTS)):
+        assert resolve(nic(), configs, limits).rdma == RdmaConfig(
+            mode=RdmaMode.SHARED, files=(RdmaFile.UMAD,)
+        )
+
+
+def test_class_and_claim_say_together_what_of_rdma_a_pod_gets() -> None:
+    merged = resolve(
+        nic(),
+        [of_class(rdma={"nccl": True, "mode": "exclusive"}), of_claim(rdma={"nccl": False, "ucx": True})],
+        DEFAULTS,
+    )
+    assert merged.rdma == RdmaConfig(mode=RdmaMode.EXCLUSIVE, ucx=True)

@@ -13,6 +13,7 @@ from driver.journal import Quarantine
 from driver.journal.codec import CodecError, canonical, decode, encode
 from driver.journal.records import Record, RecordKind, from_record, to_record
 from driver.model import Attachment, DeviceName, NicConfig, Preparation
+from driver.rdma import RdmaBinding, RdmaInPod
 from hw.model import LinkSettings, VfSettings
 from tests.unit.journal_values import IDENTITIES, attachment, preparation
 
@@ -50,6 +51,22 @@ def test_a_record_from_before_pfs_were_asked_has_no_baseline_of_one() -> None:
     del tree["vf_baseline"]
     del tree["config"]["vf"]["vlan"]
     assert decode(Preparation, json.dumps(tree)).vf_baseline is None
+
+
+@given(st.from_type(RdmaBinding), st.from_type(RdmaInPod))
+def test_what_was_given_of_rdma_comes_back_equal(binding: RdmaBinding, given: RdmaInPod) -> None:
+    made = replace(preparation(0), rdma=binding)
+    assert decode(Preparation, encode(made)) == made
+    attached = replace(attachment(0), rdma=given)
+    assert decode(Attachment, encode(attached)) == attached
+
+
+def test_records_from_before_rdma_was_given_have_none() -> None:
+    prepared, attached = (json.loads(encode(each)) for each in (preparation(0), attachment(0)))
+    for tree in (prepared, attached, prepared["config"]):
+        del tree["rdma"]
+    assert decode(Preparation, json.dumps(prepared)) == preparation(0)
+    assert decode(Attachment, json.dumps(attached)) == attachment(0)
 
 
 def test_equal_values_have_one_text() -> None:

@@ -1,0 +1,100 @@
+"""RDMA's words as types: modes, the device that goes with a preparation, what of it is in a pod.
+
+Invariant: frozen values without I/O. An RDMA device is known by the index that the kernel gave it and never
+gives again while the node is up, and by its node GUID; a tenant can change its name, as a netdev's.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import NewType
+
+from hw.model import RdmaName
+
+RdmaIndex = NewType("RdmaIndex", int)
+"""RDMA_NLDEV_ATTR_DEV_INDEX: of one registration with the kernel, kept over a move between namespaces."""
+
+
+class RdmaMode(enum.StrEnum):
+    """How RDMA devices and network namespaces go together; one mode for the whole node.
+
+    shared: every namespace sees every device, and device files alone say who may use which. exclusive: a
+    device is in one namespace, as a netdev is, and is moved into the pod.
+    """
+
+    SHARED = "shared"
+    EXCLUSIVE = "exclusive"
+
+
+class SoftRdma(enum.StrEnum):
+    """RDMA in software on an ordinary interface; the values are what the kernel calls them."""
+
+    RXE = "rxe"
+    SIW = "siw"
+
+    @property
+    def module(self) -> str:
+        return "rdma_rxe" if self is SoftRdma.RXE else "siw"
+
+
+class RdmaFile(enum.StrEnum):
+    """Device files beyond those that every RDMA program opens. Both reach the fabric's management."""
+
+    UMAD = "umad"
+    ISSM = "issm"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RdmaConfig:
+    """Section `rdma` of a claim's configuration. mode None: whichever the node is in."""
+
+    mode: RdmaMode | None = None
+    files: tuple[RdmaFile, ...] = ()
+    nccl: bool = False
+    ucx: bool = False
+
+
+NO_WISHES = RdmaConfig()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RdmaBinding:
+    """The RDMA device that goes with a preparation, and how its pods get it.
+
+    software: it is made on the interface in the pod, and ends with the attachment; so it has no index and no
+    GUID here. mode is the node's when the device was prepared, which nobody can change while a pod is there.
+    """
+
+    name: RdmaName
+    mode: RdmaMode
+    software: SoftRdma | None = None
+    index: RdmaIndex | None = None
+    node_guid: str = ""
+
+    @property
+    def moves(self) -> bool:
+        """Whether it goes into the pod's namespace and has to come home from there."""
+        return self.mode is RdmaMode.EXCLUSIVE
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFile:
+    """A character device, by the numbers it had when it was given to a pod. name is below /dev/infiniband."""
+
+    name: str
+    major: int
+    minor: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RdmaInPod:
+    """What was found of an RDMA device once it was attached. gid is the RoCE v2 address of the pod's
+    interface; without one, gid_index is None."""
+
+    name: RdmaName
+    index: RdmaIndex
+    port: int
+    files: tuple[DeviceFile, ...]
+    gid_index: int | None = None
+    gid: str = ""
