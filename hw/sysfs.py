@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
 from pathlib import Path
 
-from hw.errors import Busy, HwError, refusal
+from hw.errors import HwError, refusal
+from hw.limited import in_time
 
 WRITE_TIMEOUT = 30.0
 """Seconds. Making VFs or binding a driver takes the kernel seconds; firmware can hang it for good."""
@@ -98,26 +98,19 @@ class Sysfs:
         """
         absolute = self._absolute(path)
         what = f"write {value[:64]!a} to {absolute}"
-        errors: list[OSError] = []
 
         def body() -> None:
+            fd = os.open(absolute, os.O_WRONLY | os.O_CLOEXEC)
             try:
-                fd = os.open(absolute, os.O_WRONLY | os.O_CLOEXEC)
-                try:
-                    os.write(fd, value.encode("utf-8", "surrogateescape"))
-                finally:
-                    os.close(fd)
-            except OSError as error:
-                errors.append(error)
+                os.write(fd, value.encode("utf-8", "surrogateescape"))
+            finally:
+                os.close(fd)
 
-        thread = threading.Thread(target=body, name="knd-sysfs-write", daemon=True)
-        thread.start()
-        thread.join(timeout)
-        if thread.is_alive():
-            raise Busy(f"{what} did not end in {timeout:g} s", errno.ETIMEDOUT)
-        if errors:
-            code = errors[0].errno or errno.EIO
-            raise refusal(what, errno.ENODEV if code == errno.ENOENT else code) from errors[0]
+        try:
+            in_time(what, body, timeout)
+        except OSError as error:
+            code = error.errno or errno.EIO
+            raise refusal(what, errno.ENODEV if code == errno.ENOENT else code) from error
 
     def _absolute(self, path: str) -> str:
         if path.startswith("/") or (".." in path and ".." in path.split("/")):
