@@ -46,6 +46,26 @@ LEDGER = database.Schema(
                 "CREATE INDEX gaps_by_attachment ON gaps (attachment)",
             ),
         ),
+        # Counters of the device's own, by name: see driver.journal.stretches. holder NULL: the device's,
+        # while several attachments had it. The release before leaves these tables alone.
+        database.Migration(
+            version=2,
+            readable_by=1,
+            statements=(
+                "CREATE TABLE stretches (subject TEXT NOT NULL, source TEXT NOT NULL, port INTEGER NOT NULL,"
+                " stretch INTEGER NOT NULL, holder TEXT, instance TEXT NOT NULL, started REAL NOT NULL,"
+                " checked REAL, living INTEGER NOT NULL,"
+                " PRIMARY KEY (subject, source, port, stretch)) STRICT, WITHOUT ROWID",
+                "CREATE INDEX stretches_by_holder ON stretches (holder)",
+                "CREATE INDEX living_stretches ON stretches (subject) WHERE living",
+                "CREATE TABLE counters (subject TEXT NOT NULL, source TEXT NOT NULL, port INTEGER NOT NULL,"
+                " stretch INTEGER NOT NULL, name TEXT NOT NULL, base INTEGER NOT NULL,"
+                " value INTEGER NOT NULL, PRIMARY KEY (subject, source, port, stretch, name)"
+                ") STRICT, WITHOUT ROWID",
+                "ALTER TABLE gaps ADD COLUMN subject TEXT",
+                "ALTER TABLE gaps ADD COLUMN source TEXT",
+            ),
+        ),
     ),
 )
 
@@ -91,24 +111,32 @@ class UsageRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UsageGap:
-    """What was not counted. attachment None: the ledger as a whole; start None: nobody knows."""
+    """What was not counted. start None: nobody knows since when.
+
+    attachment None: the ledger as a whole or, with a subject, a device that several attachments had. subject
+    and source name the device's own counters that are missing; "" means what BPF counts.
+    """
 
     attachment: AttachmentId | None
     start: float | None
     end: float
     reason: str
+    subject: str = ""
+    source: str = ""
 
 
-_ACCOUNT = (
+ACCOUNT = (
     "a.id, a.pod_namespace, a.pod_name, a.pod_uid, a.claim_namespace, a.claim_name, a.claim_uid,"
     " a.device, a.interface, a.sandbox, a.started, a.ended"
 )
-_SELECTED = (
+SELECTED = (
     "(:since IS NULL OR a.ended IS NULL OR a.ended >= :since)"
     " AND (:until IS NULL OR a.started < :until)"
     " AND (:namespace IS NULL OR a.pod_namespace = :namespace)"
     " AND (:pod IS NULL OR a.pod_name = :pod)"
 )
+OF_DEVICES = "(:namespace IS NULL AND :pod IS NULL)"
+"""What several attachments had together is no pod's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,17 +154,17 @@ class Selection:
 
 def read_accounts(connection: sqlite3.Connection, selection: Selection) -> tuple[Account, ...]:
     rows = connection.execute(
-        f"SELECT {_ACCOUNT} FROM attachments a WHERE {_SELECTED} ORDER BY a.started, a.id",  # noqa: S608 - constants
+        f"SELECT {ACCOUNT} FROM attachments a WHERE {SELECTED} ORDER BY a.started, a.id",  # noqa: S608 - constants
         selection.parameters(),
     ).fetchall()
-    return tuple(_account(row) for row in rows)
+    return tuple(account(row) for row in rows)
 
 
 def read_usage(connection: sqlite3.Connection, selection: Selection) -> tuple[UsageRow, ...]:
     rows = connection.execute(
-        f"SELECT {_ACCOUNT}, u.source, u.direction, u.class_index, u.class_name, u.kind,"  # noqa: S608 - constants
+        f"SELECT {ACCOUNT}, u.source, u.direction, u.class_index, u.class_name, u.kind,"  # noqa: S608 - constants
         " SUM(u.bytes - u.base_bytes), SUM(u.packets - u.base_packets)"
-        f" FROM attachments a JOIN usage u ON u.attachment = a.id WHERE {_SELECTED}"
+        f" FROM attachments a JOIN usage u ON u.attachment = a.id WHERE {SELECTED}"
         " GROUP BY a.id, u.source, u.direction, u.class_index, u.class_name, u.kind"
         " ORDER BY a.started, a.id, u.source, u.direction, u.class_index, u.class_name, u.kind",
         selection.parameters(),
@@ -145,11 +173,13 @@ def read_usage(connection: sqlite3.Connection, selection: Selection) -> tuple[Us
 
 
 def read_gaps(connection: sqlite3.Connection, selection: Selection) -> tuple[UsageGap, ...]:
-    """Of the selected attachments, and those of the ledger as a whole."""
+    """Of the selected attachments, and those of the ledger as a whole; where no pod is asked for also those
+    of devices that several had."""
     rows = connection.execute(
-        "SELECT g.attachment, g.started, g.ended, g.reason FROM gaps g"  # noqa: S608 - constants
+        "SELECT g.attachment, g.started, g.ended, g.reason, g.subject, g.source FROM gaps g"  # noqa: S608 - constants
         " LEFT JOIN attachments a ON a.id = g.attachment"
-        f" WHERE g.attachment IS NULL OR (a.id IS NOT NULL AND {_SELECTED})"
+        f" WHERE (g.attachment IS NULL AND (g.subject IS NULL OR {OF_DEVICES}))"
+        f" OR (a.id IS NOT NULL AND {SELECTED})"
         " ORDER BY g.ended, g.attachment",
         selection.parameters(),
     ).fetchall()
@@ -159,8 +189,10 @@ def read_gaps(connection: sqlite3.Connection, selection: Selection) -> tuple[Usa
             start=start,
             end=end,
             reason=reason,
+            subject=subject or "",
+            source=source or "",
         )
-        for attachment, start, end, reason in rows
+        for attachment, start, end, reason, subject, source in rows
     )
 
 
@@ -188,15 +220,17 @@ def insert_account(connection: sqlite3.Connection, owner: UsageOwner) -> None:
 
 def insert_gap(connection: sqlite3.Connection, gap: UsageGap) -> None:
     """Nothing happens if the same gap is there, so that a retry does not double it."""
-    values = (gap.attachment, gap.start, gap.end, gap.reason)
+    about = (gap.subject or None, gap.source or None)
+    values = (gap.attachment, gap.start, gap.end, gap.reason, *about)
     connection.execute(
-        "INSERT INTO gaps (attachment, started, ended, reason) SELECT ?, ?, ?, ? WHERE NOT EXISTS"
-        " (SELECT 1 FROM gaps WHERE attachment IS ? AND started IS ? AND ended = ? AND reason = ?)",
+        "INSERT INTO gaps (attachment, started, ended, reason, subject, source) SELECT ?, ?, ?, ?, ?, ?"
+        " WHERE NOT EXISTS (SELECT 1 FROM gaps WHERE attachment IS ? AND started IS ? AND ended = ?"
+        " AND reason = ? AND subject IS ? AND source IS ?)",
         (*values, *values),
     )
 
 
-def _account(row: tuple[Any, ...]) -> Account:
+def account(row: tuple[Any, ...]) -> Account:
     """The tables are STRICT: a column has the type it was declared with."""
     owner = UsageOwner(
         attachment=AttachmentId(row[0]),
@@ -211,12 +245,12 @@ def _account(row: tuple[Any, ...]) -> Account:
 
 
 def _usage_row(row: tuple[Any, ...]) -> UsageRow:
-    account = _account(row[:12])
+    found = account(row[:12])
     source, direction, class_index, class_name, kind, total_bytes, total_packets = row[12:]
     try:
         return UsageRow(
-            owner=account.owner,
-            ended=account.ended,
+            owner=found.owner,
+            ended=found.ended,
             source=source,
             direction=Direction(direction),
             class_index=class_index,

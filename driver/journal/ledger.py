@@ -35,10 +35,13 @@ from driver.journal.accounts import (
     read_gaps,
     read_usage,
 )
+from driver.journal.meters import CounterRow, Meters, read_counters
+from driver.journal.meters import forget as forget_stretches
 from driver.model import AttachmentId
 
 __all__ = [
     "Account",
+    "CounterRow",
     "Ledger",
     "LedgerReader",
     "LedgerUnusable",
@@ -101,6 +104,19 @@ class _Reading(database.Closes):
         with self._reading():
             return read_usage(self._connection, selection)
 
+    def counters(
+        self,
+        since: float | None = None,
+        until: float | None = None,
+        namespace: str | None = None,
+        pod: str | None = None,
+    ) -> tuple[CounterRow, ...]:
+        """What devices counted themselves, by whom it belongs to; selected like usage. Of a device that
+        several attachments had together what was read in that time, where no pod is asked for."""
+        selection = Selection(since=since, until=until, namespace=namespace, pod=pod)
+        with self._reading():
+            return read_counters(self._connection, selection)
+
     def accounts(
         self,
         since: float | None = None,
@@ -153,6 +169,8 @@ class Ledger(_Reading):
     def __init__(self, path: Path, connection: sqlite3.Connection, lost: str = "") -> None:
         """Use open()."""
         super().__init__(path, connection)
+        self.meters = Meters(connection, self._writing)
+        """Counters that devices keep themselves."""
         self.lost = lost
         """Why the ledger begins anew, a sentence, or ""."""
 
@@ -285,9 +303,11 @@ class Ledger(_Reading):
                     f"DELETE FROM {table} WHERE attachment IN {old}",  # noqa: S608 - constants
                     (ended_before,),
                 )
-            return self._connection.execute(
+            forgotten = self._connection.execute(
                 "DELETE FROM attachments WHERE ended < ?", (ended_before,)
             ).rowcount
+            forget_stretches(self._connection, ended_before)
+            return forgotten
 
     def _check_nothing_new(
         self, attachment: AttachmentId, source: str, found: Mapping[_CellKey, _Total]
