@@ -87,6 +87,8 @@ def assemble(
         clock=clock,
         hook=hook,
         class_names=classes.names,
+        policy=lambda: policy_file.current.usage,
+        labels_of=outside.pods.labels_of,
     )
     sysfs = Sysfs(paths.sysfs)
     acts = NodeActs(

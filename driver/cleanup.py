@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from driver.assembly import Assembly, Outside, assemble, make_folders
@@ -40,8 +40,8 @@ class Nobody:
     def claims_of(self, uid: PodUid) -> frozenset[str] | None:
         return None
 
-    def host_network(self, uid: PodUid) -> bool | None:
-        return None
+    def labels_of(self, uid: PodUid) -> Mapping[str, str]:
+        return {}
 
     async def look_up(self, pod: PodRef, deadline: float) -> None:
         pass

@@ -5,12 +5,13 @@ Invariant: what is read is a value of its type or the file is Damaged; sources a
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from dataclasses import dataclass
 from typing import Any
 
 from bpf.layout import TrafficKind
-from driver.journal import database
+from driver.journal import buckets, database
 from driver.model import AttachmentId, ClaimRef, ClaimUid, DeviceName, PodRef, PodUid, SandboxId
 from hw.model import Direction, IfName
 
@@ -66,6 +67,18 @@ LEDGER = database.Schema(
                 "ALTER TABLE gaps ADD COLUMN source TEXT",
             ),
         ),
+        database.Migration(
+            version=3,
+            readable_by=1,
+            statements=(
+                *buckets.STATEMENTS,
+                "CREATE TABLE labels (attachment TEXT NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL,"
+                " PRIMARY KEY (attachment, name)) STRICT, WITHOUT ROWID",
+                # When an agent began to write here, and by how many seconds the wall clock was set.
+                "CREATE TABLE restarts (at REAL NOT NULL) STRICT",
+                "CREATE TABLE clock_steps (at REAL NOT NULL, seconds REAL NOT NULL) STRICT",
+            ),
+        ),
     ),
 )
 
@@ -81,6 +94,8 @@ class UsageOwner:
     interface: IfName
     sandbox: SandboxId
     started: float
+    labels: tuple[tuple[str, str], ...] = ()
+    """The pod's, as far as the policy chose them: sorted pairs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,10 +140,21 @@ class UsageGap:
     source: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class ClockStep:
+    """At this wall time, seconds since the epoch, the clock had been set by so many seconds."""
+
+    at: float
+    seconds: float
+
+
 ACCOUNT = (
     "a.id, a.pod_namespace, a.pod_name, a.pod_uid, a.claim_namespace, a.claim_name, a.claim_uid,"
-    " a.device, a.interface, a.sandbox, a.started, a.ended"
+    " a.device, a.interface, a.sandbox, a.started, a.ended,"
+    " (SELECT json_group_array(json_array(name, value)) FROM"
+    " (SELECT name, value FROM labels l WHERE l.attachment = a.id ORDER BY name))"
 )
+ACCOUNT_COLUMNS = 13
 SELECTED = (
     "(:since IS NULL OR a.ended IS NULL OR a.ended >= :since)"
     " AND (:until IS NULL OR a.started < :until)"
@@ -168,6 +194,25 @@ def read_usage(connection: sqlite3.Connection, selection: Selection) -> tuple[Us
         " GROUP BY a.id, u.source, u.direction, u.class_index, u.class_name, u.kind"
         " ORDER BY a.started, a.id, u.source, u.direction, u.class_index, u.class_name, u.kind",
         selection.parameters(),
+    ).fetchall()
+    return tuple(_usage_row(row) for row in rows)
+
+
+def read_period(
+    connection: sqlite3.Connection, selection: Selection, period: buckets.Period
+) -> tuple[UsageRow, ...]:
+    """What was read in a period, of the attachments that selection is about, whenever they lived."""
+    inside = (
+        "(:start IS NULL OR b.start + b.seconds > :start) AND (:end IS NULL OR b.start < :end)"
+        " AND (:namespace IS NULL OR a.pod_namespace = :namespace) AND (:pod IS NULL OR a.pod_name = :pod)"
+    )
+    rows = connection.execute(
+        f"SELECT {ACCOUNT}, b.source, b.direction, b.class_index, b.class_name, b.kind,"  # noqa: S608 - constants
+        " SUM(b.bytes), SUM(b.packets) FROM attachments a JOIN buckets b ON b.attachment = a.id"
+        f" WHERE {inside}"
+        " GROUP BY a.id, b.source, b.direction, b.class_index, b.class_name, b.kind"
+        " ORDER BY a.started, a.id, b.source, b.direction, b.class_index, b.class_name, b.kind",
+        {**selection.parameters(), "start": period.start, "end": period.end},
     ).fetchall()
     return tuple(_usage_row(row) for row in rows)
 
@@ -216,6 +261,30 @@ def insert_account(connection: sqlite3.Connection, owner: UsageOwner) -> None:
             owner.started,
         ),
     )
+    # Also where there is an account: a pod that nobody knew yet when it was opened has its labels later.
+    connection.executemany(
+        "INSERT OR IGNORE INTO labels (attachment, name, value) VALUES (?, ?, ?)",
+        [(owner.attachment, name, value) for name, value in owner.labels],
+    )
+
+
+def read_clock_steps(connection: sqlite3.Connection, period: buckets.Period) -> tuple[ClockStep, ...]:
+    rows = connection.execute(
+        "SELECT at, seconds FROM clock_steps WHERE (:start IS NULL OR at >= :start)"
+        " AND (:end IS NULL OR at < :end) ORDER BY at",
+        {"start": period.start, "end": period.end},
+    ).fetchall()
+    return tuple(ClockStep(*row) for row in rows)
+
+
+def read_restarts(connection: sqlite3.Connection, period: buckets.Period) -> tuple[float, ...]:
+    """When agents began to write, seconds since the epoch."""
+    rows = connection.execute(
+        "SELECT at FROM restarts WHERE (:start IS NULL OR at >= :start) AND (:end IS NULL OR at < :end)"
+        " ORDER BY at",
+        {"start": period.start, "end": period.end},
+    ).fetchall()
+    return tuple(at for (at,) in rows)
 
 
 def insert_gap(connection: sqlite3.Connection, gap: UsageGap) -> None:
@@ -240,13 +309,14 @@ def account(row: tuple[Any, ...]) -> Account:
         interface=IfName(row[8]),
         sandbox=SandboxId(row[9]),
         started=row[10],
+        labels=tuple((name, value) for name, value in json.loads(row[12])),
     )
     return Account(owner=owner, ended=row[11])
 
 
 def _usage_row(row: tuple[Any, ...]) -> UsageRow:
-    found = account(row[:12])
-    source, direction, class_index, class_name, kind, total_bytes, total_packets = row[12:]
+    found = account(row[:ACCOUNT_COLUMNS])
+    source, direction, class_index, class_name, kind, total_bytes, total_packets = row[ACCOUNT_COLUMNS:]
     try:
         return UsageRow(
             owner=found.owner,

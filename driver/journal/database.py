@@ -147,6 +147,16 @@ def check(connection: sqlite3.Connection, schema: Schema) -> None:
             )
 
 
+def check_not_older(connection: sqlite3.Connection, schema: Schema) -> None:
+    """Damaged if tables are missing that only a writer of this release makes."""
+    version = _version(connection)
+    if version < schema.version:
+        raise Damaged(
+            f"has schema version {version} and this release reads {schema.version}: start this release's "
+            "agent, which brings it up to date, or read it with the release that wrote it"
+        )
+
+
 def migrate(connection: sqlite3.Connection, schema: Schema) -> None:
     """Bring a checked file to this release's version; later versions stay as they are."""
     connection.execute("PRAGMA journal_mode = WAL")

@@ -13,34 +13,31 @@ import contextlib
 import enum
 import logging
 import sqlite3
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bpf.layout import CLASSES, DIRECTIONS, Cell
-from driver.errors import DriverError, NotNow, Refusal
-from driver.journal import database
+from driver.errors import NotNow, Refusal
+from driver.journal import buckets, database
 from driver.journal.accounts import (
     LEDGER,
     Account,
-    Selection,
     UsageGap,
     UsageOwner,
     UsageRow,
     insert_account,
     insert_gap,
-    read_accounts,
-    read_gaps,
-    read_usage,
 )
-from driver.journal.meters import CounterRow, Meters, read_counters
+from driver.journal.ledger_reading import Bill, LedgerReader, LedgerUnusable, Reading
+from driver.journal.meters import CounterRow, Meters
 from driver.journal.meters import forget as forget_stretches
 from driver.model import AttachmentId
 
 __all__ = [
     "Account",
+    "Bill",
     "CounterRow",
     "Ledger",
     "LedgerReader",
@@ -66,10 +63,6 @@ class _AccountState(enum.Enum):
     CLOSED = enum.auto()
 
 
-class LedgerUnusable(DriverError):
-    """The ledger can neither be opened nor replaced; the text says what to do."""
-
-
 class LedgerWriteFailed(NotNow):
     """Nothing of the change is in the ledger. Keep the counters, and write them again."""
 
@@ -81,88 +74,7 @@ class _Total:
     class_name: str
 
 
-class _Reading(database.Closes):
-    """What both the writer and the command line's reader can tell."""
-
-    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
-        self._path = path
-        self._connection = connection
-        self._lock = threading.Lock()
-
-    def usage(
-        self,
-        since: float | None = None,
-        until: float | None = None,
-        namespace: str | None = None,
-        pod: str | None = None,
-    ) -> tuple[UsageRow, ...]:
-        """Totals of the attachments that lived in [since, until), seconds since the epoch.
-
-        An attachment counts with its whole life: absolute totals cannot be cut at a time.
-        """
-        selection = Selection(since=since, until=until, namespace=namespace, pod=pod)
-        with self._reading():
-            return read_usage(self._connection, selection)
-
-    def counters(
-        self,
-        since: float | None = None,
-        until: float | None = None,
-        namespace: str | None = None,
-        pod: str | None = None,
-    ) -> tuple[CounterRow, ...]:
-        """What devices counted themselves, by whom it belongs to; selected like usage. Of a device that
-        several attachments had together what was read in that time, where no pod is asked for."""
-        selection = Selection(since=since, until=until, namespace=namespace, pod=pod)
-        with self._reading():
-            return read_counters(self._connection, selection)
-
-    def accounts(
-        self,
-        since: float | None = None,
-        until: float | None = None,
-        namespace: str | None = None,
-        pod: str | None = None,
-    ) -> tuple[Account, ...]:
-        """The attachments themselves, those without traffic included; selected like usage."""
-        selection = Selection(since=since, until=until, namespace=namespace, pod=pod)
-        with self._reading():
-            return read_accounts(self._connection, selection)
-
-    def gaps(
-        self,
-        since: float | None = None,
-        until: float | None = None,
-        namespace: str | None = None,
-        pod: str | None = None,
-    ) -> tuple[UsageGap, ...]:
-        """What was not counted of these attachments, and of all of them."""
-        selection = Selection(since=since, until=until, namespace=namespace, pod=pod)
-        with self._reading():
-            return read_gaps(self._connection, selection)
-
-    def close(self) -> None:
-        with self._lock:
-            self._connection.close()
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[None]:
-        try:
-            with self._lock:
-                yield
-        except database.Damaged as error:
-            raise LedgerUnusable(f"the usage ledger {self._path} {error}") from error
-        except sqlite3.Error as error:
-            raise LedgerUnusable(
-                f"the usage ledger {self._path} cannot be read: {database.explain(error)}"
-            ) from error
-
-
-class LedgerReader(_Reading):
-    """Another process's ledger, read afresh by each call. Made by Ledger.open_read_only."""
-
-
-class Ledger(_Reading):
+class Ledger(Reading):
     """Made by open(); a context manager that closes the file. Every thread may call it; calls block
     for the disk. Readings of one attachment must come in the order they were taken."""
 
@@ -210,6 +122,7 @@ class Ledger(_Reading):
             connection = database.connect(path, read_only=True)
             try:
                 database.check(connection, LEDGER)
+                database.check_not_older(connection, LEDGER)
             except BaseException:
                 connection.close()
                 raise
@@ -294,13 +207,28 @@ class Ledger(_Reading):
                 UsageGap(attachment=attachment, start=float(start), end=float(end), reason=reason),
             )
 
+    def restarted(self, at: float) -> None:
+        """Note that an agent begins to write here, at a time in seconds since the epoch."""
+        with self._writing():
+            self._connection.execute("INSERT INTO restarts (at) VALUES (?)", (float(at),))
+
+    def clock_stepped(self, at: float, seconds: float) -> None:
+        """Note that the wall clock, which shows `at` now, has been set by so many seconds."""
+        with self._writing():
+            self._connection.execute("INSERT INTO clock_steps (at, seconds) VALUES (?, ?)", (at, seconds))
+
     def forget(self, ended_before: float) -> int:
-        """Delete accounts that were closed before this time; returns how many."""
+        """Delete accounts that were closed before this time; returns how many. A living one stays whole."""
         old = "(SELECT id FROM attachments WHERE ended < ?)"
         with self._writing():
-            for table in ("usage", "segments", "gaps"):
+            for table in ("usage", "segments", "gaps", "labels", "buckets", "late"):
                 self._connection.execute(
                     f"DELETE FROM {table} WHERE attachment IN {old}",  # noqa: S608 - constants
+                    (ended_before,),
+                )
+            for table, column in (("restarts", "at"), ("clock_steps", "at"), ("late", "ended")):
+                self._connection.execute(
+                    f"DELETE FROM {table} WHERE {column} < ?",  # noqa: S608 - constants
                     (ended_before,),
                 )
             forgotten = self._connection.execute(
@@ -308,6 +236,11 @@ class Ledger(_Reading):
             ).rowcount
             forget_stretches(self._connection, ended_before)
             return forgotten
+
+    def roll_up(self, now: float) -> None:
+        """Make days of the hours that are older than anyone bills by the hour."""
+        with self._writing():
+            buckets.roll_up(self._connection, now - buckets.ROLL_AFTER)
 
     def _check_nothing_new(
         self, attachment: AttachmentId, source: str, found: Mapping[_CellKey, _Total]
@@ -444,6 +377,7 @@ def _note_totals(
     elif any(found[key].class_name != total.class_name for key, total in known.items() if key in found):
         segment += 1
         base = known
+    buckets.note_reading(connection, attachment, source, checked, float(wall))
     connection.execute(
         "INSERT OR REPLACE INTO segments (attachment, source, segment, checked) VALUES (?, ?, ?, ?)",
         (attachment, source, segment, float(wall)),

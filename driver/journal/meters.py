@@ -15,6 +15,7 @@ from typing import Any
 from driver.journal import stretches
 from driver.journal.accounts import (
     ACCOUNT,
+    ACCOUNT_COLUMNS,
     OF_DEVICES,
     SELECTED,
     Selection,
@@ -247,8 +248,8 @@ def _holder(text: str | None) -> Holder:
 
 def _counter_row(row: tuple[Any, ...]) -> CounterRow:
     """The tables are STRICT: a column has the type it was declared with."""
-    found = account(row[:12]) if row[0] is not None else None
-    subject, source, port, name, total, started, checked = row[12:]
+    found = account(row[:ACCOUNT_COLUMNS]) if row[0] is not None else None
+    subject, source, port, name, total, started, checked = row[ACCOUNT_COLUMNS:]
     return CounterRow(
         owner=found.owner if found is not None else None,
         ended=found.ended if found is not None else None,

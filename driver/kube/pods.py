@@ -10,14 +10,14 @@ import asyncio
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from driver.kube.client import ApiClient, Resource
 from driver.kube.failures import ApiFailure, NotFound
 from driver.kube.watch import Change
-from driver.kube.wire import JsonObject, Malformed, child, children, flag, needed_text, text
+from driver.kube.wire import JsonObject, Malformed, child, children, needed_text, text
 from driver.lifecycle.ports import Clock
 from driver.model import PodRef, PodUid
 
@@ -36,7 +36,7 @@ class KnownPod:
     ref: PodRef
     runtime_uid: PodUid
     claims: frozenset[str] | None
-    host_network: bool
+    labels: Mapping[str, str]
 
 
 def parse_pod(raw: JsonObject) -> KnownPod:
@@ -49,7 +49,7 @@ def parse_pod(raw: JsonObject) -> KnownPod:
         ref=PodRef(needed_text(metadata, "namespace"), needed_text(metadata, "name"), uid),
         runtime_uid=PodUid(static) if static else uid,
         claims=_claims(spec, child(raw, "status")),
-        host_network=flag(spec, "hostNetwork"),
+        labels={name: value for name, value in child(metadata, "labels").items() if isinstance(value, str)},
     )
 
 
@@ -101,9 +101,9 @@ class KubePodDirectory:
         pod = self._find(uid)
         return None if pod is None else pod.claims
 
-    def host_network(self, uid: PodUid) -> bool | None:
+    def labels_of(self, uid: PodUid) -> Mapping[str, str]:
         pod = self._find(uid)
-        return None if pod is None else pod.host_network
+        return {} if pod is None else pod.labels
 
     async def look_up(self, pod: PodRef, deadline: float) -> None:
         left = deadline - self._clock.monotonic()

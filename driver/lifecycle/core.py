@@ -34,6 +34,8 @@ VFS_AGAIN_EVERY = 30.0
 """Seconds between looks whether VFs can be made by now, while there are some to be made."""
 CHECKPOINT_EVERY = 60.0
 """Seconds between ledger checkpoints: a crash loses at most this much, and the gap is recorded."""
+PRUNE_EVERY = 86400.0
+"""Seconds between looks at the ledger for what is too old."""
 LAST_CHECKPOINT = 5.0
 """Seconds for the one at a stop."""
 
@@ -75,7 +77,8 @@ class Lifecycle:
             self._spawn(lambda: _every(VFS_AGAIN_EVERY, self._provisioning.again))
         self._makes_vfs = make_vfs
         await self._reconcile.at_start()
-        self._spawn(lambda: self._context.workers.run([], self._usage.prune))
+        await self._context.workers.run([], self._usage.started)
+        self._spawn(lambda: _every(PRUNE_EVERY, self._prune, at_once=True))
         self._spawn(lambda: _every(CHECKPOINT_EVERY, self._checkpoint))
         self._spawn(lambda: _every(AGAIN_EVERY, self._reconcile.again))
 
@@ -166,6 +169,9 @@ class Lifecycle:
         self._usage.set_class_names(classes.names)
         self._context.accounting.set_classes(classes.dscp, classes.pcp)
 
+    async def _prune(self) -> None:
+        await self._context.workers.run([], self._usage.prune)
+
     async def _checkpoint(self) -> None:
         await self._context.workers.run([], self._usage.checkpoint)
 
@@ -237,10 +243,12 @@ class Lifecycle:
         return task
 
 
-async def _every(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
+async def _every(seconds: float, work: Callable[[], Awaitable[None]], *, at_once: bool = False) -> None:
     """Again and again; one time that fails does not end it."""
+    wait = 0.0 if at_once else seconds
     while True:
-        await asyncio.sleep(seconds)
+        await asyncio.sleep(wait)
+        wait = seconds
         try:
             await work()
         except EXPECTED as error:

@@ -41,7 +41,8 @@ class PodDirectory(Protocol):
         """Names of its ResourceClaims (in the pod's namespace, template-made ones resolved); None: not
         known, or not all of them have been made yet."""
 
-    def host_network(self, uid: PodUid) -> bool | None: ...
+    def labels_of(self, uid: PodUid) -> Mapping[str, str]:
+        """The pod's labels; empty while it is not known."""
 
     async def look_up(self, pod: PodRef, deadline: float) -> None:
         """Ask the API server for this pod, so that claims_of knows it. Returns quietly when it cannot."""

@@ -7,6 +7,7 @@ twice changes nothing.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 
 from bpf.accounting import Accounting
 from bpf.layout import Cell, Hook, Slot
@@ -14,13 +15,16 @@ from driver.clock import Clock
 from driver.errors import DriverError
 from driver.journal.ledger import Ledger, UsageOwner
 from driver.lifecycle.book import Book
-from driver.model import Attachment, AttachmentState, PodSample, Preparation
+from driver.model import Attachment, AttachmentId, AttachmentState, PodSample, PodUid, Preparation
+from driver.policy import UsagePolicy
 from hw.model import Direction, IfName
 
 log = logging.getLogger(__name__)
 
-KEEP_SECONDS = 400 * 86400
-"""A year and a month: the longest that a bill is disputed."""
+_DAY = 86400.0
+_STEP = 5.0
+"""Seconds that the wall clock may go astray from the monotonic one between two checkpoints before that counts
+as set by somebody: far above what ntpd slews in a minute (30 ms)."""
 _COUNTING = frozenset({AttachmentState.ATTACHED, AttachmentState.DETACHING})
 
 
@@ -36,17 +40,41 @@ class Usage:
         clock: Clock,
         hook: Hook,
         class_names: tuple[str, ...],
+        policy: Callable[[], UsagePolicy],
+        labels_of: Callable[[PodUid], Mapping[str, str]],
     ) -> None:
+        """labels_of: the labels of a pod of this node, as far as they are known."""
         self._book = book
         self._ledger = ledger
         self._accounting = accounting
         self._clock = clock
         self._hook = hook
         self._class_names = class_names
+        self._policy = policy
+        self._labels_of = labels_of
+        self._clocks = (clock.monotonic(), clock.wall())
+        self._unlabelled: set[AttachmentId] = set()
+
+    def started(self) -> None:
+        """Put it on record that an agent begins here."""
+        try:
+            self._ledger.restarted(self._clock.wall())
+        except DriverError as error:
+            log.error("%s", error)
 
     def begin(self, attachment: Attachment, preparation: Preparation) -> None:
         """Open the attachment's account, before its first packet can be."""
-        self._ledger.begin(owner_of(attachment, preparation, self._clock.wall()))
+        labels = self._labels(attachment)
+        if labels:
+            self._unlabelled.discard(attachment.id)
+        else:
+            self._unlabelled.add(attachment.id)
+        self._ledger.begin(owner_of(attachment, preparation, self._clock.wall(), labels))
+
+    def _labels(self, attachment: Attachment) -> tuple[tuple[str, str], ...]:
+        wanted = self._policy().pod_labels
+        labels = self._labels_of(attachment.pod.uid) if wanted else {}
+        return tuple((name, labels[name]) for name in sorted(set(wanted)) if name in labels)
 
     def fold(self, attachment: Attachment, preparation: Preparation) -> None:
         """Put the final totals into the ledger and close the account. None is made for an attachment that
@@ -62,16 +90,20 @@ class Usage:
             class_names=self._class_names,
             ended=self._clock.wall(),
         )
+        self._unlabelled.discard(attachment.id)
 
     def prune(self) -> None:
-        """Forget accounts that were closed longer ago than anyone bills for."""
+        """Forget accounts that were closed longer ago than the policy keeps them, and make days of old
+        hours."""
+        days, now = self._policy().keep_days, self._clock.wall()
         try:
-            forgotten = self._ledger.forget(self._clock.wall() - KEEP_SECONDS)
+            forgotten = self._ledger.forget(now - days * _DAY)
+            self._ledger.roll_up(now)
         except DriverError as error:
             log.error("pruning the usage ledger: %s", error)
             return
         if forgotten:
-            log.info("forgot %d accounts that were closed over %d days ago", forgotten, KEEP_SECONDS / 86400)
+            log.info("forgot %d accounts that were closed over %d days ago", forgotten, days)
 
     def set_class_names(self, names: tuple[str, ...]) -> None:
         """The policy's classes changed; what was counted before keeps the old names."""
@@ -93,6 +125,7 @@ class Usage:
         """Write the totals of all living attachments, so that a crash loses at most a minute."""
         rows = self._read()
         try:
+            self._look_at_the_clock()
             skipped = self._ledger.checkpoint(
                 {attachment.id: cells for attachment, _, cells in rows},
                 source=self._hook,
@@ -100,11 +133,23 @@ class Usage:
                 wall=self._clock.wall(),
             )
             for attachment, preparation, _ in rows:
-                if attachment.id in skipped:
-                    # The ledger was lost; totals are absolute, so a new account misses nothing.
+                # Skipped: the ledger was lost; totals are absolute, so a new account misses nothing. Without
+                # labels: the pod was not known when its account was opened, or has none.
+                if attachment.id in skipped or (
+                    attachment.id in self._unlabelled and self._labels(attachment)
+                ):
                     self.begin(attachment, preparation)
         except DriverError as error:
             log.error("usage checkpoint: %s", error)
+
+    def _look_at_the_clock(self) -> None:
+        """Put it on record if somebody set the wall clock: times of what was read before differ from it."""
+        before, now = self._clocks, (self._clock.monotonic(), self._clock.wall())
+        self._clocks = now
+        astray = (now[1] - before[1]) - (now[0] - before[0])
+        if abs(astray) > _STEP:
+            log.warning("the clock was set by %+.0f s; the usage ledger says so", astray)
+            self._ledger.clock_stepped(now[1], astray)
 
     def samples(self) -> tuple[PodSample, ...]:
         """What a scrape shows: one sample per attachment and cell with traffic."""
@@ -144,7 +189,12 @@ class Usage:
         ]
 
 
-def owner_of(attachment: Attachment, preparation: Preparation, started: float) -> UsageOwner:
+def owner_of(
+    attachment: Attachment,
+    preparation: Preparation,
+    started: float,
+    labels: tuple[tuple[str, str], ...] = (),
+) -> UsageOwner:
     return UsageOwner(
         attachment=attachment.id,
         pod=attachment.pod,
@@ -153,4 +203,5 @@ def owner_of(attachment: Attachment, preparation: Preparation, started: float) -
         interface=preparation.pod_ifname or IfName(""),
         sandbox=attachment.sandbox,
         started=started,
+        labels=labels,
     )

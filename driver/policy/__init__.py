@@ -13,6 +13,7 @@ from driver.policy.rules import (
     NodePolicy,
     ResetPolicy,
 )
+from driver.policy.usage import UsagePolicy
 
 __all__ = [
     "DeviceRule",
@@ -22,6 +23,7 @@ __all__ = [
     "NodePolicy",
     "PolicyFile",
     "ResetPolicy",
+    "UsagePolicy",
     "load_policy",
     "policy_schema",
 ]

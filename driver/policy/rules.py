@@ -17,6 +17,7 @@ from driver.model import AttributeValue
 from driver.policy.patterns import GLOBS, IDS, matches
 from driver.policy.rdma import DEFAULT_RDMA, RdmaRules
 from driver.policy.sriov import PF_RULES, PfRule
+from driver.policy.usage import DEFAULT_USAGE, UsagePolicy
 from driver.qos import DEFAULT_CLASSES, QosClass
 from driver.strict import Key, Kind, Node, Problems, boolean, choice, listing, record, shown
 from hw.model import DeviceKind, HwDevice, LinkInfo
@@ -234,6 +235,9 @@ class NodePolicy:
     ] = DEFAULT_CLASSES
     hook: Annotated[HookPreference, Key("hook", choice(HookPreference), "Where counting sits.")] = (
         HookPreference.AUTO
+    )
+    usage: Annotated[UsagePolicy, Key("usage", record(UsagePolicy), "What the usage ledger keeps.")] = (
+        DEFAULT_USAGE
     )
     reset: Annotated[ResetPolicy, Key("reset", choice(ResetPolicy), "VFs between tenants.")] = (
         ResetPolicy.REPROBE

@@ -60,7 +60,6 @@ def test_claims_by_name_by_template_and_for_extended_resources_are_known(
     with running(setting.watch):
         known = wait_until(lambda: setting.pods.claims_of(uid))
     assert known == {"claim-a", "p-b-x7f2k", "p-extended-resources-9qzlk"}
-    assert setting.pods.host_network(uid) is False
 
 
 def test_a_pod_whose_claims_are_not_all_made_is_not_known_yet(
@@ -77,12 +76,16 @@ def test_a_pod_whose_claims_are_not_all_made_is_not_known_yet(
 
 
 def test_pods_without_claims_are_known_to_have_none(setting: Setting, wait_until: WaitUntil) -> None:
-    uid = PodUid(setting.api.add_pod("d", "p", node=NODE, host_network=True))
+    uid = PodUid(setting.api.add_pod("d", "p", node=NODE))
     with running(setting.watch):
         wait_until(lambda: setting.pods.claims_of(uid) == frozenset())
-    assert setting.pods.host_network(uid) is True
     assert setting.pods.claims_of(PodUid("unknown")) is None
-    assert setting.pods.host_network(PodUid("unknown")) is None
+    assert setting.pods.labels_of(PodUid("unknown")) == {}
+
+
+def test_labels_that_are_text_are_known_and_nothing_else_stands_for_one() -> None:
+    raw = {"metadata": {"name": "p", "namespace": "d", "uid": "u", "labels": {"app": "train", "odd": 3}}}
+    assert parse_pod(raw).labels == {"app": "train"}
 
 
 def test_only_this_nodes_pods_are_watched(setting: Setting, wait_until: WaitUntil) -> None:
