@@ -80,16 +80,7 @@ def assemble(
     hook = choose_hook(settings.hook, policy_file.current)
     tcx = TcxPrograms(paths.pins, accounting) if hook is Hook.TCX else None
     book = Book(journal, slots=settings.slots)
-    usage = Usage(
-        book=book,
-        ledger=ledger,
-        accounting=accounting,
-        clock=clock,
-        hook=hook,
-        class_names=classes.names,
-        policy=lambda: policy_file.current.usage,
-        labels_of=outside.pods.labels_of,
-    )
+    usage = _usage(book, ledger, accounting, clock, hook, policy_file, outside.pods)
     sysfs = Sysfs(paths.sysfs)
     acts = NodeActs(
         hook=hook, accounting=accounting, programs=tcx, fold=usage.fold, host=Host(sysfs, Udev(paths.udev))
@@ -127,6 +118,27 @@ def assemble(
     lifecycle = Lifecycle(context, journal, usage)
     lifecycle.gate.policy_problem = policy_file.problem
     return Assembly(lifecycle=lifecycle, context=context, usage=usage, journal=journal)
+
+
+def _usage(
+    book: Book,
+    ledger: Ledger,
+    accounting: Accounting,
+    clock: Clock,
+    hook: Hook,
+    policy_file: PolicyFile,
+    pods: PodDirectory,
+) -> Usage:
+    return Usage(
+        book=book,
+        ledger=ledger,
+        accounting=accounting,
+        clock=clock,
+        hook=hook,
+        class_names=class_maps(policy_file.current.classes).names,
+        policy=lambda: policy_file.current.usage,
+        labels_of=pods.labels_of,
+    )
 
 
 def open_records(stack: ExitStack, paths: Paths, boot_id: BootId) -> tuple[Journal, Ledger]:
