@@ -35,7 +35,7 @@ class Refused(HwError):
         self.what = what
         self.errno = errno
         self.extack = extack
-        name = errno_names.errorcode.get(errno, str(errno))
+        name = "ENOTSUPP" if errno == _ENOTSUPP else errno_names.errorcode.get(errno, str(errno))
         super().__init__(f"{what}: {name}" + (f" ({extack})" if extack else ""))
 
 
@@ -47,8 +47,16 @@ class Busy(Refused):
     """EBUSY and its kin: it may work later."""
 
 
+_ENOTSUPP = 524
+"""The kernel's own, which some drivers let out; it has no name in user space."""
 _UNSUPPORTED = frozenset(
-    {errno_names.EOPNOTSUPP, errno_names.EPROTONOSUPPORT, errno_names.EAFNOSUPPORT, errno_names.ENOSYS}
+    {
+        errno_names.EOPNOTSUPP,
+        errno_names.EPROTONOSUPPORT,
+        errno_names.EAFNOSUPPORT,
+        errno_names.ENOSYS,
+        _ENOTSUPP,
+    }
 )
 _BUSY = frozenset({errno_names.EBUSY, errno_names.EAGAIN, errno_names.ENOBUFS})
 _ABSENT = frozenset({errno_names.ENODEV, errno_names.ENXIO, errno_names.ESRCH})
