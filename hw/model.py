@@ -255,6 +255,8 @@ class HwDevice:
     rdma: RdmaFacts | None = None
     pf_name: IfName | None = None
     pf_eswitch: EswitchMode | None = None
+    representor: IfName | None = None
+    """Of a VF in switchdev mode: the netdev that is its end in the PF's switch, where the host rules it."""
     speed_mbps: int | None = None
     total_vfs: int | None = None
     """VFs that a PF can have; None where it is not capable of SR-IOV."""

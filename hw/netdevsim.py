@@ -1,7 +1,8 @@
 """Ports of netdevsim devices: simulated NICs with VFs, for tests and for clusters without hardware.
 
-Invariant: pure over a dump of links; yields the same model as real hardware. In switchdev mode the port
-of a VF is the netdev that is given away; it comes home when its namespace dies, as a VF does.
+Invariant: reads only; yields the same model as real hardware. A VF has no netdev but its port in the switch,
+which is there in switchdev mode alone: there it is what is given away, unlike a real VF's representor, and it
+comes home when its namespace dies, as a VF does. In legacy mode a VF is set up on its PF and given to nobody.
 """
 
 from __future__ import annotations
@@ -9,19 +10,26 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from hw.devlink_codec import DevlinkPort, PortFlavour
+from hw.errors import HwError
+from hw.eswitch import Eswitches
 from hw.model import DeviceKind, EswitchMode, HwDevice, IfName, LinkInfo, NetdevsimIdentity
+from hw.sysfs import Sysfs
 
+DEVICES = "bus/netdevsim/devices"
 _DEVICE = re.compile(r"netdevsim([0-9]+)")
 _PORT = re.compile(r"p([0-9]+)")
 _VF_PORT = re.compile(r"pf([0-9]+)vf([0-9]+)")
 
 
-def discover(links: Iterable[LinkInfo]) -> tuple[tuple[HwDevice, ...], tuple[str, ...]]:
+def discover(
+    sysfs: Sysfs, links: Iterable[LinkInfo], eswitches: Eswitches
+) -> tuple[tuple[HwDevice, ...], tuple[str, ...]]:
     """Ports and VF ports among the links; and sentences about those that cannot be told apart."""
     found: list[HwDevice] = []
     problems: list[str] = []
     mine = [link for link in links if link.parent_bus == "netdevsim"]
-    identities = {link.ifindex: _identity(link) for link in mine}
+    identities = {link.ifindex: _identity(link, eswitches.ports.get(link.ifindex)) for link in mine}
     with_vfs = {known.bus_id for known in identities.values() if known and known.vf_index is not None}
     names = {
         known.bus_id: link.name for link in mine if (known := identities[link.ifindex]) and known.port == 1
@@ -33,15 +41,25 @@ def discover(links: Iterable[LinkInfo]) -> tuple[tuple[HwDevice, ...], tuple[str
                 f"netdevsim port {link.name!a} is left out: it is {link.phys_port_name!a} "
                 f"of {link.parent_device!a}, which says neither port nor VF"
             )
-        else:
-            found.append(_device(link, identity, names.get(identity.bus_id), identity.bus_id in with_vfs))
+            continue
+        vfs = identity.bus_id in with_vfs
+        mode = eswitches.mode_of("netdevsim", f"netdevsim{identity.bus_id}")
+        if mode is None and vfs:
+            mode = EswitchMode.SWITCHDEV
+        vfs = vfs or _number_of_vfs(sysfs, identity) > 0
+        found.append(_device(link, identity, names.get(identity.bus_id), mode, vfs))
     return tuple(found), tuple(problems)
 
 
-def _identity(link: LinkInfo) -> NetdevsimIdentity | None:
+def _identity(link: LinkInfo, told: DevlinkPort | None) -> NetdevsimIdentity | None:
+    """By what devlink says of the port, and where it was not asked by the name that the port has from it."""
     device = _DEVICE.fullmatch(link.parent_device or "")
     if device is None:
         return None
+    if told is not None and told.flavour is PortFlavour.PHYSICAL and told.number is not None:
+        return NetdevsimIdentity(int(device[1]), told.number)
+    if told is not None and told.flavour is PortFlavour.PCI_VF and None not in (told.pf, told.vf):
+        return NetdevsimIdentity(int(device[1]), told.pf or 0, told.vf)
     if port := _PORT.fullmatch(link.phys_port_name or ""):
         return NetdevsimIdentity(int(device[1]), int(port[1]))
     if vf := _VF_PORT.fullmatch(link.phys_port_name or ""):
@@ -49,13 +67,27 @@ def _identity(link: LinkInfo) -> NetdevsimIdentity | None:
     return None
 
 
-def _device(link: LinkInfo, identity: NetdevsimIdentity, pf_name: IfName | None, with_vfs: bool) -> HwDevice:
+def _number_of_vfs(sysfs: Sysfs, identity: NetdevsimIdentity) -> int:
+    """0 too where it cannot be read: then VFs are seen by their ports."""
+    try:
+        return sysfs.integer(f"{DEVICES}/netdevsim{identity.bus_id}/sriov_numvfs") or 0
+    except HwError:
+        return 0
+
+
+def _device(
+    link: LinkInfo,
+    identity: NetdevsimIdentity,
+    pf_name: IfName | None,
+    mode: EswitchMode | None,
+    with_vfs: bool,
+) -> HwDevice:
     is_vf = identity.vf_index is not None
     return HwDevice(
         kind=DeviceKind.VF if is_vf else DeviceKind.PF,
         identity=identity,
         link=link,
         pf_name=pf_name if is_vf else None,
-        pf_eswitch=EswitchMode.SWITCHDEV if with_vfs else None,
+        pf_eswitch=mode,
         withheld="" if is_vf or not with_vfs else "it has VFs, and they are given away instead",
     )

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from hw.errors import HwError
+from hw.eswitch import NO_ESWITCHES, Eswitches, is_representor
 from hw.model import IfIndex, LinkInfo, PciAddress, PciFacts
-from hw.scan import USERSPACE_DRIVERS, Uplinks, is_representor, reserved
+from hw.scan import USERSPACE_DRIVERS, Uplinks, reserved
 from hw.sriov.discovery import DEVICES, Discovery, PciFunction, discover
 from hw.sysfs import Sysfs
 
@@ -54,13 +55,15 @@ class Ports:
     problems: tuple[str, ...] = ()
 
 
-def sriov_ports(sysfs: Sysfs, links: Sequence[LinkInfo], uplinks: Uplinks) -> Ports:
+def sriov_ports(
+    sysfs: Sysfs, links: Sequence[LinkInfo], uplinks: Uplinks, eswitches: Eswitches = NO_ESWITCHES
+) -> Ports:
     """Every PF of the node that is capable of SR-IOV."""
     found = discover(sysfs)
     reasons = reserved(links, uplinks)
     netdevs: defaultdict[PciAddress, list[LinkInfo]] = defaultdict(list)
     for link in sorted(links, key=lambda link: link.ifindex):
-        if link.parent_bus == "pci" and link.parent_device and not is_representor(link):
+        if link.parent_bus == "pci" and link.parent_device and not is_representor(link, eswitches):
             netdevs[PciAddress(link.parent_device)].append(link)
     ports: dict[PciAddress, SriovPort] = {}
     bonds = frozenset(link.ifindex for link in links if link.kind == "bond")

@@ -8,13 +8,13 @@ cannot be moved. A representor is never taken for the netdev of its function.
 from __future__ import annotations
 
 import logging
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from hw import netdevsim
 from hw.errors import HwError
+from hw.eswitch import NO_ESWITCHES, Eswitches, is_representor, representors
 from hw.links import Links
 from hw.model import (
     DeviceKind,
@@ -22,6 +22,7 @@ from hw.model import (
     HwDevice,
     Identity,
     IfIndex,
+    IfName,
     InterfaceAddress,
     LinkInfo,
     NetdevsimIdentity,
@@ -39,8 +40,6 @@ from hw.sysfs import Sysfs
 log = logging.getLogger(__name__)
 
 _LOOPBACK = 772
-_REPRESENTOR = re.compile(r"(c[0-9]+)?pf[0-9]+(hpf|(vf|sf)[0-9]+)?")
-"""phys_port_name of the eswitch's end of a PF, VF or SF."""
 USERSPACE_DRIVERS = frozenset({"vfio-pci", "uio_pci_generic", "igb_uio", "pci-stub"})
 _ALIVE_MBPS = 10_000_000
 """A speed over 10 Tb/s is the kernel's unknown (-1 as unsigned)."""
@@ -62,14 +61,16 @@ def uplinks_of(links: Links) -> Uplinks:
     return Uplinks(routes=links.default_route_links(), addressed=frozenset(addressed))
 
 
-def scan(sysfs: Sysfs, links: Sequence[LinkInfo], uplinks: Uplinks) -> tuple[HwDevice, ...]:
+def scan(
+    sysfs: Sysfs, links: Sequence[LinkInfo], uplinks: Uplinks, eswitches: Eswitches = NO_ESWITCHES
+) -> tuple[HwDevice, ...]:
     """Every device of this node. What cannot be read of one device is logged and costs that one."""
     rdma = discover_rdma(sysfs)
     pci = discover_pci(sysfs, also=rdma.by_pci)
-    simulated, problems = netdevsim.discover(links)
+    simulated, problems = netdevsim.discover(sysfs, links, eswitches)
     for problem in (*rdma.problems, *problems):
         log.warning("%s", problem)
-    view = _View(sysfs, links, rdma, reserved(links, uplinks), pci.functions)
+    view = _View(sysfs, links, rdma, reserved(links, uplinks), pci.functions, eswitches)
     found = [device for function in pci.functions.values() for device in view.of_function(function)]
     found += [_unreadable(address, reason) for address, reason in pci.unreadable.items()]
     found += [view.checked(device) for device in simulated]
@@ -129,11 +130,6 @@ def _is_software(link: LinkInfo) -> bool:
     return link.kind is not None and link.parent_bus is None
 
 
-def is_representor(link: LinkInfo) -> bool:
-    """Whether it is a switch's end of a function, not the function's own netdev."""
-    return link.phys_switch_id is not None and bool(_REPRESENTOR.fullmatch(link.phys_port_name or ""))
-
-
 def pf_link(identity: Identity, links: Iterable[LinkInfo]) -> LinkInfo | None:
     """The netdev on which a VF's settings are made, among the host's links; None if it is no VF, or its PF
     is not there (in a virtual machine it never is)."""
@@ -173,12 +169,15 @@ class _View:
     def __init__(
         self,
         sysfs: Sysfs,
-        links: Iterable[LinkInfo],
+        links: Sequence[LinkInfo],
         rdma: RdmaDevices,
         in_use: Mapping[IfIndex, str],
         functions: Mapping[PciAddress, PciFunction],
+        eswitches: Eswitches,
     ) -> None:
         self._sysfs = sysfs
+        self._eswitches = eswitches
+        self._representors = representors(links, eswitches)
         self._rdma = rdma
         self._in_use = in_use
         self._functions = functions
@@ -189,7 +188,7 @@ class _View:
             if (
                 link.parent_bus == "pci"
                 and link.parent_device
-                and not (is_representor(link) or link.is_stacked)
+                and not (is_representor(link, eswitches) or link.is_stacked)
             ):
                 self._netdevs[PciAddress(link.parent_device)].append(link)
 
@@ -251,6 +250,7 @@ class _View:
             pf_eswitch=self._eswitch(pf, pf_link) if pf is not None else None,
             speed_mbps=self._speed(pf, pf_link) if pf is not None and pf_link else None,
             total_vfs=None if function.is_vf else function.total_vfs,
+            representor=self._representor(function),
         )
         return self.checked(replace(device, withheld=self._reason(function, device)))
 
@@ -266,8 +266,17 @@ class _View:
         function = self._functions.get(pf)
         if function is None or function.total_vfs is None:
             return None
+        told = self._eswitches.mode_of("pci", pf)
+        if told is not None:
+            return told
         switched = link is not None and link.phys_switch_id is not None
         return EswitchMode.SWITCHDEV if switched else EswitchMode.LEGACY
+
+    def _representor(self, function: PciFunction) -> IfName | None:
+        if function.pf is None or function.vf_index is None:
+            return None
+        link = self._representors.get((function.pf, function.vf_index))
+        return link.name if link is not None else None
 
     def _speed(self, pf: PciAddress, link: LinkInfo) -> int | None:
         """Of the PF's port in Mb/s. One read per PF: it is a query of the driver under the rtnl lock."""

@@ -15,6 +15,7 @@ from driver import inventory
 from driver.errors import NotNow
 from driver.model import Device, DeviceName, Preparation
 from driver.policy import NodePolicy
+from hw.eswitch import read_eswitches
 from hw.model import (
     DeviceKind,
     HwDevice,
@@ -95,7 +96,8 @@ class Devices:
     def rescan(self) -> inventory.InventoryDiff:
         """Look at everything again; returns what changed."""
         with self._lock, LinkSocket(None) as links:
-            found = [self._checked(each) for each in scan(self._sysfs, links.dump(), uplinks_of(links))]
+            seen = scan(self._sysfs, links.dump(), uplinks_of(links), read_eswitches(self._sysfs))
+            found = [self._checked(each) for each in seen]
             old = self._current
             new = inventory.build(found, self._policy(), old)
             for problem in new.problems:

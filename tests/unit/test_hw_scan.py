@@ -162,6 +162,7 @@ def test_representors_are_never_taken_for_a_functions_netdev(tmp_path: Path) -> 
     assert vf.link == SWITCHDEV_LINKS[5]
     assert vf.pf_name == "enp94s0f0np0"
     assert vf.pf_eswitch is EswitchMode.SWITCHDEV
+    assert (vf.representor, pf.representor) == ("enp94s0f0npf0vf0", None)
     assert vf.speed_mbps == 200_000
     assert isinstance(pf.identity, PciIdentity)
     assert pf.identity.port is None
