@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from driver.cli import agent, cleanup, devices, doctor, records, usage, validate
+from driver.cli import agent, cleanup, devices, doctor, records, top, usage, validate
 from driver.cli.output import printable
 
 FAILED = 1
@@ -20,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (agent, devices, doctor, records, usage, validate, cleanup):
+    for module in (agent, devices, doctor, records, top, usage, validate, cleanup):
         module.add_parsers(commands)
     return parser
 
