@@ -35,6 +35,7 @@ from hw.model import (
     VfSettings,
 )
 from hw.netns import NetnsHandle
+from hw.statistics import link_statistics, vf_statistics
 from hw.transport import DEFAULT_TIMEOUT, Encode, Transport, header, open_netlink
 from hw.vf import VfValue, vf_request, vf_settings
 from hw.wire import BpfFilter
@@ -128,6 +129,19 @@ class LinkSocket:
         encode = _get_link(pf, _RTEXT_FILTER_VF | _RTEXT_FILTER_SKIP_STATS)
         answer = self._transport.get(self._what("read the VFs of", pf), encode)
         return vf_settings(answer[0]) if answer else {}
+
+    def statistics(self, ifindex: IfIndex) -> Mapping[str, int]:
+        """What the interface counted, by hw.statistics' names. NotFound if it is not there."""
+        answer = self._transport.get(self._what("read the counters of", ifindex), _get_link(ifindex, 0))
+        return link_statistics(answer[0]) if answer else {}
+
+    def vf_statistics(self, pf: IfIndex) -> Mapping[int, Mapping[str, int]]:
+        """What a PF says that its VFs counted, by VF index. Asks the hardware for all of them, as
+        vf_settings does. NotFound if the PF is not there."""
+        answer = self._transport.get(
+            self._what("read the VFs' counters of", pf), _get_link(pf, _RTEXT_FILTER_VF)
+        )
+        return vf_statistics(answer[0]) if answer else {}
 
     def set_vf(self, pf: IfIndex, vf: int, setting: str, value: VfValue) -> None:
         """Have a PF set one thing of one of its VFs, as hw.vf.vf_request names it. Drivers may do it later

@@ -70,12 +70,13 @@ class Meters:
         wall: float,
         *,
         reason: str = "",
-        since: float | None = None,
+        late: bool = False,
     ) -> None:
-        """From now on the meter counts for holder; up to now it did for whoever had it. Repeatable.
+        """From now on the meter counts for holder; up to now it did for whoever had it. For the same holder
+        it is one more reading. In a transaction that a crash may lose: the next reading makes up for it.
 
-        reading None: it cannot be read now, and reason says why, a sentence. since: the holder has had the
-        device from then on, and what it did until now is lost.
+        reading None: it cannot be read now, and reason says why, a sentence. late: the holder has had the
+        device for a while, and what it did until now is lost.
         """
         with self._writing():
             current = _living(self._connection, meter)
@@ -89,22 +90,10 @@ class Meters:
                 self._write(meter, current, course)
                 number = course.stretches[-1].number + 1
             lost: tuple[Lost, ...] = ()
-            if since is not None:
+            if late:
+                since = _since(self._connection, current, holder)
                 lost = (Lost(holder, min(since, wall), wall, "they were not counted until then"),)
             self._write(meter, None, Course((stretches.begin(number, holder, reading, wall),), lost))
-
-    def note(self, readings: Mapping[MeterKey, Reading], wall: float) -> tuple[MeterKey, ...]:
-        """Further readings, in one transaction that a crash may lose: the next one makes up for it. Returns
-        the meters that count for nobody; they are left out."""
-        strangers = []
-        with self._writing():
-            for meter, reading in readings.items():
-                current = _living(self._connection, meter)
-                if current is None:
-                    strangers.append(meter)
-                else:
-                    self._write(meter, current, stretches.follow(current, reading, wall))
-        return tuple(strangers)
 
     def release(self, meter: MeterKey, reading: Reading | None, wall: float, reason: str = "") -> None:
         """The meter counts for nobody any more. Repeatable. reading None: as in take."""
@@ -210,6 +199,15 @@ def _living(connection: sqlite3.Connection, meter: MeterKey) -> Stretch | None:
         checked=checked,
         counts={name: Count(base, value) for name, base, value in counts},
     )
+
+
+def _since(connection: sqlite3.Connection, before: Stretch | None, holder: Holder) -> float:
+    """Since when, at most, a holder that was not counted for may have had the device."""
+    row = connection.execute("SELECT started FROM attachments WHERE id = ?", (holder,)).fetchone()
+    started = [float(row[0])] if row is not None else []
+    if before is not None:
+        started.append(before.started if before.checked is None else before.checked)
+    return max(started, default=0.0)
 
 
 def _next_number(connection: sqlite3.Connection, meter: MeterKey) -> int:

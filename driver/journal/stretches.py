@@ -7,8 +7,8 @@ cannot be known is left out and told as a gap.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from driver.model import AttachmentId
 
@@ -36,11 +36,13 @@ class MeterKey:
 class Reading:
     """What a meter showed at a moment: absolute totals by the counter's name.
 
-    instance: another one (a device made anew, another boot) means other counters under the same names.
+    instance: another one (a device made anew, another boot) means other counters under the same names. wraps:
+    of counters that begin at 0 again by themselves, how many bits they have.
     """
 
     instance: str
     values: Mapping[str, int]
+    wraps: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, value in self.values.items():
@@ -107,13 +109,7 @@ def follow(stretch: Stretch, reading: Reading, wall: float) -> Course:
         return _anew(stretch, _from_now(reading.values), reading.instance, wall, why)
     less = sorted(name for name, count in stretch.counts.items() if _shows_less(name, count, reading))
     if less:
-        counts = _from_now(reading.values)
-        for name, count in stretch.counts.items():
-            if name in reading.values:
-                # What shows less began at 0 in between; it was this holder's all the time.
-                counts[name] = Count(0 if name in less else count.value, reading.values[name])
-        why = f"counters began anew ({', '.join(less)}): what they counted after the last reading is lost"
-        return _anew(stretch, counts, reading.instance, wall, why)
+        return _began_anew(stretch, less, reading, wall)
     counts = dict(stretch.counts)
     for name, value in reading.values.items():
         known = counts.get(name)
@@ -137,6 +133,29 @@ def end(stretch: Stretch, reading: Reading | None, wall: float, reason: str = ""
         lost = (*lost, Lost(stretch.holder, min(stretch.started, wall), wall, why))
     *before, last = course.stretches
     return Course((*before, replace(last, living=False)), lost)
+
+
+def _began_anew(stretch: Stretch, less: Sequence[str], reading: Reading, wall: float) -> Course:
+    """These show less than before. It was this holder's all the time, so what they counted since they began
+    at 0 is its own in any case, and what they counted before that only if they wrapped: whoever resets a
+    device resets all of its counters."""
+    went_on = any(
+        count.value and name not in less for name, count in stretch.counts.items() if name in reading.values
+    )
+    wrapped = went_on and all(
+        name in reading.wraps and stretch.counts[name].value < 1 << reading.wraps[name] for name in less
+    )
+    counts = _from_now(reading.values)
+    for name, count in stretch.counts.items():
+        if name not in reading.values:
+            continue
+        base = count.value
+        if name in less:
+            base = count.value - (1 << reading.wraps[name]) if wrapped else 0
+        counts[name] = Count(base, reading.values[name])
+    what, names = "wrapped" if wrapped else "began anew", ", ".join(less)
+    lost = "all but one turn of them" if wrapped else "what they counted after the last reading"
+    return _anew(stretch, counts, reading.instance, wall, f"counters {what} ({names}): {lost} is lost")
 
 
 def _anew(stretch: Stretch, counts: Mapping[str, Count], instance: str, wall: float, reason: str) -> Course:

@@ -54,6 +54,11 @@ def shows(instance: str = "boot/7", **values: int) -> Reading:
     return Reading(instance, values)
 
 
+def note(ledger: Ledger, reading: Reading, wall: float) -> None:
+    for living in ledger.meters.living():
+        ledger.meters.take(living.meter, living.holder, reading, wall)
+
+
 def billed(ledger: Ledger) -> dict[tuple[str, str], int]:
     """By pod, or `the device`, and counter."""
     return {
@@ -69,7 +74,7 @@ def told(ledger: Ledger) -> list[tuple[Holder, float | None, float]]:
 
 def test_what_was_counted_before_the_holder_came_is_not_its_own(ledger: Ledger) -> None:
     ledger.meters.take(METER, ONE, shows(sent=1000), 1.0)
-    ledger.meters.note({METER: shows(sent=1010)}, 2.0)
+    note(ledger, shows(sent=1010), 2.0)
     ledger.meters.release(METER, shows(sent=1015), 3.0)
     ledger.meters.take(METER, TWO, shows(sent=1100), 4.0)
     ledger.meters.release(METER, shows(sent=1101), 5.0)
@@ -83,7 +88,7 @@ def test_repeating_a_call_changes_nothing(ledger: Ledger) -> None:
     for _ in range(2):
         ledger.meters.take(METER, ONE, shows(sent=5), 1.0)
     for _ in range(2):
-        ledger.meters.note({METER: shows(sent=9)}, 2.0)
+        note(ledger, shows(sent=9), 2.0)
     for _ in range(2):
         ledger.meters.release(METER, shows(sent=11), 3.0)
     assert billed(ledger) == {("train-1", "sent"): 6}
@@ -102,8 +107,8 @@ def test_while_two_have_a_device_what_it_counts_is_the_device_s(ledger: Ledger) 
 
 def test_a_counter_that_began_anew_is_a_new_stretch_and_a_gap(ledger: Ledger) -> None:
     ledger.meters.take(METER, ONE, shows(sent=100, received=50), 1.0)
-    ledger.meters.note({METER: shows(sent=130, received=60)}, 2.0)
-    ledger.meters.note({METER: shows(sent=4, received=63)}, 3.0)
+    note(ledger, shows(sent=130, received=60), 2.0)
+    note(ledger, shows(sent=4, received=63), 3.0)
     ledger.meters.release(METER, shows(sent=9, received=70), 4.0)
     assert billed(ledger) == {("train-1", "sent"): 39, ("train-1", "received"): 20}
     (gap,) = ledger.gaps()
@@ -113,9 +118,28 @@ def test_a_counter_that_began_anew_is_a_new_stretch_and_a_gap(ledger: Ledger) ->
     assert "received" not in gap.reason
 
 
+def wide_and(**narrow: int) -> Reading:
+    return Reading("boot/7", {"bytes": 9000, **narrow}, dict.fromkeys(narrow, 4))
+
+
+def test_a_counter_that_wraps_by_itself_is_counted_on(ledger: Ledger) -> None:
+    ledger.meters.take(METER, ONE, wide_and(requests=10), 1.0)
+    note(ledger, wide_and(requests=3), 2.0)
+    ledger.meters.release(METER, wide_and(requests=5), 3.0)
+    assert billed(ledger) == {("train-1", "requests"): 11}
+    (gap,) = ledger.gaps()
+    assert "wrapped" in gap.reason
+
+
+def test_counters_that_all_show_less_have_been_reset_and_did_not_wrap(ledger: Ledger) -> None:
+    ledger.meters.take(METER, ONE, Reading("boot/7", {"a": 10, "b": 12}, {"a": 4, "b": 4}), 1.0)
+    ledger.meters.release(METER, Reading("boot/7", {"a": 1, "b": 0}, {"a": 4, "b": 4}), 2.0)
+    assert billed(ledger) == {("train-1", "a"): 1}
+
+
 def test_another_device_of_the_same_name_is_counted_from_its_first_reading(ledger: Ledger) -> None:
     ledger.meters.take(METER, ONE, shows(sent=10), 1.0)
-    ledger.meters.note({METER: shows("boot/8", sent=500)}, 2.0)
+    note(ledger, shows("boot/8", sent=500), 2.0)
     ledger.meters.release(METER, shows("boot/8", sent=501), 3.0)
     assert billed(ledger) == {("train-1", "sent"): 1}
     assert told(ledger) == [(ONE, 1.0, 2.0)]
@@ -131,7 +155,7 @@ def test_a_reading_that_failed_costs_nothing_while_a_later_one_comes(ledger: Led
 
 def test_a_device_that_was_gone_at_the_end_leaves_a_gap_since_it_was_last_read(ledger: Ledger) -> None:
     ledger.meters.take(METER, ONE, shows(sent=10), 1.0)
-    ledger.meters.note({METER: shows(sent=17)}, 60.0)
+    note(ledger, shows(sent=17), 60.0)
     ledger.meters.release(METER, None, 99.0, "the kernel destroyed it with its netns")
     assert billed(ledger) == {("train-1", "sent"): 7}
     (gap,) = ledger.gaps()
@@ -141,7 +165,7 @@ def test_a_device_that_was_gone_at_the_end_leaves_a_gap_since_it_was_last_read(l
 
 def test_who_could_not_be_read_at_the_start_is_counted_from_the_first_reading(ledger: Ledger) -> None:
     ledger.meters.take(METER, ONE, None, 1.0, reason="busy")
-    ledger.meters.note({METER: shows(sent=1000)}, 5.0)
+    note(ledger, shows(sent=1000), 5.0)
     ledger.meters.release(METER, shows(sent=1002), 6.0)
     ledger.meters.take(METER, TWO, None, 7.0)
     ledger.meters.release(METER, None, 8.0)
@@ -152,7 +176,7 @@ def test_who_could_not_be_read_at_the_start_is_counted_from_the_first_reading(le
 def test_a_hand_over_that_could_not_be_read_is_billed_to_neither(ledger: Ledger) -> None:
     ledger.meters.take(METER, ONE, shows(sent=10), 1.0)
     ledger.meters.take(METER, None, None, 2.0, reason="busy")
-    ledger.meters.note({METER: shows(sent=100)}, 3.0)
+    note(ledger, shows(sent=100), 3.0)
     ledger.meters.release(METER, shows(sent=110), 4.0)
     assert billed(ledger) == {("the device", "sent"): 10}
     assert told(ledger) == [(ONE, 1.0, 2.0), (None, 2.0, 3.0)]
@@ -160,21 +184,24 @@ def test_a_hand_over_that_could_not_be_read_is_billed_to_neither(ledger: Ledger)
 
 
 def test_a_late_start_is_told(ledger: Ledger) -> None:
-    ledger.meters.take(METER, ONE, shows(sent=10), 50.0, since=3.0)
-    assert told(ledger) == [(ONE, 3.0, 50.0)]
+    ledger.meters.take(METER, ONE, shows(sent=10), 50.0, late=True)
+    assert told(ledger) == [(ONE, owner(1).started, 50.0)]
+    ledger.meters.take(METER, None, shows(sent=30), 60.0)
+    ledger.meters.take(METER, TWO, shows(sent=40), 70.0, late=True)
+    assert told(ledger)[1:] == [(TWO, 60.0, 70.0)]
+    assert billed(ledger) == {("train-1", "sent"): 20, ("the device", "sent"): 10}
 
 
 def test_a_counter_that_appears_or_goes_is_counted_while_it_was_seen(ledger: Ledger) -> None:
     ledger.meters.take(METER, ONE, shows(sent=1, stuck=5), 1.0)
-    ledger.meters.note({METER: shows(sent=2, optional=700)}, 2.0)
+    note(ledger, shows(sent=2, optional=700), 2.0)
     ledger.meters.release(METER, shows(sent=3, optional=704), 3.0)
     assert billed(ledger) == {("train-1", "sent"): 2, ("train-1", "optional"): 4}
     (gap,) = ledger.gaps()
     assert "stuck" in gap.reason
 
 
-def test_a_reading_of_nobody_s_device_is_left_out(ledger: Ledger) -> None:
-    assert ledger.meters.note({METER: shows(sent=5)}, 1.0) == (METER,)
+def test_what_nobody_has_is_not_counted(ledger: Ledger) -> None:
     ledger.meters.release(METER, shows(sent=5), 2.0)
     assert ledger.counters() == ()
 
@@ -187,7 +214,7 @@ def test_garbage_is_no_reading(value: int) -> None:
 
 def test_a_clock_that_stepped_back_makes_no_gap_that_ends_before_it_begins(ledger: Ledger) -> None:
     ledger.meters.take(METER, ONE, shows(sent=10), 100.0)
-    ledger.meters.note({METER: shows(sent=3)}, 50.0)
+    note(ledger, shows(sent=3), 50.0)
     ledger.meters.release(METER, None, 20.0)
     assert all(gap.start is not None and gap.start <= gap.end for gap in ledger.gaps())
     assert len(ledger.gaps()) == 2
@@ -195,7 +222,7 @@ def test_a_clock_that_stepped_back_makes_no_gap_that_ends_before_it_begins(ledge
 
 def test_totals_are_told_while_it_counts_and_after_reopening(path: Path, ledger: Ledger) -> None:
     ledger.meters.take(METER, ONE, shows(sent=10), 1.0)
-    ledger.meters.note({METER: shows(sent=15)}, 2.0)
+    note(ledger, shows(sent=15), 2.0)
     with Ledger.open(path) as again:
         assert again.meters.totals({ONE, None}) == {(ONE, METER): {"sent": 5}}
         assert [(each.meter, each.holder) for each in again.meters.living()] == [(METER, ONE)]
@@ -207,7 +234,7 @@ def test_old_stretches_are_forgotten_with_their_accounts(ledger: Ledger) -> None
     ledger.meters.take(METER, ONE, shows(sent=0), 1.0)
     ledger.meters.take(METER, None, shows(sent=1), 2.0)
     ledger.meters.take(METER, TWO, shows(sent=2), 30.0)
-    ledger.meters.note({METER: shows(sent=9)}, 31.0)
+    note(ledger, shows(sent=9), 31.0)
     ledger.fold(ONE, (), source="tcx", class_names=(), ended=2.0)
     ledger.forget(20.0)
     assert billed(ledger) == {("the device", "sent"): 1, ("train-2", "sent"): 7}
@@ -292,7 +319,7 @@ def test_never_more_is_billed_than_the_device_counted_and_to_nobody_what_others_
                 case "made anew":
                     counter, instance, clean = amount, instance + 1, False
                 case "note" if reading is not None:
-                    ledger.meters.note({METER: reading}, float(wall))
+                    note(ledger, reading, float(wall))
                 case "none":
                     ledger.meters.release(METER, reading, float(wall))
                     holder, clean = "nobody", clean and readable
