@@ -337,6 +337,13 @@ class VfLinkState(enum.StrEnum):
     DISABLE = "disable"
 
 
+class RatesBy(enum.StrEnum):
+    """What bounds a VF's rates: its PF, or the VF's port in the PF's switch."""
+
+    PF = "VF rate"
+    DEVLINK = "devlink rate"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VfVlan:
     """The VLAN that a PF puts all of a VF's traffic into. id 0: none, and its frames go out as they are."""
@@ -365,3 +372,4 @@ class VfSettings:
     spoof_check: bool | None = None
     trust: bool | None = None
     link_state: VfLinkState | None = None
+    rates_by: RatesBy = RatesBy.PF

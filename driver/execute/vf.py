@@ -18,6 +18,7 @@ from driver.execute.target import NotClean, Target
 from driver.model import VF_FIELDS, Preparation
 from hw.errors import Busy, HwError, NotFound, Refused
 from hw.model import LinkInfo, MacAddress, NetdevsimIdentity, PciIdentity, VfSettings
+from hw.pf import read_vf, write_vf
 from hw.sriov import binding
 from hw.vf import VfRates, VfValue
 
@@ -70,7 +71,7 @@ def restore_vf(target: Target, host: probe.Host) -> None:
         if _is_clean(target.preparation, setting, now):
             continue
         try:
-            target.home.set_vf(pf.ifindex, vf, setting, _value(baseline, setting))
+            write_vf(target.home, pf, vf, setting, _value(baseline, setting))
         except HwError as error:
             problems.append(error)
     if problems:
@@ -124,15 +125,17 @@ def _vf_index(preparation: Preparation) -> int | None:
 
 
 def _read(target: Target, pf: LinkInfo, vf: int) -> VfSettings:
-    found = target.home.vf_settings(pf.ifindex, vf)
+    found = read_vf(target.home, pf, vf)
     if found is None:
         raise NotFound(f"{pf.name!a}, the PF of {target.device}, does not tell of VF {vf} (any more)")
     return found
 
 
 def _value(settings: VfSettings, setting: str) -> VfValue:
-    """As set_vf of a LinkSocket takes it."""
+    """As write_vf takes it. None: the setting is not told."""
     if setting == "rates":
+        if settings.min_rate is None and settings.max_rate is None:
+            return None
         return VfRates(settings.min_rate or 0, settings.max_rate or 0)
     value: VfValue = getattr(settings, setting)
     return value
@@ -143,7 +146,7 @@ def _set_wish(
 ) -> None:
     value = _value(wanted, setting)
     try:
-        target.home.set_vf(pf.ifindex, vf, setting, value)
+        write_vf(target.home, pf, vf, setting, value)
     except Busy as error:
         raise NotNow(f"{target.device}: {error}") from error
     except Refused as error:

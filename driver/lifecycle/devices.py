@@ -31,6 +31,7 @@ from hw.model import (
     is_at_home,
 )
 from hw.netlink import LinkSocket
+from hw.pf import read_vf
 from hw.scan import pf_link, scan, uplinks_of
 from hw.sriov import binding
 from hw.sriov.discovery import DEVICES
@@ -190,7 +191,7 @@ def _on_pf(identity: Identity, links: LinkSocket) -> tuple[VfSettings | None, in
     pf = pf_link(identity, links.dump())
     if pf is None or isinstance(identity, SoftwareIdentity) or identity.vf_index is None:
         return None, None
-    return links.vf_settings(pf.ifindex, identity.vf_index), pf.mtu
+    return read_vf(links, pf, identity.vf_index), pf.mtu
 
 
 def _matters(link: LinkInfo | None, known: Device | None, policy: NodePolicy) -> bool:

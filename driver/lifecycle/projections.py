@@ -116,8 +116,11 @@ class Projections:
     def _said(self, attachment: Attachment, preparation: Preparation) -> str:
         pod = attachment.pod.name
         if preparation.by_file:
-            return f"{preparation.pci_address} on {preparation.config.vf.driver} for pod {pod}, not counted"
-        return f"{preparation.ifname} in pod {pod}, counted by {self._context.hook}"
+            driver = preparation.config.vf.driver
+            said = f"{preparation.pci_address} on {driver} for pod {pod}, not counted"
+        else:
+            said = f"{preparation.ifname} in pod {pod}, counted by {self._context.hook}"
+        return said + _limits(preparation)
 
     def offer(self) -> None:
         """Say what this node offers. A device in use keeps the attributes it had when it was prepared,
@@ -152,3 +155,14 @@ class Projections:
         self._context.events.emit(
             DriverEvent(subject=pod, kind=EventKind.WARNING, reason=reason, message=message)
         )
+
+
+def _limits(preparation: Preparation) -> str:
+    """What the pod is held to by hardware, and by which part of it."""
+    asked, wanted = preparation.config.vf, preparation.vf_wanted
+    parts = [
+        f"{words} {rate} Mb/s"
+        for words, rate in (("at least", asked.min_rate), ("at most", asked.max_rate))
+        if rate
+    ]
+    return f", sends {' and '.join(parts)} by {wanted.rates_by}" if wanted is not None and parts else ""

@@ -36,7 +36,7 @@ from driver.model import (
     VfDriver,
 )
 from driver.paths import Paths
-from hw.model import DeviceKind, IfIndex, NetnsCookie, PciAddress, PciIdentity
+from hw.model import DeviceKind, IfIndex, NetnsCookie, PciAddress, PciIdentity, RatesBy, VfSettings
 from tests.unit.journal_values import BOOT, IDENTITIES, attachment, preparation
 
 UID = ClaimUid("claim-0")
@@ -251,3 +251,13 @@ def test_a_status_is_the_whole_claim_and_none_is_written_where_nothing_is_attach
     ((status,),) = world.statuses
     assert (status.device, status.interface, status.ready, status.hook) == ("dev-0", "net0", True, "tcx")
     assert status.addresses == preparation(0).config.interface.addresses
+
+
+def test_a_status_says_what_a_pod_is_held_to_and_by_what(world: World) -> None:
+    made = preparation(0)
+    asked = replace(made.config, vf=VfConfig(min_rate=10, max_rate=100))
+    world.prepare(replace(made, config=asked, vf_baseline=VfSettings(rates_by=RatesBy.DEVLINK)))
+    world.attach(0, 77)
+    world.projections.report_claim(UID)
+    ((status,),) = world.statuses
+    assert status.message.endswith(", sends at least 10 Mb/s and at most 100 Mb/s by devlink rate")
