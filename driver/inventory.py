@@ -203,7 +203,7 @@ def _attributes(
 ) -> tuple[Mapping[str, AttributeValue], tuple[str, ...]]:
     attributes: dict[str, AttributeValue] = {
         "kind": device.kind.value,
-        "rdma": device.rdma is not None,
+        "rdma": device.rdma_capable,
         "virtual": device.pci is None,
         "ebpf": device.link is not None or device.kind is not DeviceKind.RDMA,
         **_standard(device),

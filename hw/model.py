@@ -20,6 +20,8 @@ IfIndex = NewType("IfIndex", int)
 MacAddress = NewType("MacAddress", str)
 """Lower-case colon form; 6 bytes for Ethernet, 20 for IPoIB."""
 RdmaName = NewType("RdmaName", str)
+RdmaIndex = NewType("RdmaIndex", int)
+"""What the kernel numbers an RDMA device with, for as long as it lives: a move to another netns keeps it."""
 NetnsCookie = NewType("NetnsCookie", int)
 """SO_NETNS_COOKIE: unique for the life of one boot, unlike the inode, which is reused at once."""
 
@@ -231,13 +233,44 @@ class PciFacts:
     iommu_group: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RdmaFacts:
-    name: RdmaName
+@dataclass(frozen=True, slots=True)
+class RdmaPort:
+    """A port of an RDMA device. netdev_* is looked up only where it is not plain from the device's place: of
+    software, of a device with several ports, of several devices on one function."""
+
+    number: int
     link_layer: str
     """`Ethernet` or `InfiniBand`, as sysfs spells it."""
+    netdev_index: IfIndex | None = None
+    netdev_name: IfName | None = None
+
+    def carries(self, link: LinkInfo) -> bool:
+        if self.netdev_index is not None:
+            return self.netdev_index == link.ifindex
+        return self.netdev_name == link.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RdmaFacts:
+    """What is lasting about an RDMA device. State, rate and GIDs are asked of the hardware when needed."""
+
+    name: RdmaName
+    link_layer: str
+    """Of the port that goes with the netdev, or its first."""
     node_guid: str | None = None
     firmware: str | None = None
+    ports: tuple[RdmaPort, ...] = ()
+    port: int = 1
+    """The port that goes with the netdev."""
+    index: RdmaIndex | None = None
+    """None where NETLINK_RDMA does not tell."""
+    protocol: str | None = None
+    """`roce`, `ib`, `iw`; None where NETLINK_RDMA does not tell."""
+    sys_image_guid: str | None = None
+    software: bool = False
+    """Made on a netdev by the kernel (rxe, siw)."""
+    shared: bool = False
+    """Other netdevs are ports of it too, and use its files and its counters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,6 +286,10 @@ class HwDevice:
     link: LinkInfo | None
     pci: PciFacts | None = None
     rdma: RdmaFacts | None = None
+    more_rdma: tuple[RdmaName, ...] = ()
+    """Others of the same function that do not go with this netdev."""
+    rdma_capable: bool = False
+    """It has an RDMA device, in whatever namespace that is now."""
     pf_name: IfName | None = None
     pf_eswitch: EswitchMode | None = None
     representor: IfName | None = None

@@ -31,7 +31,7 @@ from hw.model import (
     RdmaFacts,
     SoftwareIdentity,
 )
-from hw.rdma.discovery import RdmaDevices
+from hw.rdma.discovery import Asked, RdmaDevices
 from hw.rdma.discovery import discover as discover_rdma
 from hw.sriov.discovery import DEVICES, PciFunction
 from hw.sriov.discovery import discover as discover_pci
@@ -62,10 +62,15 @@ def uplinks_of(links: Links) -> Uplinks:
 
 
 def scan(
-    sysfs: Sysfs, links: Sequence[LinkInfo], uplinks: Uplinks, eswitches: Eswitches = NO_ESWITCHES
+    sysfs: Sysfs,
+    links: Sequence[LinkInfo],
+    uplinks: Uplinks,
+    eswitches: Eswitches = NO_ESWITCHES,
+    asked: Asked | None = None,
 ) -> tuple[HwDevice, ...]:
-    """Every device of this node. What cannot be read of one device is logged and costs that one."""
-    rdma = discover_rdma(sysfs)
+    """Every device of this node. What cannot be read of one device is logged and costs that one. asked: who
+    tells of RDMA devices what sysfs does not."""
+    rdma = discover_rdma(sysfs, asked)
     pci = discover_pci(sysfs, also=rdma.by_pci)
     simulated, problems = netdevsim.discover(sysfs, links, eswitches)
     for problem in (*rdma.problems, *problems):
@@ -73,7 +78,7 @@ def scan(
     view = _View(sysfs, links, rdma, reserved(links, uplinks), pci.functions, eswitches)
     found = [device for function in pci.functions.values() for device in view.of_function(function)]
     found += [_unreadable(address, reason) for address, reason in pci.unreadable.items()]
-    found += [view.checked(device) for device in simulated]
+    found += [view.checked(_with_rdma(device, rdma.of(None, device.link))) for device in simulated]
     found += [view.checked(_software(link, rdma)) for link in links if _is_software(link)]
     return tuple(found)
 
@@ -155,12 +160,16 @@ def _unreadable(address: PciAddress, reason: str) -> HwDevice:
 
 def _software(link: LinkInfo, rdma: RdmaDevices) -> HwDevice:
     assert link.kind is not None
-    return HwDevice(
-        kind=DeviceKind.NETDEV,
-        identity=SoftwareIdentity(link.kind, link.ifindex, link.peer, link.peer_nsid),
-        link=link,
-        rdma=rdma.by_netdev.get(link.name),
-    )
+    identity = SoftwareIdentity(link.kind, link.ifindex, link.peer, link.peer_nsid)
+    return _with_rdma(HwDevice(kind=DeviceKind.NETDEV, identity=identity, link=link), rdma.of(None, link))
+
+
+def _with_rdma(device: HwDevice, found: Sequence[RdmaFacts]) -> HwDevice:
+    """found: the first goes with the device."""
+    if not found:
+        return device
+    others = tuple(one.name for one in found[1:])
+    return replace(device, rdma=found[0], more_rdma=others, rdma_capable=True)
 
 
 class _View:
@@ -245,18 +254,24 @@ class _View:
             identity=identity,
             link=link,
             pci=function.facts,
-            rdma=rdma,
+            rdma_capable=function.has_rdma,
             pf_name=pf_link.name if pf_link and function.is_vf else None,
             pf_eswitch=self._eswitch(pf, pf_link) if pf is not None else None,
             speed_mbps=self._speed(pf, pf_link) if pf is not None and pf_link else None,
             total_vfs=None if function.is_vf else function.total_vfs,
             representor=self._representor(function),
         )
+        device = _with_rdma(device, rdma)
         return self.checked(replace(device, withheld=self._reason(function, device)))
 
-    def _rdma_of(self, function: PciFunction, link: LinkInfo | None) -> RdmaFacts | None:
-        own = self._rdma.by_pci.get(function.facts.address)
-        return own or (self._rdma.by_netdev.get(link.name) if link else None)
+    def _rdma_of(self, function: PciFunction, link: LinkInfo | None) -> Sequence[RdmaFacts]:
+        address = function.facts.address
+        found = self._rdma.of(address, link)
+        others = [other for other in self._netdevs.get(address, []) if other is not link]
+        theirs = {one.name for other in others for one in self._rdma.of(address, other)[:1]}
+        if not found or found[0].name not in theirs:
+            return found
+        return (replace(found[0], shared=True), *found[1:])
 
     def _main_link(self, address: PciAddress) -> LinkInfo | None:
         links = self._netdevs.get(address, [])
@@ -297,7 +312,7 @@ class _View:
         if driver in USERSPACE_DRIVERS:
             return f"in use by others: it is bound to {driver}"
         if device.kind is DeviceKind.RDMA:
-            return ""
+            return "" if device.rdma else "its RDMA device is in another network namespace"
         if function.virtio:
             return "its netdev hangs on a virtio device, which cannot be told apart in a pod"
         if device.link is None:
@@ -311,7 +326,7 @@ class _View:
         return ""
 
 
-def _kind(function: PciFunction, link: LinkInfo | None, rdma: RdmaFacts | None) -> DeviceKind:
-    if link is None and rdma is not None and not function.has_netdev:
+def _kind(function: PciFunction, link: LinkInfo | None, rdma: Sequence[RdmaFacts]) -> DeviceKind:
+    if link is None and (rdma or function.has_rdma) and not function.has_netdev:
         return DeviceKind.RDMA
     return DeviceKind.VF if function.is_vf else DeviceKind.PF

@@ -32,6 +32,7 @@ from hw.model import (
 )
 from hw.netlink import LinkSocket
 from hw.pf import read_vf
+from hw.rdma.netlink import rdma_if_any
 from hw.scan import pf_link, scan, uplinks_of
 from hw.sriov import binding
 from hw.sriov.discovery import DEVICES
@@ -96,8 +97,9 @@ class Devices:
 
     def rescan(self) -> inventory.InventoryDiff:
         """Look at everything again; returns what changed."""
-        with self._lock, LinkSocket(None) as links:
-            seen = scan(self._sysfs, links.dump(), uplinks_of(links), read_eswitches(self._sysfs))
+        with self._lock, LinkSocket(None) as links, rdma_if_any() as asked:
+            eswitches = read_eswitches(self._sysfs)
+            seen = scan(self._sysfs, links.dump(), uplinks_of(links), eswitches, asked)
             found = [self._checked(each) for each in seen]
             old = self._current
             new = inventory.build(found, self._policy(), old)

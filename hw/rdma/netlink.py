@@ -11,17 +11,18 @@ The kernel answers EINVAL for a device that is gone; that is told apart, by look
 
 from __future__ import annotations
 
+import contextlib
 import errno
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
-from hw.errors import HwError, NotFound, Refused, Unsupported
-from hw.model import IfName, RdmaName
+from hw.errors import HwError, NotFound, Refused, Unsupported, refusal
+from hw.model import IfName, RdmaIndex, RdmaName
 from hw.netns import PROC, NetnsHandle, run_in
 from hw.rdma import nldev, tracking
-from hw.rdma.nldev import CharacterDevice, CharacterDeviceKind, NldevDevice, NldevPort, RdmaIndex
+from hw.rdma.nldev import CharacterDevice, CharacterDeviceKind, NldevDevice, NldevPort
 from hw.rdma.tracking import (
     AutoMask,
     CounterMode,
@@ -37,6 +38,9 @@ from hw.transport import DEFAULT_TIMEOUT, Transport, open_netlink
 SOFTWARE_KINDS = ("rxe", "siw")
 """Software RDMA that the kernel makes on a netdev: RoCE v2 and iWARP."""
 
+SUBSYSTEM = Path("/sys/class/infiniband")
+"""There from the moment the kernel's RDMA core is."""
+
 Values = Mapping[Attr, Value]
 
 
@@ -48,20 +52,27 @@ class RdmaSocket:
     """
 
     def __init__(
-        self, netns: NetnsHandle | None, *, timeout: float = DEFAULT_TIMEOUT, proc: Path = PROC
+        self,
+        netns: NetnsHandle | None,
+        *,
+        timeout: float = DEFAULT_TIMEOUT,
+        proc: Path = PROC,
+        subsystem: Path = SUBSYSTEM,
     ) -> None:
         """timeout is how long the kernel may take to answer one request, in seconds. Unsupported if it has no
-        RDMA, or its module ib_core is not loaded."""
+        RDMA, or its module ib_core is not loaded: opening the socket would have the kernel load it."""
         self._netns = netns
         self._where = "the host" if netns is None else str(netns.path)
         self._proc = proc
+        if not subsystem.exists():
+            what = "this kernel has no RDMA, or its module ib_core is not loaded"
+            raise Unsupported(what, errno.EPROTONOSUPPORT)
         try:
             self._transport = Transport(open_netlink(netns, NETLINK_RDMA), timeout=timeout)
         except OSError as error:
-            if error.errno not in (errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT):
-                raise
-            what = "this kernel has no RDMA netlink: its module ib_core is not loaded"
-            raise Unsupported(what, error.errno) from error
+            raise refusal(
+                f"open a netlink socket for RDMA in {self._where}", error.errno or errno.EIO
+            ) from error
 
     def close(self) -> None:
         self._transport.close()
@@ -282,6 +293,18 @@ class RdmaSocket:
             if error.errno == errno.EINVAL and all(device.index != index for device in self.devices()):
                 raise NotFound(f"{sentence}: the device is not there (any more)") from error
             raise
+
+
+@contextlib.contextmanager
+def rdma_if_any() -> Iterator[RdmaSocket | None]:
+    """A socket of this process's namespace; None where the kernel has no RDMA."""
+    try:
+        opened = RdmaSocket(None)
+    except Unsupported:
+        yield None
+        return
+    with opened:
+        yield opened
 
 
 def _first(answer: Sequence[bytes], what: str) -> bytes:

@@ -8,15 +8,11 @@ from __future__ import annotations
 import enum
 import os
 from dataclasses import dataclass
-from typing import NewType
 
 from hw import wire
 from hw.errors import HwError
-from hw.model import IfIndex, IfName, RdmaName
+from hw.model import IfIndex, IfName, RdmaIndex, RdmaName
 from hw.rdma.wire import Attr, Attributes, Command, known
-
-RdmaIndex = NewType("RdmaIndex", int)
-"""What the kernel numbers an RDMA device with, for as long as it lives: a move to another netns keeps it."""
 
 
 class PortState(enum.IntEnum):

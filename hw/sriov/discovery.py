@@ -39,6 +39,8 @@ class PciFunction:
     vf_count: int = 0
     has_netdev: bool = False
     """Its driver has made a netdev, in whatever namespace that is now."""
+    has_rdma: bool = False
+    """The same of an RDMA device."""
     virtio: tuple[str, ...] = ()
     """Its virtio children, which netdevs hang on instead of on the function."""
 
@@ -123,6 +125,7 @@ def _function(
         total_vfs=total or None,
         vf_count=len(vfs),
         has_netdev="net" in entries,
+        has_rdma="infiniband" in entries,
         virtio=tuple(sorted(name for name in entries if re.fullmatch(r"virtio[0-9]+", name))),
     )
     return function, vfs

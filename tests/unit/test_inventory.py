@@ -76,6 +76,7 @@ FULL = HwDevice(
         pcie_switch="0000:3a:01.0",
     ),
     rdma=RdmaFacts(name=RdmaName("mlx5_2"), link_layer="Ethernet", node_guid="1:2:3:4", firmware="28.39"),
+    rdma_capable=True,
     pf_name=IfName("ens1f0np0"),
     pf_eswitch=EswitchMode.LEGACY,
     speed_mbps=100_000,
@@ -91,6 +92,7 @@ BARE_RDMA = HwDevice(
     link=None,
     pci=PciFacts(address=PciAddress("0000:91:00.0"), vendor="15b3", product="1021"),
     rdma=RdmaFacts(name=RdmaName("mlx5_0"), link_layer="InfiniBand"),
+    rdma_capable=True,
 )
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from hw import wire
 from hw.errors import HwError
+from hw.model import RdmaIndex
 from hw.rdma import nldev, tracking
 from hw.rdma.nldev import CharacterDeviceKind, EventKind, NldevEvent, PhysState, PortState
 from hw.rdma.tracking import AutoMask, CounterMode, ResourceKind
@@ -189,8 +190,8 @@ def test_counters_of_qps() -> None:
 @pytest.mark.parametrize(
     ("datagrams", "event"),
     [
-        (recorded.REGISTERED, NldevEvent(EventKind.REGISTER, nldev.RdmaIndex(0))),
-        (recorded.UNREGISTERED, NldevEvent(EventKind.UNREGISTER, nldev.RdmaIndex(1))),
+        (recorded.REGISTERED, NldevEvent(EventKind.REGISTER, RdmaIndex(0))),
+        (recorded.UNREGISTERED, NldevEvent(EventKind.UNREGISTER, RdmaIndex(1))),
         (recorded.ATTACHED_ELSEWHERE, NldevEvent(EventKind.NETDEV_ATTACH)),
     ],
 )

@@ -13,11 +13,11 @@ import pytest
 
 from hw import wire
 from hw.errors import Busy, NotFound, Refused, Unsupported
-from hw.model import IfName, RdmaName
+from hw.model import IfName, RdmaIndex, RdmaName
 from hw.netns import NetnsHandle
 from hw.rdma import netlink
 from hw.rdma.netlink import RdmaSocket
-from hw.rdma.nldev import CharacterDeviceKind, RdmaIndex
+from hw.rdma.nldev import CharacterDeviceKind
 from hw.rdma.tracking import AutoMask, ResourceKind
 from hw.rdma.wire import Attr, Command
 from hw.transport import header
@@ -35,6 +35,7 @@ class Kernel:
         self.answers: dict[Command, Answer] = {Command.GET: recorded.DEVICES}
         self.asked: list[tuple[Command, dict[int, bytes]]] = []
         self._queue: list[bytes] = []
+        self.opened = 0
 
     def settimeout(self, seconds: float) -> None: ...
 
@@ -67,13 +68,18 @@ def _sequenced(datagram: bytes, sequence: int) -> bytes:
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     kernel = Kernel()
-    monkeypatch.setattr(netlink, "open_netlink", lambda netns, protocol: kernel)
+
+    def opened(netns: NetnsHandle | None, protocol: int) -> Kernel:
+        kernel.opened += 1
+        return kernel
+
+    monkeypatch.setattr(netlink, "open_netlink", opened)
     return kernel
 
 
 @pytest.fixture
 def rdma(kernel: Kernel, tmp_path: Path) -> Iterator[RdmaSocket]:
-    with RdmaSocket(None, proc=tmp_path) as opened:
+    with RdmaSocket(None, proc=tmp_path, subsystem=tmp_path) as opened:
         yield opened
 
 
@@ -119,13 +125,24 @@ def test_a_device_is_looked_up_by_name(rdma: RdmaSocket) -> None:
     assert rdma.by_name(RdmaName("mlx5_0")) is None
 
 
-def test_a_kernel_without_rdma_is_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_without_rdma_is_unsupported_and_loads_nothing(kernel: Kernel, tmp_path: Path) -> None:
+    """Opening such a socket has the kernel load its RDMA core."""
+    with pytest.raises(Unsupported, match="ib_core is not loaded"):
+        RdmaSocket(None, subsystem=tmp_path / "infiniband")
+    assert kernel.opened == 0
+    RdmaSocket(None, subsystem=tmp_path)
+    assert kernel.opened == 1
+
+
+def test_a_socket_that_cannot_be_opened_is_an_error_of_ours(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def refuse(netns: NetnsHandle | None, protocol: int) -> socket.socket:
-        raise OSError(errno.EPROTONOSUPPORT, "Protocol not supported")
+        raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(netlink, "open_netlink", refuse)
-    with pytest.raises(Unsupported, match="ib_core is not loaded"):
-        RdmaSocket(None)
+    with pytest.raises(Refused, match="EMFILE"):
+        RdmaSocket(None, subsystem=tmp_path)
 
 
 def test_a_move_names_the_namespace_by_its_fd(kernel: Kernel, rdma: RdmaSocket) -> None:

@@ -21,7 +21,7 @@ if __name__ == "__main__":
     rdma = discovery.discover(sysfs)
     seen = {
         "devices": [asdict(device) for device in devices],
-        "sysfs": {str(name): asdict(facts) for name, facts in rdma.by_netdev.items()},
+        "sysfs": {str(one.ports[0].netdev_name): asdict(one) for one in rdma.software},
         "verbs": [asdict(device) for device in verbs.devices() or ()],
     }
     print(json.dumps(seen, default=str))

@@ -14,6 +14,9 @@ Invariant: what is written is exactly what the text says, below the given root. 
     vf PF N ADDRESS              virtfnN and physfn between two functions that are there already
     rdma NAME ADDRESS [key=value ...]
                                  an RDMA device of that function; keys are files of it, `/` allowed
+    gid NAME PORT INDEX ADDRESS NETDEV TYPE
+                                 an entry of the GID table of an RDMA device that is there already; ADDRESS
+                                 in any form, NETDEV `-` for none, TYPE as the kernel's words
 
 Empty lines and lines that begin with # are left out. Bridges of a chain are made as functions of class
 0x060400 where the text has not made them.
@@ -21,6 +24,7 @@ Empty lines and lines that begin with # are left out. Bridges of a chain are mad
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -75,6 +79,7 @@ class _Builder:
             "netdev": self._netdev,
             "vf": self._vf,
             "rdma": self._rdma,
+            "gid": self._gid,
         }
         root.mkdir(parents=True, exist_ok=True)
 
@@ -148,6 +153,14 @@ class _Builder:
         self._link(f"class/infiniband/{name}", f"../../{base}")
         for key, value in _pairs(keys).items():
             self._file(f"{base}/{key}", value)
+
+    def _gid(self, rest: str) -> None:
+        name, port, index, address, netdev, kind = rest.split(maxsplit=5)
+        base = f"class/infiniband/{name}/ports/{port}"
+        self._file(f"{base}/gids/{index}", ipaddress.IPv6Address(address).exploded)
+        self._file(f"{base}/gid_attrs/types/{index}", kind)
+        if netdev != "-":
+            self._file(f"{base}/gid_attrs/ndevs/{index}", netdev)
 
 
 def _pairs(keys: list[str]) -> dict[str, str]:
