@@ -178,6 +178,7 @@ def _device(
         min_mtu=device.link.min_mtu if device.link else None,
         max_mtu=device.link.max_mtu if device.link else None,
         driver=device.pci.driver if device.pci else None,
+        taken=device.taken,
     ), without
 
 

@@ -190,6 +190,23 @@ VF_FIELDS: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PortVf:
+    """What a PF holds of the VF of this index."""
+
+    index: int
+    settings: VfSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PortBaseline:
+    """What becomes of a PF's VFs is in the hands of whoever has the PF: what it was like before."""
+
+    up: bool
+    """Without its PF up no VF has a carrier."""
+    vfs: tuple[PortVf, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
     """A device of this node, as offered or withheld.
 
@@ -217,6 +234,10 @@ class Device:
     vf: VfSettings | None = None
     pf_mtu: int | None = None
     """Of a VF whose PF is here, where it was looked at for a claim: a scan does not ask for it."""
+    taken: bool = False
+    """Withheld since someone has it: the host, others, or a pod."""
+    port: PortBaseline | None = None
+    """Of a PF with VFs, where it was looked at for a claim."""
 
 
 class TaintEffect(enum.StrEnum):
@@ -233,6 +254,22 @@ class Taint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CounterUse:
+    """What a device takes of something that it shares with others, so that the scheduler gives no more of it
+    away than there is. Amounts are Kubernetes quantities as text, by counter.
+
+    of: all there is, the same for everyone who names the set. instead: this device is the one to be left out
+    where the API server has no counters.
+    """
+
+    set: str
+    """A DNS label."""
+    takes: Mapping[str, str]
+    of: Mapping[str, str]
+    instead: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OfferedDevice:
     """What goes into a ResourceSlice."""
 
@@ -240,6 +277,8 @@ class OfferedDevice:
     attributes: Mapping[str, AttributeValue]
     capacities: Mapping[str, str] = field(default_factory=dict)
     taints: tuple[Taint, ...] = ()
+    uses: tuple[CounterUse, ...] = ()
+    """At most two, of different sets."""
 
 
 # --- preparations -----------------------------------------------------------------------------------
@@ -291,6 +330,8 @@ class Preparation:
     vf_baseline: VfSettings | None = None
     """What its PF held of it; None for what is no VF, and where there is no PF to be seen."""
     rdma: RdmaBinding | None = None
+    port: PortBaseline | None = None
+    """Of a PF that had VFs when it was prepared."""
 
     @property
     def by_file(self) -> bool:

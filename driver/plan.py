@@ -38,6 +38,7 @@ class Act(enum.StrEnum):
     TO_VFIO = "bind-to-vfio"
     TO_KERNEL = "bind-to-kernel"
     VERIFY_VFIO = "verify-vfio"
+    RESTORE_PORT = "restore-port"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +107,7 @@ def unprepare(preparation: Preparation, *, reset: bool = False) -> Plan:
         Act.RESTORE,
         *((Act.VERIFY_VF,) if on_pf else ()),
         Act.VERIFY,
+        *((Act.RESTORE_PORT,) if preparation.port is not None else ()),
     ]
     return Plan(
         owner=preparation_owner(preparation.key),

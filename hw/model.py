@@ -298,6 +298,8 @@ class HwDevice:
     total_vfs: int | None = None
     """VFs that a PF can have; None where it is not capable of SR-IOV."""
     withheld: str = ""
+    taken: bool = False
+    """Withheld since someone has it: the host, others, or a pod."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

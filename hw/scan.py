@@ -213,7 +213,9 @@ class _View:
     def checked(self, device: HwDevice) -> HwDevice:
         """The device, withheld where its link is needed by others."""
         reason = self._in_use.get(device.link.ifindex, "") if device.link else ""
-        return replace(device, withheld=reason) if reason and not device.withheld else device
+        if not reason:
+            return device
+        return replace(device, withheld=device.withheld or reason, taken=True)
 
     def _ports(
         self, function: PciFunction, links: Sequence[LinkInfo]
@@ -262,7 +264,8 @@ class _View:
             representor=self._representor(function),
         )
         device = _with_rdma(device, rdma)
-        return self.checked(replace(device, withheld=self._reason(function, device)))
+        device = replace(device, withheld=self._reason(function, device), taken=_is_away(function, device))
+        return self.checked(device)
 
     def _rdma_of(self, function: PciFunction, link: LinkInfo | None) -> Sequence[RdmaFacts]:
         address = function.facts.address
@@ -319,11 +322,16 @@ class _View:
             if function.has_netdev:
                 return "its netdev is in another network namespace"
             return f"its driver {driver!a} made no netdev"
-        if not function.is_vf and function.vf_count:
-            return f"it has {function.vf_count} VFs, and they are given away instead"
+        if not function.is_vf and device.pf_eswitch is EswitchMode.SWITCHDEV:
+            return "its switch is in switchdev mode, and it is the switch's way out"
         if self._several_ports(function) and device.link.permanent_mac is None:
             return "its function has several netdevs and they have no permanent MAC to tell them apart"
         return ""
+
+
+def _is_away(function: PciFunction, device: HwDevice) -> bool:
+    """Whether a process drives it, or its netdev is in another namespace."""
+    return function.facts.driver in USERSPACE_DRIVERS or (device.link is None and function.has_netdev)
 
 
 def _kind(function: PciFunction, link: LinkInfo | None, rdma: Sequence[RdmaFacts]) -> DeviceKind:

@@ -18,7 +18,7 @@ from bpf.foreign import detach_foreign, foreign_programs
 from bpf.layout import Hook
 from bpf.sys import LinkId
 from driver.errors import NotNow, Refusal
-from driver.execute import probe, vf, vfio
+from driver.execute import port, probe, vf, vfio
 from driver.execute.target import NotClean, Target, Vanished
 from driver.model import Attachment, Preparation
 from driver.plan import Act
@@ -106,6 +106,7 @@ class NodeActs:
             Act.UNBIND: partial(probe.release, host=self._host),
             Act.TO_KERNEL: partial(probe.to_kernel, host=self._host),
             Act.VERIFY_VFIO: partial(vfio.verify_vfio, sysfs=self._host.sysfs),
+            Act.RESTORE_PORT: self.restore_port,
         }
 
     def arm(self, target: Target) -> None:
@@ -228,6 +229,17 @@ class NodeActs:
             problems.append("programs of others are attached")
         if problems:
             raise NotClean(target.device, tuple(problems))
+
+    def restore_port(self, target: Target) -> None:
+        """Of a PF: its VFs as they were; and up again, once it is clean."""
+        baseline = target.preparation.port
+        if baseline is None:
+            return
+        link = target.find_at_home()
+        if link is None or not link.up:
+            self.verify(target)
+        port.restore_vfs(target, self._host, baseline)
+        port.set_up_again(target, baseline)
 
     def _own_links(self, target: Target) -> frozenset[LinkId]:
         """Those of this device alone: the pins of a whole node are many."""

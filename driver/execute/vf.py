@@ -46,7 +46,7 @@ def set_vf(target: Target, host: probe.Host) -> None:
     pf, vf = _place(target)
     now = _read(target, pf, vf)
     for setting in ORDER:
-        if _value(wanted, setting) != _value(now, setting):
+        if value_of(wanted, setting) != value_of(now, setting):
             _set_wish(target, host, pf, vf, setting, wanted)
     different = _settled(target, pf, vf, wanted)
     if different:
@@ -71,7 +71,7 @@ def restore_vf(target: Target, host: probe.Host) -> None:
         if _is_clean(target.preparation, setting, now):
             continue
         try:
-            write_vf(target.home, pf, vf, setting, _value(baseline, setting))
+            write_vf(target.home, pf, vf, setting, value_of(baseline, setting))
         except HwError as error:
             problems.append(error)
     if problems:
@@ -131,7 +131,7 @@ def _read(target: Target, pf: LinkInfo, vf: int) -> VfSettings:
     return found
 
 
-def _value(settings: VfSettings, setting: str) -> VfValue:
+def value_of(settings: VfSettings, setting: str) -> VfValue:
     """As write_vf takes it. None: the setting is not told."""
     if setting == "rates":
         if settings.min_rate is None and settings.max_rate is None:
@@ -144,7 +144,7 @@ def _value(settings: VfSettings, setting: str) -> VfValue:
 def _set_wish(
     target: Target, host: probe.Host, pf: LinkInfo, vf: int, setting: str, wanted: VfSettings
 ) -> None:
-    value = _value(wanted, setting)
+    value = value_of(wanted, setting)
     try:
         write_vf(target.home, pf, vf, setting, value)
     except Busy as error:
@@ -204,8 +204,8 @@ def _is_clean(preparation: Preparation, setting: str, now: VfSettings) -> bool:
     baseline = preparation.vf_baseline
     assert baseline is not None
     if setting != "mac":
-        was = _value(baseline, setting)
-        return was is None or _value(now, setting) == was
+        was = value_of(baseline, setting)
+        return was is None or value_of(now, setting) == was
     own = preparation.baseline.mac
     return now.mac in (baseline.mac, own) or (now.mac is None and baseline.mac in (None, own))
 

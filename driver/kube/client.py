@@ -136,6 +136,10 @@ class ApiClient:
     def create(self, resource: Resource, body: JsonObject, namespace: str | None = None) -> JsonObject:
         return self._call("create", "POST", resource, namespace, None, body=body)
 
+    def try_create(self, resource: Resource, body: JsonObject) -> JsonObject:
+        """What the server would make of it; nothing is kept."""
+        return self._call("create", "POST", resource, None, None, body=body, query={"dryRun": "All"})
+
     def replace(
         self, resource: Resource, name: str, body: JsonObject, namespace: str | None = None
     ) -> JsonObject:

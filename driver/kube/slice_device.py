@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from driver.kube.quantity import parse_quantity
 from driver.kube.wire import JsonObject, clamp
@@ -62,6 +62,10 @@ def describe(offered: OfferedDevice) -> Described:
         device["capacity"] = capacities
     if offered.taints:
         device["taints"] = [_taint(taint) for taint in offered.taints]
+    if offered.uses:
+        device["consumesCounters"] = [
+            {"counterSet": use.set, "counters": _amounts(use.takes)} for use in offered.uses
+        ]
     out.device = device
     return out
 
@@ -81,6 +85,21 @@ def describe_all(offered: Sequence[OfferedDevice]) -> tuple[tuple[JsonObject, ..
         if described.device is not None:
             devices.append(described.device)
     return tuple(devices), tuple(problems)
+
+
+def counter_sets(offered: Sequence[OfferedDevice]) -> tuple[JsonObject, ...]:
+    """Entries of spec.sharedCounters for what the devices use, each set once."""
+    sets = {use.set: use.of for each in offered for use in each.uses}
+    return tuple({"name": name, "counters": _amounts(sets[name])} for name in sorted(sets))
+
+
+def without_counters(offered: Sequence[OfferedDevice]) -> tuple[OfferedDevice, ...]:
+    """For a server that has none: of devices that rule each other out those that were not to give way."""
+    return tuple(replace(each, uses=()) for each in offered if not any(use.instead for use in each.uses))
+
+
+def _amounts(amounts: Mapping[str, str]) -> JsonObject:
+    return {name: {"value": value} for name, value in amounts.items()}
 
 
 def _capacities(offered: OfferedDevice, out: Described) -> JsonObject:
@@ -173,8 +192,8 @@ def _taint(taint: Taint) -> JsonObject:
 
 
 def same_device(wanted: Mapping[str, object], stored: Mapping[str, object]) -> bool:
-    """Whether the server's form of a device says what is wanted. Quantities by value; a taint's time is
-    the server's."""
+    """Whether the server's form of a device, or of a counter set, says what is wanted. Quantities by value; a
+    taint's time is the server's."""
     return _comparable(wanted) == _comparable(stored)
 
 
@@ -182,14 +201,24 @@ def _comparable(device: Mapping[str, object]) -> dict[str, object]:
     out: dict[str, object] = {key: value for key, value in device.items() if value not in (None, {}, [])}
     capacity = out.get("capacity")
     if isinstance(capacity, dict):
-        out["capacity"] = {name: _comparable_capacity(value) for name, value in capacity.items()}
+        out["capacity"] = _comparable_amounts(capacity)
+    uses = out.get("consumesCounters")
+    if isinstance(uses, list):
+        out["consumesCounters"] = [_comparable(use) if isinstance(use, dict) else use for use in uses]
+    counters = out.get("counters")
+    if isinstance(counters, dict):
+        out["counters"] = _comparable_amounts(counters)
     taints = out.get("taints")
     if isinstance(taints, list):
         out["taints"] = [_timeless(taint) for taint in taints]
     return out
 
 
-def _comparable_capacity(value: object) -> object:
+def _comparable_amounts(amounts: Mapping[str, object]) -> dict[str, object]:
+    return {name: _comparable_amount(value) for name, value in amounts.items()}
+
+
+def _comparable_amount(value: object) -> object:
     if isinstance(value, dict) and isinstance(value.get("value"), str):
         try:
             return {**value, "value": parse_quantity(value["value"])}

@@ -17,7 +17,9 @@ from driver.kube.wire import JsonObject, Malformed, child, children, needed_text
 
 API_VERSION = "resource.k8s.io/v1"
 DEVICES_MAX = 128
-DEVICES_WITH_TAINTS_MAX = 64
+DEVICES_NARROW_MAX = 64
+"""Where any device of the slice has a taint or uses counters."""
+COUNTER_SETS_MAX = 8
 INDEX_DIGITS = 5
 
 Adopted = Mapping[str, str]
@@ -37,6 +39,22 @@ class Pool:
         return self.node
 
 
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What one slice holds: devices or counter sets, never both."""
+
+    devices: tuple[JsonObject, ...] = ()
+    counters: tuple[JsonObject, ...] = ()
+
+    def says(self, stored: Content) -> bool:
+        """Whether stored is this, in order. Quantities by value."""
+        return says(self.devices, stored.devices) and says(self.counters, stored.counters)
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.devices or self.counters)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Existing:
     """A slice of this driver and node as the cluster has it."""
@@ -47,8 +65,12 @@ class Existing:
     pool: str
     generation: int
     count: int
-    devices: tuple[JsonObject, ...]
+    content: Content
     raw: JsonObject = field(repr=False)
+
+    @property
+    def devices(self) -> tuple[JsonObject, ...]:
+        return self.content.devices
 
     @property
     def index(self) -> int | None:
@@ -71,17 +93,17 @@ def parse_slice(raw: JsonObject) -> Existing:
         pool=text(pool, "name"),
         generation=number(pool, "generation"),
         count=number(pool, "resourceSliceCount"),
-        devices=tuple(children(spec, "devices")),
+        content=Content(tuple(children(spec, "devices")), tuple(children(spec, "sharedCounters"))),
         raw={**raw, "metadata": metadata},
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """existing None: to be created. devices are as wanted; in body a taint that stays has its time."""
+    """existing None: to be created. content is as wanted; in body a taint that stays has its time."""
 
     existing: Existing | None
-    devices: tuple[JsonObject, ...]
+    content: Content
     body: JsonObject
 
 
@@ -99,11 +121,16 @@ class SlicePlan:
 
 
 def plan_slices(
-    pool: Pool, existing: Sequence[Existing], devices: Sequence[JsonObject], adopted: Adopted
+    pool: Pool,
+    existing: Sequence[Existing],
+    devices: Sequence[JsonObject],
+    adopted: Adopted,
+    counters: Sequence[JsonObject] = (),
 ) -> SlicePlan:
-    """existing: every slice of this driver and node; devices: in the order they are to be offered."""
+    """existing: every slice of this driver and node; devices: in the order they are to be offered; counters:
+    the sets that they use."""
     generation = max((each.generation for each in existing if each.pool == pool.name), default=0)
-    chunks = lay_out(devices, sum(each.pool == pool.name for each in existing))
+    chunks = lay_out(devices, sum(each.pool == pool.name for each in existing), counters)
     matched, obsolete = _match(pool, existing, generation, len(chunks))
     changed = [
         index
@@ -121,14 +148,24 @@ def plan_slices(
     return SlicePlan(tuple(obsolete), updates, creates)
 
 
-def lay_out(devices: Sequence[JsonObject], existing: int) -> list[list[JsonObject]]:
-    """Devices in slices, at least one. 128 to a slice, or 64 everywhere once any device has a taint; a
-    layout of 64 stays when the taint goes, so that a link that flaps never moves devices about."""
+def lay_out(
+    devices: Sequence[JsonObject], existing: int, counters: Sequence[JsonObject] = ()
+) -> list[Content]:
+    """Devices in slices, at least one, and after them the counter sets in slices of their own.
+
+    128 devices to a slice, or 64 everywhere once any device has a taint or uses counters; a layout of 64
+    stays when the taint goes, so that a link that flaps never moves devices about.
+    """
     wide = -(-len(devices) // DEVICES_MAX)
-    narrow = -(-len(devices) // DEVICES_WITH_TAINTS_MAX)
-    tainted = any(device.get("taints") for device in devices)
-    size = DEVICES_WITH_TAINTS_MAX if tainted or wide < narrow <= existing else DEVICES_MAX
-    return [list(devices[start : start + size]) for start in range(0, len(devices), size)] or [[]]
+    narrow = -(-len(devices) // DEVICES_NARROW_MAX)
+    marked = any(device.get("taints") or device.get("consumesCounters") for device in devices)
+    size = DEVICES_NARROW_MAX if marked or wide < narrow <= existing else DEVICES_MAX
+    chunks = [Content(devices=chunk) for chunk in _chunks(devices, size)] or [Content()]
+    return chunks + [Content(counters=chunk) for chunk in _chunks(counters, COUNTER_SETS_MAX)]
+
+
+def _chunks(entries: Sequence[JsonObject], size: int) -> list[tuple[JsonObject, ...]]:
+    return [tuple(entries[start : start + size]) for start in range(0, len(entries), size)]
 
 
 def fingerprint(devices: Sequence[JsonObject]) -> str:
@@ -174,33 +211,33 @@ def _is_ours(pool: Pool, each: Existing) -> bool:
     return text(spec, "driver") == pool.driver and text(spec, "nodeName") == pool.node
 
 
-_OWN_SPEC = frozenset({"driver", "pool", "nodeName", "devices"})
+_OWN_SPEC = frozenset({"driver", "pool", "nodeName", "devices", "sharedCounters"})
 
 
-def _unchanged(
-    pool: Pool, each: Existing, devices: Sequence[JsonObject], count: int, adopted: Adopted
-) -> bool:
+def _unchanged(pool: Pool, each: Existing, wanted: Content, count: int, adopted: Adopted) -> bool:
     spec = child(each.raw, "spec")
     if each.count != count or any(value for key, value in spec.items() if key not in _OWN_SPEC):
         return False
-    return says(devices, each.devices) or adopted.get(fingerprint(devices)) == fingerprint(each.devices)
+    return wanted.says(each.content) or adopted.get(wanted.fingerprint) == each.content.fingerprint
 
 
-def _spec(pool: Pool, devices: Sequence[JsonObject], generation: int, count: int) -> JsonObject:
+def _spec(pool: Pool, content: Content, generation: int, count: int) -> JsonObject:
     return {
         "driver": pool.driver,
         "nodeName": pool.node,
         "pool": {"name": pool.name, "generation": generation, "resourceSliceCount": count},
-        "devices": list(devices),
+        **(
+            {"sharedCounters": list(content.counters)}
+            if content.counters
+            else {"devices": list(content.devices)}
+        ),
     }
 
 
-def _update(
-    pool: Pool, existing: Existing, devices: Sequence[JsonObject], generation: int, count: int
-) -> Write:
-    timed = list(_with_times(devices, existing.devices))
+def _update(pool: Pool, existing: Existing, content: Content, generation: int, count: int) -> Write:
+    timed = Content(tuple(_with_times(content.devices, existing.devices)), content.counters)
     body = {**existing.raw, "spec": _spec(pool, timed, generation, count)}
-    return Write(existing, tuple(devices), body)
+    return Write(existing, content, body)
 
 
 def _with_times(devices: Sequence[JsonObject], before: Sequence[JsonObject]) -> Iterator[JsonObject]:
@@ -227,11 +264,23 @@ def _with_times(devices: Sequence[JsonObject], before: Sequence[JsonObject]) -> 
         yield {**device, "taints": taints}
 
 
-def _create(pool: Pool, index: int, devices: Sequence[JsonObject], generation: int, count: int) -> Write:
+def _create(pool: Pool, index: int, content: Content, generation: int, count: int) -> Write:
     body = {
         "apiVersion": API_VERSION,
         "kind": "ResourceSlice",
         "metadata": {"generateName": f"{index:0{INDEX_DIGITS}x}-{pool.driver}-{pool.node}-"},
-        "spec": _spec(pool, devices, generation, count),
+        "spec": _spec(pool, content, generation, count),
     }
-    return Write(None, tuple(devices), body)
+    return Write(None, content, body)
+
+
+def trials(pool: Pool) -> tuple[JsonObject, JsonObject]:
+    """Slices to be tried, not kept: one with a counter set and one with a device that uses it. A server that
+    has counters gives both back whole."""
+    counters: JsonObject = {"name": "trial", "counters": {"trial": {"value": "1"}}}
+    uses: JsonObject = {"counterSet": "trial", "counters": {"trial": {"value": "1"}}}
+    device: JsonObject = {"name": "trial", "consumesCounters": [uses]}
+    return (
+        _create(pool, 0, Content(counters=(counters,)), 1, 2).body,
+        _create(pool, 1, Content(devices=(device,)), 1, 2).body,
+    )

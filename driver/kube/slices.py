@@ -19,8 +19,9 @@ from driver.kube.client import ApiClient, Resource
 from driver.kube.failures import Conflict, Invalid, NotFound, Unavailable
 from driver.kube.retry import BackOff
 from driver.kube.slice_cache import SliceCache
-from driver.kube.slice_device import describe_all
+from driver.kube.slice_device import counter_sets, describe_all, without_counters
 from driver.kube.slice_plan import (
+    Content,
     Existing,
     Pool,
     SlicePlan,
@@ -29,10 +30,10 @@ from driver.kube.slice_plan import (
     fingerprint,
     parse_slice,
     plan_slices,
-    says,
+    trials,
 )
 from driver.kube.watch import Change
-from driver.kube.wire import JsonObject, Malformed, child, needed_text
+from driver.kube.wire import JsonObject, Malformed, child, children, needed_text
 from driver.kube.work import Worker
 from driver.model import NodeName, OfferedDevice
 
@@ -70,7 +71,7 @@ class KubeSlicePublisher:
         self._pace = pace or Pace()
         self._cache = SliceCache()
         self._offered: tuple[OfferedDevice, ...] | None = None
-        self._described: tuple[tuple[OfferedDevice, ...], tuple[JsonObject, ...]] | None = None
+        self._described: tuple[tuple[OfferedDevice, ...], bool | None, Content] | None = None
         self._adopted: dict[str, str] = {}
         self._refused: dict[str, str] = {}
         self._node_uid = ""
@@ -82,6 +83,8 @@ class KubeSlicePublisher:
         """What of the last offer had to be left out or cut, a sentence each."""
         self.dropped: tuple[str, ...] = ()
         """Device fields that the API server does not keep."""
+        self.has_counters: bool | None = None
+        """Whether the API server keeps shared counters; None: it was not asked yet."""
         self.worker: Worker[str, None] = Worker("knd-slices", self._work, capacity=1, back_off=back_off)
 
     @property
@@ -108,6 +111,10 @@ class KubeSlicePublisher:
                 self._soon()
             else:
                 self._heal()
+        if not first and self.has_counters is False:
+            # It may be another server, or a newer one, since.
+            self.has_counters = None
+            self._soon()
 
     def changed(self, change: Change, item: Existing) -> None:
         if self._cache.changed(change, item):
@@ -135,8 +142,10 @@ class KubeSlicePublisher:
         offered = self._offered
         if offered is None or not self._cache.synced:
             return None  # the first offer or the first list comes back here
-        devices = self._devices(offered)
-        plan = plan_slices(self._pool, self._cache.snapshot(), devices, self._adopted)
+        if self.has_counters is None and any(each.uses for each in offered):
+            self.has_counters = self.ask_for_counters()
+        wanted = self._wanted(offered)
+        plan = plan_slices(self._pool, self._cache.snapshot(), wanted.devices, self._adopted, wanted.counters)
         if plan:
             self._tried_at = time.monotonic()
             try:
@@ -152,18 +161,43 @@ class KubeSlicePublisher:
         self._published = offered
         return None
 
-    def _devices(self, offered: tuple[OfferedDevice, ...]) -> tuple[JsonObject, ...]:
-        if self._described is None or self._described[0] is not offered:
-            devices, problems = describe_all(offered)
+    def ask_for_counters(self) -> bool:
+        """By a trial, before anything depends on them: what is over is dropped without a word."""
+        try:
+            kept = [self._tried(body) for body in trials(self._pool)]
+        except (Invalid, Malformed) as error:
+            log.warning("the API server has no shared counters as they are needed: %s", error)
+            return False
+        has = bool(kept[0].counters) and bool(kept[1].devices[0].get("consumesCounters"))
+        if not has:
+            log.warning(
+                "the API server keeps no shared counters (DRAPartitionableDevices): PFs that have VFs are "
+                "not offered beside them"
+            )
+        return has
+
+    def _tried(self, body: JsonObject) -> Content:
+        spec = child(self._client().try_create(Resource.RESOURCE_SLICES, body), "spec")
+        return Content(tuple(children(spec, "devices")), tuple(children(spec, "sharedCounters")))
+
+    def _wanted(self, offered: tuple[OfferedDevice, ...]) -> Content:
+        """Devices and the counter sets that they use."""
+        known = self._described
+        if known is None or known[0] is not offered or known[1] is not self.has_counters:
+            shown = offered if self.has_counters else without_counters(offered)
+            devices, problems = describe_all(shown)
             for problem in problems:
                 if problem not in self.problems:
                     log.warning("%s", problem)
             self.problems = problems
-            self._described = (offered, devices)
-        devices = self._described[1]
+            known = self._described = (offered, self.has_counters, Content(devices, counter_sets(shown)))
+        content = known[2]
         if not self._refused:
-            return devices
-        return tuple(each for each in devices if self._refused.get(each["name"]) != fingerprint([each]))
+            return content
+        kept = tuple(
+            each for each in content.devices if self._refused.get(each["name"]) != fingerprint([each])
+        )
+        return Content(kept, content.counters)
 
     def _carry_out(self, plan: SlicePlan) -> None:
         self._count_heal()
@@ -230,12 +264,16 @@ class KubeSlicePublisher:
                 "write resourceslices", 200, f"the answer is no ResourceSlice: {error}"
             ) from error
         self._cache.wrote(stored)
-        if says(write.devices, stored.devices):
+        if write.content.says(stored.content):
             return
         if len(self._adopted) >= REMEMBERED_MAX:
             self._adopted.clear()
-        self._adopted[fingerprint(write.devices)] = fingerprint(stored.devices)
-        fields = dropped_fields(write.devices, stored.devices)
+        self._adopted[write.content.fingerprint] = stored.content.fingerprint
+        fields = dropped_fields(write.content.devices, stored.devices)
+        if "consumesCounters" in fields or (write.content.counters and not stored.content.counters):
+            # It had them when it was asked: without, what rules each other out must not be offered together.
+            self.has_counters = False
+            self._soon()
         if fields != self.dropped:
             self.dropped = fields
             what = ", ".join(fields) or "parts"
@@ -251,8 +289,8 @@ class KubeSlicePublisher:
             self._refused.clear()
         found = False
         for index in {int(match[1]) for field in failure.fields if (match := _DEVICE_FIELD.match(field))}:
-            if index < len(failure.write.devices):
-                device = failure.write.devices[index]
+            if index < len(failure.write.content.devices):
+                device = failure.write.content.devices[index]
                 log.error("device %s is not offered: the API server refuses it: %s", device["name"], failure)
                 self._refused[device["name"]] = fingerprint([device])
                 found = True

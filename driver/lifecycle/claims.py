@@ -25,6 +25,7 @@ from driver.lifecycle.homecoming import HIDDEN, QUARANTINED, Homecoming
 from driver.lifecycle.orphans import Orphans
 from driver.lifecycle.ports import ClaimFailed
 from driver.lifecycle.projections import Projections
+from driver.lifecycle.relations import check_rivals, to_lock
 from driver.lifecycle.workers import KeyedLocks
 from driver.model import (
     VF_FIELDS,
@@ -118,7 +119,7 @@ class Claims:
         self._coming[ref.uid] = Coming(claim.reserved_for, tuple(_named(wanted)), _asking(claim, wanted))
         try:
             done = await self._context.workers.run_until(
-                [device.name for _, device, _ in wanted],
+                to_lock(self._context, [device.name for _, device, _ in wanted]),
                 lambda: self._prepare_devices(claim, wanted, token),
                 deadline,
                 token,
@@ -213,6 +214,7 @@ class Claims:
             holder = context.devices.who_else_has(mac, device) if mac is not None else ""
             if mac is not None and holder:
                 raise one_address.refused(device.name, mac, holder)
+        check_rivals(context, [device.name for _, device, _ in wanted], claim.ref.uid)
         opened = context.book.open_preparations([_new(claim, *each) for each in wanted])
         try:
             for preparation in opened:
@@ -448,6 +450,7 @@ def _new(claim: Claim, allocated: AllocatedDevice, device: Device, config: NicCo
         generation=0,
         home_driver=device.driver or "",
         vf_baseline=device.vf,
+        port=device.port,
     )
 
 
@@ -460,7 +463,7 @@ def _is_gone(errors: Mapping[Act, Exception]) -> bool:
 
 def _why_kept(errors: Mapping[Act, Exception]) -> str:
     """What a driver did, what the looks at the device and its PF found, or else what went wrong last."""
-    telling = (Act.UNBIND, Act.TO_KERNEL, Act.VERIFY_VF, Act.VERIFY)
+    telling = (Act.UNBIND, Act.TO_KERNEL, Act.VERIFY_VF, Act.VERIFY, Act.RESTORE_PORT)
     found = [errors[act] for act in telling if act in errors] or [list(errors.values())[-1]]
     return "; ".join(dict.fromkeys(map(str, found)))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from driver import inventory
 from driver.errors import NotNow
-from driver.model import Device, DeviceName, Preparation
+from driver.model import Device, DeviceName, PortBaseline, PortVf, Preparation
 from driver.policy import NodePolicy
 from hw.eswitch import read_eswitches
 from hw.model import (
@@ -139,6 +139,7 @@ class Devices:
                 return replace(device, ifindex=None, settings=None)
             addressed = any(not address.ip.is_link_local for address in links.addresses(link.ifindex))
             vf, pf_mtu = _on_pf(device.identity, links) if device.kind is DeviceKind.VF else (None, None)
+            port = _port(link, links) if device.kind is DeviceKind.PF else None
         # Work on it may have been waited for since: what was offered then may not be any more.
         newest = self.get(device.name)
         withheld = device.withheld or (newest.withheld if newest is not None else "")
@@ -147,7 +148,7 @@ class Devices:
         elif link.master is not None:
             withheld = withheld or f"in use by others: it belongs to link {link.master}"
         settings = LinkSettings.of(link, kind=device.kind)
-        return replace(device, settings=settings, withheld=withheld, vf=vf, pf_mtu=pf_mtu)
+        return replace(device, settings=settings, withheld=withheld, vf=vf, pf_mtu=pf_mtu, port=port)
 
     def who_else_has(self, mac: MacAddress, device: Device) -> str:
         """What in the host's namespace has an address, or is told it by the device's PF, in words; "" if
@@ -194,6 +195,14 @@ def _on_pf(identity: Identity, links: LinkSocket) -> tuple[VfSettings | None, in
     if pf is None or isinstance(identity, SoftwareIdentity) or identity.vf_index is None:
         return None, None
     return read_vf(links, pf, identity.vf_index), pf.mtu
+
+
+def _port(link: LinkInfo, links: LinkSocket) -> PortBaseline | None:
+    """What a PF holds of its VFs; None for one that has none."""
+    told = links.all_vf_settings(link.ifindex)
+    if not told:
+        return None
+    return PortBaseline(up=link.up, vfs=tuple(PortVf(index=n, settings=told[n]) for n in sorted(told)))
 
 
 def _matters(link: LinkInfo | None, known: Device | None, policy: NodePolicy) -> bool:

@@ -8,14 +8,18 @@ to nothing.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from driver.cdi import CdiEntry
 from driver.lifecycle.context import Context
+from driver.lifecycle.relations import sharing
 from driver.model import (
     Attachment,
     AttachmentState,
     ClaimUid,
+    CounterUse,
     DeviceStatus,
     DriverEvent,
     EventKind,
@@ -24,6 +28,7 @@ from driver.model import (
     Preparation,
     Taint,
 )
+from driver.sharing import VFS
 
 log = logging.getLogger(__name__)
 
@@ -126,30 +131,31 @@ class Projections:
         """Say what this node offers. A device in use keeps the attributes it had when it was prepared,
         so attach, detach and a restart change nothing here."""
         context = self._context
-        quarantines = context.book.quarantines()
+        relations = sharing(context)
         held = {p.key.device: p for p in context.book.preparations()}
-        offered = {}
-        for device in context.devices.current().values():
-            if not device.withheld or device.name in held:
-                offered[device.name] = OfferedDevice(
-                    name=device.name,
-                    attributes=device.attributes,
-                    capacities=device.capacities,
-                )
+        offered = {
+            device.name: OfferedDevice(
+                name=device.name, attributes=device.attributes, capacities=device.capacities
+            )
+            for device in context.devices.current().values()
+            if not device.withheld and not relations.in_others_hands(device.name)
+        }
         for name, preparation in held.items():
             offered[name] = OfferedDevice(
                 name=name, attributes=preparation.attributes, capacities=preparation.capacities
             )
-        for name in quarantines:
-            if name in offered:
-                taint = Taint(key=f"{context.driver}/{QUARANTINE_TAINT}", value="true")
-                offered[name] = OfferedDevice(
-                    name=name,
-                    attributes=offered[name].attributes,
-                    capacities=offered[name].capacities,
-                    taints=(taint,),
+        uses = relations.uses(offered)
+        taint = Taint(key=f"{context.driver}/{QUARANTINE_TAINT}", value="true")
+        context.slices.offer(
+            tuple(
+                replace(
+                    offered[name],
+                    uses=uses.get(name, ()),
+                    taints=(taint,) if relations.quarantine(name) else (),
                 )
-        context.slices.offer(tuple(offered[name] for name in sorted(offered)))
+                for name in sorted(offered, key=lambda name: (_takes_all(uses.get(name, ())), name))
+            )
+        )
 
     def tell_pod(self, pod: PodRef, reason: str, message: str) -> None:
         self._context.events.emit(
@@ -166,3 +172,8 @@ def _limits(preparation: Preparation) -> str:
         if rate
     ]
     return f", sends {' and '.join(parts)} by {wanted.rates_by}" if wanted is not None and parts else ""
+
+
+def _takes_all(uses: Sequence[CounterUse]) -> bool:
+    """The scheduler takes the first that fits: whoever asks for any device must not get a PF."""
+    return any(VFS in use.of and use.takes == use.of for use in uses)

@@ -36,7 +36,6 @@ class PciFunction:
     """Has a physfn, whether or not its PF tells the index."""
     total_vfs: int | None = None
     """What the hardware can have; None: not capable of SR-IOV."""
-    vf_count: int = 0
     has_netdev: bool = False
     """Its driver has made a netdev, in whatever namespace that is now."""
     has_rdma: bool = False
@@ -123,7 +122,6 @@ def _function(
         ),
         is_vf="physfn" in entries,
         total_vfs=total or None,
-        vf_count=len(vfs),
         has_netdev="net" in entries,
         has_rdma="infiniband" in entries,
         virtio=tuple(sorted(name for name in entries if re.fullmatch(r"virtio[0-9]+", name))),

@@ -191,8 +191,8 @@ class ApiPeer:
         assert done.code == 200, done.said
         return done.body
 
-    def slice(self, devices: Sequence[Json] = (), **spec: Any) -> Json:
-        """A slice's body as the driver sends it, for the node that nothing has."""
+    def slice(self, devices: Sequence[Json] | None = (), **spec: Any) -> Json:
+        """A slice's body as the driver sends it, for the node that nothing has. None: without any devices."""
         pool = {"name": self.elsewhere, "generation": 1, "resourceSliceCount": 1}
         return {
             "apiVersion": "resource.k8s.io/v1",
@@ -202,7 +202,7 @@ class ApiPeer:
                 "driver": DRIVER,
                 "nodeName": self.elsewhere,
                 "pool": pool,
-                "devices": list(devices),
+                **({} if devices is None else {"devices": list(devices)}),
                 **spec,
             },
         }

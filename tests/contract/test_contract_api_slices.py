@@ -9,9 +9,12 @@ import pytest
 
 from driver.kube import failures
 from driver.kube.client import Resource
-from tests.contract.api_peer import SLICES, ApiPeer
+from driver.kube.slices import KubeSlicePublisher
+from driver.model import NodeName
+from tests.contract.api_peer import DRIVER, SLICES, ApiPeer
 
 TAINT = {"key": "k", "effect": "NoSchedule"}
+WITH_COUNTERS = pytest.mark.since("1.36", "older servers drop counters unless DRAPartitionableDevices is on")
 
 
 def device(name: str = "a", **more: Any) -> dict[str, Any]:
@@ -32,6 +35,16 @@ def named(key: str, value: Any) -> list[dict[str, Any]]:
 
 def capacity(key: str, value: Any) -> list[dict[str, Any]]:
     return [device(capacity={key: {"value": value}})]
+
+
+def counters(count: int = 1, **values: str) -> list[dict[str, Any]]:
+    amounts = {name: {"value": value} for name, value in (values or {"vfs": "8"}).items()}
+    return [{"name": f"c{index}", "counters": amounts} for index in range(count)]
+
+
+def using(*sets: str) -> dict[str, Any]:
+    amounts = {"vfs": {"value": "1"}}
+    return {"consumesCounters": [{"counterSet": each, "counters": amounts} for each in sets]}
 
 
 def test_a_slice_may_be_as_full_as_the_driver_makes_it(api: ApiPeer) -> None:
@@ -78,6 +91,24 @@ TOO_MUCH = [
         attributes(x={"string": "é" * 33}), ["spec.devices[0].attributes[x].string"], id="string of 66 bytes"
     ),
     pytest.param([device(taints=[TAINT] * 17)], ["spec.devices[0].taints"], id="17 taints"),
+    pytest.param(
+        [*many(64), device("t", **using("c"))],
+        ["spec.devices"],
+        marks=WITH_COUNTERS,
+        id="65, one uses counters",
+    ),
+    pytest.param(
+        [device(**using("a", "b", "c"))],
+        ["spec.devices[0].consumesCounters"],
+        marks=WITH_COUNTERS,
+        id="counters of three sets",
+    ),
+    pytest.param(
+        [device(**using("A"))],
+        ["spec.devices[0].consumesCounters[0].counterSet"],
+        marks=WITH_COUNTERS,
+        id="upper case counter set",
+    ),
 ]
 
 BAD_NAMES = [
@@ -181,6 +212,46 @@ def test_a_value_of_another_type_is_a_bad_request_that_names_no_field(
     answer = api.http("POST", SLICES, api.slice(devices))
     assert (answer.code, answer.body.get("reason")) == (400, "BadRequest"), answer.said
     assert answer.fields == []
+
+
+@pytest.mark.parametrize(
+    ("sets", "fields"),
+    [
+        pytest.param(counters(9), ["spec.sharedCounters"], marks=WITH_COUNTERS, id="nine sets"),
+        pytest.param(
+            counters(1, **{f"x{index}": "1" for index in range(33)}),
+            ["spec.sharedCounters[0].counters"],
+            marks=WITH_COUNTERS,
+            id="33 counters",
+        ),
+        pytest.param(
+            [*counters(), *counters()], ["spec.sharedCounters[1].name"], marks=WITH_COUNTERS, id="twice"
+        ),
+    ],
+)
+def test_a_counter_set_that_is_refused_is_named(
+    api: ApiPeer, sets: list[dict[str, Any]], fields: list[str]
+) -> None:
+    answer = api.http("POST", SLICES, api.slice(devices=None, sharedCounters=sets))
+    assert (answer.code, answer.fields) == (422, fields), answer.said
+
+
+@WITH_COUNTERS
+def test_counters_are_kept_canonical_and_their_sets_may_be_in_another_slice(api: ApiPeer) -> None:
+    made = api.http("POST", SLICES, api.slice(devices=None, sharedCounters=counters(8, vfs="1000")))
+    assert made.code == 201, made.said
+    assert made.body["spec"]["sharedCounters"][0]["counters"]["vfs"]["value"] == "1k"
+    kept = api.made_slice([*many(63), device("last", **using("c0", "nowhere"))])
+    assert kept["spec"]["devices"][63]["consumesCounters"] == using("c0", "nowhere")["consumesCounters"]
+
+
+def test_the_driver_learns_by_a_trial_whether_counters_are_kept_and_nothing_is_made(api: ApiPeer) -> None:
+    with api.client() as client:
+        publisher = KubeSlicePublisher(DRIVER, NodeName(api.elsewhere), lambda: client)
+        has = publisher.ask_for_counters()
+        assert [items for items, _ in client.list_pages(Resource.RESOURCE_SLICES, api.selector)] == [[]]
+    version = re.match(r"v1\.(\d+)", api.version)
+    assert has is (version is None or int(version[1]) >= 36)
 
 
 def test_driver_node_and_pool_of_a_slice_cannot_be_changed(api: ApiPeer) -> None:

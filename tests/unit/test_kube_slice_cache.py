@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from driver.kube.slice_cache import DELETED_MAX, SliceCache
-from driver.kube.slice_plan import Existing
+from driver.kube.slice_plan import Content, Existing
 from driver.kube.watch import Change
 
 
@@ -17,7 +17,7 @@ def slice_of(name: str, version: str, uid: str = "") -> Existing:
         pool="n",
         generation=1,
         count=1,
-        devices=(),
+        content=Content(),
         raw={},
     )
 

@@ -227,9 +227,42 @@ def test_what_the_server_made_of_devices_is_adopted_and_edits_of_it_are_still_he
 def test_every_layout_is_legal_and_keeps_every_device_in_order(taints: list[bool], existing: int) -> None:
     wanted = [tainted(each) if bad else each for each, bad in zip(devices(len(taints)), taints, strict=True)]
     chunks = lay_out(wanted, existing)
-    assert [device for chunk in chunks for device in chunk] == wanted
+    assert [device for chunk in chunks for device in chunk.devices] == wanted
     for chunk in chunks:
-        assert len(chunk) <= (64 if any("taints" in device for device in chunk) else 128)
+        assert len(chunk.devices) <= (64 if any("taints" in device for device in chunk.devices) else 128)
+
+
+def counters(count: int) -> list[JsonObject]:
+    return [{"name": f"pf-{index}", "counters": {"vfs": {"value": "8"}}} for index in range(count)]
+
+
+def using(count: int) -> list[JsonObject]:
+    use = {"counterSet": "pf-0", "counters": {"vfs": {"value": "1"}}}
+    return [{**each, "consumesCounters": [use]} for each in devices(count)]
+
+
+def test_counter_sets_are_in_slices_of_their_own_and_those_who_use_them_64_to_a_slice() -> None:
+    chunks = lay_out(using(100), 0, counters(9))
+    assert [(len(each.devices), len(each.counters)) for each in chunks] == [(64, 0), (36, 0), (0, 8), (0, 1)]
+    for index, each in enumerate(plan_slices(POOL, [], using(100), {}, counters(9)).creates):
+        assert not api_rules.slice_causes(each.body["spec"]), index
+
+
+def test_counters_that_the_server_wrote_otherwise_are_no_difference_and_others_are() -> None:
+    def plan(sets: list[JsonObject], existing: Sequence[Existing] = ()) -> SlicePlan:
+        return plan_slices(POOL, existing, using(2), {}, sets)
+
+    many: list[JsonObject] = [{"name": "pf-0", "counters": {"vfs": {"value": "1000"}}}]
+    there = carried_out(plan(many), [])
+    stored = {
+        **there[1].raw["spec"],
+        "sharedCounters": [{"name": "pf-0", "counters": {"vfs": {"value": "1k"}}}],
+    }
+    there[1] = parse_slice({**there[1].raw, "spec": stored})
+    assert not plan(many, there)
+    assert len(plan(counters(1), there).updates) == 1
+    gone = plan_slices(POOL, there, devices(2), {})
+    assert (len(gone.deletes), len(gone.updates)) == (1, 1)
 
 
 @settings(max_examples=60, deadline=None)

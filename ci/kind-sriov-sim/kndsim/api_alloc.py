@@ -1,12 +1,16 @@
 """Choosing devices as the scheduler does, from what is published.
 
-Invariant: an incomplete pool, an older generation, a tainted or an allocated device is never given out.
+Invariant: an incomplete pool, an older generation, a tainted or an allocated device is never given out, nor
+one for which too little is left of a shared counter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
+
+from kndsim.api_rules import quantity_value
 
 Json = dict[str, Any]
 BLOCKING = ("NoSchedule", "NoExecute")
@@ -24,6 +28,13 @@ def allocated(claims: Sequence[Json], driver: str) -> set[tuple[str, str]]:
 
 def usable_devices(slices: Sequence[Json]) -> Iterator[tuple[str, Json]]:
     """Yield (pool, device) of complete pools, in the scheduler's order."""
+    for pool, each in current_slices(slices):
+        for device in each["spec"].get("devices") or []:
+            yield pool, device
+
+
+def current_slices(slices: Sequence[Json]) -> Iterator[tuple[str, Json]]:
+    """Yield (pool, slice) of complete pools of the highest generation."""
     pools: dict[str, list[Json]] = {}
     for each in slices:
         pools.setdefault(each["spec"]["pool"]["name"], []).append(each)
@@ -33,23 +44,52 @@ def usable_devices(slices: Sequence[Json]) -> Iterator[tuple[str, Json]]:
         if len(current) != current[0]["spec"]["pool"]["resourceSliceCount"]:
             continue
         for each in sorted(current, key=lambda one: str(one["metadata"]["name"])):
-            for device in each["spec"].get("devices") or []:
-                yield pool, device
+            yield pool, each
+
+
+class Counters:
+    """What is left of the pools' shared counters."""
+
+    def __init__(self, slices: Sequence[Json], in_use: set[tuple[str, str]]) -> None:
+        self._left: dict[tuple[str, str, str], Decimal] = {
+            (pool, each["name"], counter): quantity_value(amount["value"])
+            for pool, member in current_slices(slices)
+            for each in member["spec"].get("sharedCounters") or []
+            for counter, amount in each["counters"].items()
+        }
+        for pool, device in usable_devices(slices):
+            if (pool, device["name"]) in in_use:
+                self.take(pool, device)
+
+    def allow(self, pool: str, device: Json) -> bool:
+        """A device that uses a counter which is nowhere is never given out."""
+        return all(self._left.get(key, Decimal(-1)) >= amount for key, amount in self._uses(pool, device))
+
+    def take(self, pool: str, device: Json) -> None:
+        for key, amount in self._uses(pool, device):
+            self._left[key] = self._left.get(key, Decimal(0)) - amount
+
+    @staticmethod
+    def _uses(pool: str, device: Json) -> Iterator[tuple[tuple[str, str, str], Decimal]]:
+        for use in device.get("consumesCounters") or []:
+            for counter, amount in use["counters"].items():
+                yield (pool, use["counterSet"], counter), quantity_value(amount["value"])
 
 
 def choose(
     slices: Sequence[Json], in_use: set[tuple[str, str]], requests: Mapping[str, Callable[[Json], bool]]
 ) -> list[tuple[str, str, str, str | None]]:
     """First fit, one device per request. LookupError names the request that finds none."""
-    taken = set(in_use)
+    taken, counters = set(in_use), Counters(slices, in_use)
     chosen: list[tuple[str, str, str, str | None]] = []
     for request, takes in requests.items():
         for pool, device in usable_devices(slices):
             key = (pool, device["name"])
             tainted = any(taint["effect"] in BLOCKING for taint in device.get("taints") or [])
-            if key in taken or tainted or not takes(device):
+            if key in taken or tainted or not counters.allow(pool, device) or not takes(device):
                 continue
             taken.add(key)
+            counters.take(pool, device)
             chosen.append((request, *key, None))
             break
         else:

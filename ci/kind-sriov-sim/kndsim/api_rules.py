@@ -28,7 +28,10 @@ QUANTITY = re.compile(
 )
 
 DEVICES_MAX = 128
-DEVICES_WITH_TAINTS_MAX = 64
+DEVICES_MARKED_MAX = 64
+COUNTER_SETS_MAX = 8
+COUNTERS_MAX = 32
+USES_MAX = 2
 PROPERTIES_MAX = 32
 VALUE_BYTES_MAX = 64
 TAINTS_MAX = 16
@@ -76,7 +79,7 @@ def canonical_quantity(text: str) -> str:
 
 
 def slice_causes(spec: Json) -> list[Cause]:
-    return [*_slice_head(spec), *_slice_devices(spec)]
+    return [*_slice_head(spec), *_counter_sets(spec.get("sharedCounters") or []), *_slice_devices(spec)]
 
 
 def _slice_head(spec: Json) -> Iterator[Cause]:
@@ -113,7 +116,8 @@ def _slice_head(spec: Json) -> Iterator[Cause]:
 
 def _slice_devices(spec: Json) -> Iterator[Cause]:
     devices = spec.get("devices") or []
-    limit = DEVICES_WITH_TAINTS_MAX if any(device.get("taints") for device in devices) else DEVICES_MAX
+    marked = any(device.get("taints") or device.get("consumesCounters") for device in devices)
+    limit = DEVICES_MARKED_MAX if marked else DEVICES_MAX
     if len(devices) > limit:
         yield "spec.devices", f"Too many: {len(devices)}: must have at most {limit} items"
     names: set[str] = set()
@@ -127,6 +131,47 @@ def _slice_devices(spec: Json) -> Iterator[Cause]:
         names.add(name)
         yield from _properties(path, device)
         yield from _taints(path, device.get("taints") or [])
+        yield from _uses(f"{path}.consumesCounters", device.get("consumesCounters") or [])
+
+
+def _counter_sets(sets: list[Json]) -> Iterator[Cause]:
+    path = "spec.sharedCounters"
+    if len(sets) > COUNTER_SETS_MAX:
+        yield path, f"Too many: {len(sets)}: must have at most {COUNTER_SETS_MAX} items"
+    names: set[str] = set()
+    for index, each in enumerate(sets):
+        name = each.get("name", "")
+        if not LABEL.fullmatch(name):
+            yield f"{path}[{index}].name", f"Invalid value: {name!r}: must be a DNS label"
+        if name in names:
+            yield f"{path}[{index}].name", f"Duplicate value: {name!r}"
+        names.add(name)
+        yield from _counters(f"{path}[{index}].counters", each.get("counters") or {})
+
+
+def _uses(path: str, uses: list[Json]) -> Iterator[Cause]:
+    """Whether the set is there is the scheduler's to see: it may be in another slice."""
+    if len(uses) > USES_MAX:
+        yield path, f"Too many: {len(uses)}: must have at most {USES_MAX} items"
+    names: set[str] = set()
+    for index, each in enumerate(uses):
+        name = each.get("counterSet", "")
+        if not LABEL.fullmatch(name):
+            yield f"{path}[{index}].counterSet", f"Invalid value: {name!r}: must be a DNS label"
+        if name in names:
+            yield f"{path}[{index}].counterSet", f"Duplicate value: {name!r}"
+        names.add(name)
+        yield from _counters(f"{path}[{index}].counters", each.get("counters") or {})
+
+
+def _counters(path: str, counters: Json) -> Iterator[Cause]:
+    if not counters:
+        yield path, "Required value"
+    if len(counters) > COUNTERS_MAX:
+        yield path, f"Too many: {len(counters)}: must have at most {COUNTERS_MAX} items"
+    for name in counters:
+        if not LABEL.fullmatch(name):
+            yield path, f"Invalid value: {name!r}: must be a DNS label"
 
 
 def _properties(path: str, device: Json) -> Iterator[Cause]:

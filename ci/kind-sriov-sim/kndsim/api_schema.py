@@ -41,7 +41,7 @@ DEVICE = {
     "capacity": Map({"value": QUANTITY_TEXT, "requestPolicy": ANY}),
     "taints": [TAINT],
     "allowMultipleAllocations": BOOL,
-    "consumesCounters": ANY,
+    "consumesCounters": [{"counterSet": TEXT, "counters": Map({"value": QUANTITY_TEXT})}],
     "nodeName": TEXT,
     "nodeSelector": ANY,
     "allNodes": BOOL,

@@ -230,19 +230,27 @@ class Store:
 
     def create(self, kind: Kind, namespace: str, obj: Json) -> Json:
         with self.changed:
-            new = copy.deepcopy(obj)
-            metadata = new.setdefault("metadata", {})
-            name = metadata.get("name") or self._generated(kind, namespace, metadata)
-            key = Key(kind, namespace, name)
-            if key in self._objects:
-                raise already_exists(kind, name)
-            metadata.update(name=name, uid=str(uuid.uuid4()), creationTimestamp=now())
-            if kind in (Kind.SLICE, Kind.POD):
-                metadata["generation"] = 1
-            if kind.namespaced:
-                metadata["namespace"] = namespace
-            new.update(apiVersion=kind.api_version, kind=kind.title)
-            return self._commit(key, None, new)
+            return self._commit(*self._named(kind, namespace, obj))
+
+    def pretend(self, kind: Kind, namespace: str, obj: Json) -> Json:
+        """What create would make; nothing is made."""
+        with self.changed:
+            return self._named(kind, namespace, obj)[2]
+
+    def _named(self, kind: Kind, namespace: str, obj: Json) -> tuple[Key, None, Json]:
+        new = copy.deepcopy(obj)
+        metadata = new.setdefault("metadata", {})
+        name = metadata.get("name") or self._generated(kind, namespace, metadata)
+        key = Key(kind, namespace, name)
+        if key in self._objects:
+            raise already_exists(kind, name)
+        metadata.update(name=name, uid=str(uuid.uuid4()), creationTimestamp=now())
+        if kind in (Kind.SLICE, Kind.POD):
+            metadata["generation"] = 1
+        if kind.namespaced:
+            metadata["namespace"] = namespace
+        new.update(apiVersion=kind.api_version, kind=kind.title)
+        return key, None, new
 
     def update(self, key: Key, change: Callable[[Json], Json]) -> Json:
         """Replace an object by change(copy of it). One that changes nothing leaves the version alone, as

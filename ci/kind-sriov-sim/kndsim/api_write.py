@@ -19,7 +19,7 @@ IMMUTABLE = "field is immutable"
 
 
 class Writer:
-    """dropped_fields: device fields that a disabled gate removes silently."""
+    """dropped_fields: fields of slices and devices that a disabled gate removes silently."""
 
     def __init__(self, store: Store, dropped_fields: set[str]) -> None:
         self.store = store
@@ -32,7 +32,7 @@ class Writer:
         if verb == "delete":
             return self.store.delete(target.key, (body or {}).get("preconditions") or {})
         if verb == "create":
-            return self._create(target, api_schema.decode_body(target.kind, body))
+            return self._create(target, query, api_schema.decode_body(target.kind, body))
         if verb == "update":
             return self._replace(target, api_schema.decode_body(target.kind, body))
         return self._patch(target, query, content_type, body)
@@ -48,12 +48,15 @@ class Writer:
         kind = target.kind
         return {"apiVersion": kind.api_version, "kind": f"{kind.title}List", "metadata": {}, "items": gone}
 
-    def _create(self, target: Target, body: Json) -> Json:
+    def _create(self, target: Target, query: dict[str, str], body: Json) -> Json:
         if target.kind in WITH_STATUS:
             body = {key: value for key, value in body.items() if key != "status"}
         if target.kind is Kind.EVENT:
             _check_event(target, body)
-        return self.store.create(target.kind, target.namespace, self._admit(target, body, None))
+        admitted = self._admit(target, body, None)
+        if query.get("dryRun"):
+            return self.store.pretend(target.kind, target.namespace, admitted)
+        return self.store.create(target.kind, target.namespace, admitted)
 
     def _replace(self, target: Target, body: Json) -> Json:
         def change(old: Json) -> Json:
@@ -128,7 +131,9 @@ class Writer:
         causes = tuple(api_rules.slice_causes(spec))
         if causes:
             raise invalid(target.kind, name, causes)
-        stored = {key: value for key, value in spec.items() if key != "devices"}
+        stored = {key: value for key, value in spec.items() if key not in {"devices", *self.dropped_fields}}
+        if stored.get("sharedCounters"):
+            stored["sharedCounters"] = [_canonical_counters(each) for each in stored["sharedCounters"]]
         if spec.get("devices"):
             stored["devices"] = [self._stored_device(device) for device in spec["devices"]]
         return {**body, "spec": stored}
@@ -145,9 +150,19 @@ class Writer:
                 name: {**value, "value": api_rules.canonical_quantity(value["value"])}
                 for name, value in stored["capacity"].items()
             }
+        if "consumesCounters" in stored:
+            stored["consumesCounters"] = [_canonical_counters(each) for each in stored["consumesCounters"]]
         if "taints" in stored:
             stored["taints"] = [{"timeAdded": now(), **taint} for taint in stored["taints"]]
         return stored
+
+
+def _canonical_counters(holder: Json) -> Json:
+    counters = {
+        name: {**amount, "value": api_rules.canonical_quantity(amount["value"])}
+        for name, amount in holder["counters"].items()
+    }
+    return {**holder, "counters": counters}
 
 
 def _check_metadata(target: Target, sent: Json, have: Json) -> None:

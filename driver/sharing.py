@@ -1,0 +1,174 @@
+"""Devices of which one rules out another: a PF and its VFs, netdevs that have an RDMA device together.
+
+Invariant: pure. The scheduler is told of it by counters, and prepare asks here again: what rules out what is
+the same for both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from driver.inventory import name_of
+from driver.model import AttributeValue, CounterUse, Device, DeviceName, Preparation
+from hw.model import Identity, PciAddress, PciIdentity
+
+VFS = "vfs"
+RDMA = "device"
+"""Names of counters."""
+
+
+class Shares(Protocol):
+    """What a device and a preparation have in common."""
+
+    @property
+    def identity(self) -> Identity: ...
+    @property
+    def attributes(self) -> Mapping[str, AttributeValue]: ...
+    @property
+    def capacities(self) -> Mapping[str, str]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Against:
+    """Why a device that is free itself is not to be had, and whether asking again may help by itself."""
+
+    sentence: str
+    passing: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """Everything that is there, and who has it. What a claim has may be absent from devices."""
+
+    devices: Mapping[DeviceName, Device]
+    held: Mapping[DeviceName, Preparation]
+    quarantined: Mapping[DeviceName, str]
+    """Withheld until clean, and why."""
+
+
+class Sharing:
+    """The relations between the devices of one picture; made once for all questions about it."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._all: Mapping[DeviceName, Shares] = {**node.devices, **node.held}
+        self._ports: defaultdict[PciAddress, list[DeviceName]] = defaultdict(list)
+        self._vfs: defaultdict[PciAddress, list[DeviceName]] = defaultdict(list)
+        self._rdma: defaultdict[str, list[DeviceName]] = defaultdict(list)
+        for name, each in sorted(self._all.items()):
+            port = port_of(each)
+            if port is not None:
+                (self._ports if is_whole(each) else self._vfs)[port].append(name)
+            rdma = each.attributes.get("rdmaDevice")
+            if isinstance(rdma, str):
+                self._rdma[rdma].append(name)
+
+    def rivals(self, name: DeviceName) -> tuple[DeviceName, ...]:
+        """Those that nobody may have while someone has this one."""
+        each = self._all.get(name)
+        if each is None:
+            return ()
+        found: list[DeviceName] = []
+        port = port_of(each)
+        if port is not None:
+            found += (self._vfs if is_whole(each) else self._ports).get(port, [])
+        found += self._rdma.get(str(each.attributes.get("rdmaDevice")), [])
+        return tuple(other for other in dict.fromkeys(found) if other != name)
+
+    def to_lock(self, name: DeviceName) -> frozenset[DeviceName]:
+        """It and those of its rivals that do not lock it themselves: a PF waits for its VFs, and these do not
+        wait for each other."""
+        mine = self._all.get(name)
+        if mine is None:
+            return frozenset({name})
+        port = port_of(mine)
+        others = (
+            other
+            for other in self.rivals(name)
+            if is_whole(mine) or port is None or other not in self._ports[port]
+        )
+        return frozenset({name, *others})
+
+    def against(self, name: DeviceName) -> Against | None:
+        """What is against giving it away, on the part of others."""
+        node = self._node
+        waiting = None
+        for other in self.rivals(name):
+            what = self._called(name, other)
+            if holder := node.held.get(other):
+                claim = holder.claim
+                return Against(f"{what} is held by claim {claim.namespace}/{claim.name}")
+            if reason := node.quarantined.get(other):
+                waiting = waiting or Against(f"{what} is withheld until it is clean: {reason}", passing=True)
+            elif (device := node.devices.get(other)) is not None and device.taken:
+                return Against(f"{what} is not free: {device.withheld}")
+        return waiting
+
+    def in_others_hands(self, name: DeviceName) -> bool:
+        """Whether others than claims have one that it shares with."""
+        node = self._node
+        return any(
+            other in node.devices and node.devices[other].taken and other not in node.held
+            for other in self.rivals(name)
+        )
+
+    def quarantine(self, name: DeviceName) -> bool:
+        """Whether it or one that it shares with is withheld until it is clean."""
+        return any(each in self._node.quarantined for each in (name, *self.rivals(name)))
+
+    def uses(self, offered: Iterable[DeviceName]) -> Mapping[DeviceName, tuple[CounterUse, ...]]:
+        """Counters for those of the offered that rule each other out; for a device alone there are none."""
+        there = frozenset(offered)
+        found: defaultdict[DeviceName, list[CounterUse]] = defaultdict(list)
+        for port, wholes in self._ports.items():
+            self._count_vfs(port, there.intersection(wholes), there.intersection(self._vfs[port]), found)
+        for rdma, names in self._rdma.items():
+            together = there.intersection(names)
+            label = re.sub(r"[^a-z0-9-]", "-", f"rdma-{rdma}".lower()).strip("-")
+            if len(together) > 1 and len(label) <= 63:
+                for name in together:
+                    found[name].append(CounterUse(set=label, takes={RDMA: "1"}, of={RDMA: "1"}))
+        return {name: tuple(uses) for name, uses in found.items()}
+
+    def _count_vfs(
+        self,
+        port: PciAddress,
+        wholes: frozenset[DeviceName],
+        vfs: frozenset[DeviceName],
+        found: Mapping[DeviceName, list[CounterUse]],
+    ) -> None:
+        if not wholes or not vfs:
+            return
+        # How many there can be, which stays the same while some come and go.
+        total = max(len(vfs), *(int(self._all[name].capacities.get(VFS, "0")) for name in wholes))
+        every = {VFS: str(total)}
+        use = CounterUse(set=name_of(PciIdentity(port)), takes=every, of=every)
+        given = any(name in self._node.held for name in wholes)
+        for name in wholes:
+            found[name].append(replace(use, instead=not given))
+        for name in vfs:
+            instead = given and name not in self._node.held
+            found[name].append(replace(use, takes={VFS: "1"}, instead=instead))
+
+    def _called(self, name: DeviceName, other: DeviceName) -> str:
+        mine, others = self._all[name], self._all[other]
+        if port_of(mine) != port_of(others) or is_whole(mine) == is_whole(others):
+            return f"{other}, which has the same RDMA device,"
+        return f"its {'VF' if is_whole(mine) else 'PF'} {other}"
+
+
+def port_of(thing: Shares) -> PciAddress | None:
+    """The PF whose VF it is, or which it is; None for what is neither."""
+    identity = thing.identity
+    if not isinstance(identity, PciIdentity):
+        return None
+    return identity.address if is_whole(thing) else identity.pf
+
+
+def is_whole(thing: Shares) -> bool:
+    """Whether it is a whole port. A VF that a virtual machine was given is one as well: it knows no PF."""
+    return not isinstance(thing.identity, PciIdentity) or thing.identity.vf_index is None
