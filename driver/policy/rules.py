@@ -48,6 +48,7 @@ OWN_ATTRIBUTES = frozenset(
         "rdma",
         "rdmaDevice",
         "rdmaLinkLayer",
+        "representor",
         "vendor",
         "vendorName",
         "vfIndex",
