@@ -20,6 +20,9 @@ from typing import Final
 from hw import wire
 from hw.errors import HwError
 from hw.model import IfIndex
+from hw.rdma import nldev
+from hw.rdma.netlink import SUBSYSTEM
+from hw.rdma.wire import NETLINK_RDMA, NOTIFY_GROUP
 from hw.transport import open_netlink
 
 log = logging.getLogger(__name__)
@@ -50,22 +53,37 @@ class LinkMonitor:
     Yields a frozenset of the ifindexes whose link or addresses changed (gone ones included), or RESCAN.
     Listens from the moment it is made, so scan after making it. uevents False leaves out what netlink
     links do not tell: RDMA devices, and PCI functions whose driver was bound or unbound.
+
+    RDMA devices that come, go or change their netns are uevents; which netdev is whose port is told by
+    NETLINK_RDMA, on kernels that do (6.13).
     """
 
     def __init__(self, *, settle: float = SETTLE_SECONDS, uevents: bool = True) -> None:
         self._settle = settle
         self._links = _listen(socket.NETLINK_ROUTE, _GROUPS)
         self._uevents: socket.socket | None = None
+        self._rdma: socket.socket | None = None
         if uevents:
             try:
                 self._uevents = _listen(_NETLINK_KOBJECT_UEVENT, _UEVENT_GROUP)
             except OSError as error:
                 log.warning("changes of RDMA devices and of drivers are not heard of: %s", error)
+            self._hear_rdma()
+
+    def _hear_rdma(self) -> None:
+        """Once the kernel has RDMA: a socket that is opened before has it load its core."""
+        if self._rdma is None and SUBSYSTEM.exists():
+            try:
+                self._rdma = _listen(NETLINK_RDMA, NOTIFY_GROUP)
+            except OSError as error:
+                log.warning("which netdevs are ports of RDMA devices is not heard of: %s", error)
+
+    def _sockets(self) -> list[socket.socket]:
+        return [sock for sock in (self._links, self._uevents, self._rdma) if sock is not None]
 
     def close(self) -> None:
-        self._links.close()
-        if self._uevents is not None:
-            self._uevents.close()
+        for sock in self._sockets():
+            sock.close()
 
     def __enter__(self) -> LinkMonitor:
         return self
@@ -97,7 +115,12 @@ class LinkMonitor:
                 whole = False
         if self._uevents is not None:
             datagrams, complete = _drain(self._uevents)
-            whole = whole and complete and not any(map(concerns_hardware, datagrams))
+            if not complete or any(map(concerns_hardware, datagrams)):
+                whole = False
+                self._hear_rdma()
+        if self._rdma is not None:
+            datagrams, complete = _drain(self._rdma)
+            whole = whole and complete and not any(map(concerns_rdma, datagrams))
         return frozenset(changed) if whole else RESCAN
 
     async def _readable(self) -> None:
@@ -108,7 +131,7 @@ class LinkMonitor:
             if not ready.done():
                 ready.set_result(None)
 
-        sockets = [sock for sock in (self._links, self._uevents) if sock is not None]
+        sockets = self._sockets()
         for sock in sockets:
             loop.add_reader(sock, wake)
         try:
@@ -134,6 +157,16 @@ def concerns_hardware(data: bytes) -> bool:
     """Whether a kernel uevent is about a device appearing, going, or changing its driver."""
     fields = dict(part.partition(b"=")[::2] for part in data.split(b"\0")[1:] if b"=" in part)
     return fields.get(b"SUBSYSTEM") in _HARDWARE and fields.get(b"ACTION") in _ACTIONS
+
+
+def concerns_rdma(data: bytes) -> bool:
+    """Whether a datagram of NETLINK_RDMA is about RDMA devices or their netdevs. A netdev's new name is told
+    with the links; what makes no sense may have been about anything."""
+    try:
+        events = [nldev.event(message) for message in wire.messages(data)]
+    except HwError:
+        return True
+    return any(event and event.kind is not nldev.EventKind.NETDEV_RENAME for event in events)
 
 
 def _listen(protocol: int, groups: int) -> socket.socket:
