@@ -165,6 +165,8 @@ class Claims:
             device = self._context.devices.get(allocated.device)
             if device is None:
                 raise Refusal("NoSuchDevice", f"this node has no device {allocated.device} now")
+            # Also before its turn comes: whoever cleans it may be long about it.
+            self._check_quarantine(device)
             if any(device.name == other.name for _, other, _ in wanted):
                 raise Refusal("DeviceTwice", f"{device.name} is allocated twice and cannot be shared")
             config = claimconfig.resolve(allocated, claim.configs, limits)
@@ -230,11 +232,8 @@ class Claims:
 
     def _check_free(self, device: Device, ref: ClaimRef) -> None:
         """The last guard, whatever the scheduler, taints and tolerations say."""
-        book = self._context.book
-        quarantine = book.quarantines().get(device.name)
-        if quarantine is not None:
-            raise NotNow(f"{device.name} is withheld until it is clean: {quarantine.reason}")
-        for holder in book.of_device(device.name):
+        self._check_quarantine(device)
+        for holder in self._context.book.of_device(device.name):
             if holder.key.claim_uid != ref.uid:
                 raise Refusal(
                     "DeviceInUse",
@@ -246,6 +245,11 @@ class Claims:
             raise Refusal("NotSupported", f"{device.name} has no netdev: this version gives netdevs only")
         if device.ifindex is None or device.settings is None:
             raise NotNow(f"{device.name} is not in the host's network namespace now")
+
+    def _check_quarantine(self, device: Device) -> None:
+        quarantine = self._context.book.quarantines().get(device.name)
+        if quarantine is not None:
+            raise NotNow(f"{device.name} is withheld until it is clean: {quarantine.reason}")
 
     def _take_back(self, leaving: Preparation, *, reset: bool) -> None:
         """Undo a preparation that is in no pod. The record, which says what clean is, stays until the

@@ -22,6 +22,7 @@ _NETWORK_CLASS = 0x02
 _BDF = re.compile(r"[0-9a-f]{4,}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
 _ROOT = re.compile(r"pci[0-9a-f]{4,}:[0-9a-f]{2}")
 _VIRTFN = re.compile(r"virtfn([0-9]+)")
+_VIRTIO = re.compile(r"virtio[0-9]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +108,9 @@ def _function(
 ) -> tuple[PciFunction, dict[PciAddress, tuple[PciAddress, int]]]:
     base = f"{DEVICES}/{address}"
     entries = frozenset(sysfs.names(base) or ())
-    vfs = _virtual_functions(sysfs, address, entries)
+    # Many functions, each with many files: few of those are worth a look.
+    kin = [name for name in entries if name.startswith("virt")]
+    vfs = _virtual_functions(sysfs, address, kin)
     total = sysfs.integer(f"{base}/sriov_totalvfs") if "sriov_totalvfs" in entries else None
     function = PciFunction(
         facts=PciFacts(
@@ -124,7 +127,7 @@ def _function(
         total_vfs=total or None,
         has_netdev="net" in entries,
         has_rdma="infiniband" in entries,
-        virtio=tuple(sorted(name for name in entries if re.fullmatch(r"virtio[0-9]+", name))),
+        virtio=tuple(sorted(name for name in kin if _VIRTIO.fullmatch(name))),
     )
     return function, vfs
 
@@ -138,7 +141,7 @@ def _placed(function: PciFunction, place: tuple[PciAddress, int] | None) -> PciF
 
 
 def _virtual_functions(
-    sysfs: Sysfs, pf: PciAddress, entries: frozenset[str]
+    sysfs: Sysfs, pf: PciAddress, entries: Iterable[str]
 ) -> dict[PciAddress, tuple[PciAddress, int]]:
     found: dict[PciAddress, tuple[PciAddress, int]] = {}
     for entry in entries:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,7 @@ from driver.plan import Act
 from driver.policy import NodePolicy, ResetPolicy
 from hw.errors import Busy, Refused
 from hw.model import DeviceKind, MacAddress, PciAddress, PciIdentity, VfSettings, VfVlan
-from tests.unit.claims_world import VFIO, A, World, device, play_claims
+from tests.unit.claims_world import FAR, VFIO, A, World, device, play_claims
 
 VF = PciIdentity(PciAddress("0000:21:10.0"), PciAddress("0000:21:00.0"), 0)
 HELD = VfSettings(vlan=VfVlan(), trust=False, mac=MacAddress("02:aa:00:00:00:02"))
@@ -271,5 +272,24 @@ def test_a_vf_that_is_no_more_is_not_kept_for_its_driver(play) -> None:  # type:
         await world.unprepare(ref)
         assert world.states() == {}
         assert not world.book.quarantines()
+
+    play(story)
+
+
+def test_a_vf_whose_reset_takes_its_time_is_refused_at_once_until_it_is_clean(play) -> None:  # type: ignore[no-untyped-def]
+    """Whoever has it in hand keeps its lock: the next claim is not made to wait for that."""
+
+    async def story(world: World) -> None:
+        one_vf(world)
+        ref, following = world.claim("one", A), world.claim("two", A)
+        await world.prepare(ref)
+        world.node.stall[Act.UNBIND, A] = threading.Event()
+        assert await world.unprepare(ref, seconds=0.2) == ""
+        answer = await world.prepare(following)
+        assert "is withheld until it is clean: it did not come home in time" in answer
+        world.node.stall.pop((Act.UNBIND, A)).set()
+        assert await world.workers.idle(world.clock.monotonic() + FAR)
+        world.book.release(A)
+        assert await world.prepare(following) == [A]
 
     play(story)
