@@ -131,6 +131,7 @@ class App:
         self._metrics.watch_published(lambda: hub.slices_published)
         self._metrics.watch_api_requests(lambda: hub.requests)
         self._metrics.watch_devices(made.lifecycle.device_counts)
+        self._metrics.watch_unhealthy(made.lifecycle.unhealthy_counts)
         monitor = stack.enter_context(LinkMonitor())
         await made.lifecycle.start()
         stack.push_async_callback(self._stop_lifecycle, made.lifecycle)

@@ -179,6 +179,9 @@ def _device(
         max_mtu=device.link.max_mtu if device.link else None,
         driver=device.pci.driver if device.pci else None,
         taken=device.taken,
+        physical_port=device.physical_port,
+        has_netdev=device.has_netdev,
+        instance=device.pci.instance if device.pci else None,
     ), without
 
 

@@ -26,6 +26,7 @@ from hw.model import (
     NetnsCookie,
     PciAddress,
     PciIdentity,
+    PortState,
     VfLinkState,
     VfSettings,
     VfVlan,
@@ -238,6 +239,11 @@ class Device:
     """Withheld since someone has it: the host, others, or a pod."""
     port: PortBaseline | None = None
     """Of a PF with VFs, where it was looked at for a claim."""
+    physical_port: PortState | None = None
+    has_netdev: bool = True
+    """In whatever namespace."""
+    instance: int | None = None
+    """Of a PCI function: another one each time it is made."""
 
 
 class TaintEffect(enum.StrEnum):
@@ -450,6 +456,8 @@ class DeviceStatus:
     addresses: tuple[InterfaceAddress, ...] = ()
     hook: str = ""
     """`tcx` or `clsact`: what counts, and so how strong the promise is."""
+    unhealthy: str | None = None
+    """What is wrong with it, a sentence, or ""; None: it was not looked at yet."""
 
 
 class PodSample(NamedTuple):
@@ -477,11 +485,28 @@ class EventKind(enum.StrEnum):
     WARNING = "Warning"
 
 
+@dataclass(frozen=True, slots=True)
+class NodeRef:
+    """This node: for what concerns no claim."""
+
+    name: str
+
+    @property
+    def namespace(self) -> str:
+        """Of the event's own: a node has none, and where kubelet puts its."""
+        return "default"
+
+    @property
+    def uid(self) -> str:
+        """As kubelet names it in its events, by which `kubectl describe node` finds them."""
+        return self.name
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DriverEvent:
-    """A Kubernetes event about a claim or a pod."""
+    """A Kubernetes event about a claim, a pod or this node."""
 
-    subject: ClaimRef | PodRef
+    subject: ClaimRef | PodRef | NodeRef
     kind: EventKind
     reason: str
     message: str

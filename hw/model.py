@@ -231,6 +231,8 @@ class PciFacts:
     pcie_switch: str | None = None
     """Nearest bridge above that has a sibling below it; None directly under the root."""
     iommu_group: int | None = None
+    instance: int | None = None
+    """Another one each time the function is made: it outlives a driver, and not its PF's number of VFs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +276,25 @@ class RdmaFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PortState:
+    """The physical port that a device is behind, as the host's namespace shows it.
+
+    key names the port: its PF's address, or its place on a netdevsim. carrier None: nobody can tell, since
+    the port is down and need not be up for what is behind it.
+    """
+
+    key: str
+    name: IfName
+    up: bool
+    carrier: bool | None
+    speed_mbps: int | None = None
+
+    @property
+    def shown(self) -> str:
+        return f"port {self.name!a} ({self.key})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HwDevice:
     """One device as a backend found it. Backends yield these; inventory merges them into Devices.
 
@@ -297,6 +318,10 @@ class HwDevice:
     speed_mbps: int | None = None
     total_vfs: int | None = None
     """VFs that a PF can have; None where it is not capable of SR-IOV."""
+    physical_port: PortState | None = None
+    """None where there is none: of software, and of a VF whose PF is not to be seen."""
+    has_netdev: bool = True
+    """Its driver has made one, in whatever namespace that is."""
     withheld: str = ""
     taken: bool = False
     """Withheld since someone has it: the host, others, or a pod."""

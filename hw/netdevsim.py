@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from hw.devlink_codec import DevlinkPort, PortFlavour
 from hw.errors import HwError
 from hw.eswitch import Eswitches
-from hw.model import DeviceKind, EswitchMode, HwDevice, IfName, LinkInfo, NetdevsimIdentity
+from hw.model import DeviceKind, EswitchMode, HwDevice, LinkInfo, NetdevsimIdentity, PortState
 from hw.sysfs import Sysfs
 
 DEVICES = "bus/netdevsim/devices"
@@ -31,8 +31,10 @@ def discover(
     mine = [link for link in links if link.parent_bus == "netdevsim"]
     identities = {link.ifindex: _identity(link, eswitches.ports.get(link.ifindex)) for link in mine}
     with_vfs = {known.bus_id for known in identities.values() if known and known.vf_index is not None}
-    names = {
-        known.bus_id: link.name for link in mine if (known := identities[link.ifindex]) and known.port == 1
+    first_ports = {
+        known.bus_id: link
+        for link in mine
+        if (known := identities[link.ifindex]) and known.port == 1 and known.vf_index is None
     }
     for link in mine:
         identity = identities[link.ifindex]
@@ -47,7 +49,8 @@ def discover(
         if mode is None and vfs:
             mode = EswitchMode.SWITCHDEV
         vfs = vfs or _number_of_vfs(sysfs, identity) > 0
-        found.append(_device(link, identity, names.get(identity.bus_id), mode, vfs))
+        port = first_ports.get(identity.bus_id) if identity.vf_index is not None else link
+        found.append(_device(link, identity, port, mode, vfs))
     return tuple(found), tuple(problems)
 
 
@@ -78,16 +81,28 @@ def _number_of_vfs(sysfs: Sysfs, identity: NetdevsimIdentity) -> int:
 def _device(
     link: LinkInfo,
     identity: NetdevsimIdentity,
-    pf_name: IfName | None,
+    port: LinkInfo | None,
     mode: EswitchMode | None,
     with_vfs: bool,
 ) -> HwDevice:
+    """port: the link of its physical port, which is its own but for a VF."""
     is_vf = identity.vf_index is not None
     return HwDevice(
         kind=DeviceKind.VF if is_vf else DeviceKind.PF,
         identity=identity,
         link=link,
-        pf_name=pf_name if is_vf else None,
+        pf_name=port.name if is_vf and port is not None else None,
         pf_eswitch=mode,
+        physical_port=_port(identity.bus_id, port) if port is not None else None,
         withheld="" if is_vf or not with_vfs else "it has VFs, and they are given away instead",
+    )
+
+
+def _port(bus_id: int, link: LinkInfo) -> PortState:
+    """It carries nothing anyway, so a port that is down is nobody's trouble."""
+    return PortState(
+        key=f"netdevsim{bus_id}/{link.phys_port_name}",
+        name=link.name,
+        up=link.up,
+        carrier=link.carrier if link.up else None,
     )

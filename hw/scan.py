@@ -28,6 +28,7 @@ from hw.model import (
     NetdevsimIdentity,
     PciAddress,
     PciIdentity,
+    PortState,
     RdmaFacts,
     SoftwareIdentity,
 )
@@ -40,6 +41,7 @@ from hw.sysfs import Sysfs
 log = logging.getLogger(__name__)
 
 _LOOPBACK = 772
+_INFINIBAND = 32
 USERSPACE_DRIVERS = frozenset({"vfio-pci", "uio_pci_generic", "igb_uio", "pci-stub"})
 _ALIVE_MBPS = 10_000_000
 """A speed over 10 Tb/s is the kernel's unknown (-1 as unsigned)."""
@@ -262,6 +264,8 @@ class _View:
             speed_mbps=self._speed(pf, pf_link) if pf is not None and pf_link else None,
             total_vfs=None if function.is_vf else function.total_vfs,
             representor=self._representor(function),
+            physical_port=self._port(function, pf_link if function.is_vf else link),
+            has_netdev=function.has_netdev,
         )
         device = _with_rdma(device, rdma)
         device = replace(device, withheld=self._reason(function, device), taken=_is_away(function, device))
@@ -295,6 +299,21 @@ class _View:
             return None
         link = self._representors.get((function.pf, function.vf_index))
         return link.name if link is not None else None
+
+    def _port(self, function: PciFunction, link: LinkInfo | None) -> PortState | None:
+        """A VF's port is its PF's, which must be up to carry anything. A PF that is down may just be idle;
+        and an IPoIB interface that is down says nothing of its port."""
+        pf = function.pf if function.is_vf else function.facts.address
+        if link is None or pf is None:
+            return None
+        must_be_up = function.is_vf and link.link_type != _INFINIBAND
+        return PortState(
+            key=pf,
+            name=link.name,
+            up=link.up,
+            carrier=link.carrier if link.up else False if must_be_up else None,
+            speed_mbps=self._speed(pf, link),
+        )
 
     def _speed(self, pf: PciAddress, link: LinkInfo) -> int | None:
         """Of the PF's port in Mb/s. One read per PF: it is a query of the driver under the rtnl lock."""

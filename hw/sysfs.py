@@ -91,6 +91,16 @@ class Sysfs:
                 return None
             raise HwError(f"cannot list {self._absolute(path)}: {error.strerror}") from error
 
+    def instance(self, path: str) -> int | None:
+        """A number that this file or folder shares with no earlier one of its name: sysfs gives each object
+        that it makes another inode (kernfs ids are handed out in turn). None if it is not there."""
+        try:
+            return os.stat(self._absolute(path)).st_ino
+        except OSError as error:
+            if error.errno in _ABSENT:
+                return None
+            raise HwError(f"cannot look at {self._absolute(path)}: {error.strerror}") from error
+
     def write(self, path: str, value: str, *, timeout: float = WRITE_TIMEOUT) -> None:
         """Write a file in one go. NotFound, Refused or Busy (ETIMEDOUT) where it does not take it in time.
 

@@ -1,4 +1,4 @@
-"""Kubernetes events about claims and pods: folded and rate limited.
+"""Kubernetes events about claims, pods and the node: folded and rate limited.
 
 Invariant: whatever the lifecycle says however often, the requests made are bounded: equal events are one
 object with a count, written again at most once a fold interval; all together stay below the bucket's
@@ -19,7 +19,7 @@ from driver.kube.retry import BackOff
 from driver.kube.wire import JsonObject, child, clamp, text, timestamp
 from driver.kube.work import Worker
 from driver.lifecycle.ports import Clock
-from driver.model import ClaimRef, DriverEvent, NodeName
+from driver.model import ClaimRef, DriverEvent, NodeName, NodeRef, PodRef
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +149,6 @@ class KubeEventSink:
     def _body(self, folded: _Folded, count: int) -> JsonObject:
         event = folded.event
         subject = event.subject
-        is_claim = isinstance(subject, ClaimRef)
         return {
             "apiVersion": "v1",
             "kind": "Event",
@@ -157,13 +156,7 @@ class KubeEventSink:
                 "generateName": f"{clamp(subject.name, NAME_MAX)}.",
                 "namespace": subject.namespace,
             },
-            "involvedObject": {
-                "apiVersion": "resource.k8s.io/v1" if is_claim else "v1",
-                "kind": "ResourceClaim" if is_claim else "Pod",
-                "namespace": subject.namespace,
-                "name": subject.name,
-                "uid": subject.uid,
-            },
+            "involvedObject": _involved(subject),
             "type": event.kind.value,
             "reason": clamp(event.reason, 128),
             "message": clamp(event.message, MESSAGE_MAX),
@@ -174,3 +167,19 @@ class KubeEventSink:
             "reportingComponent": self._driver,
             "reportingInstance": self._node,
         }
+
+
+def _involved(subject: ClaimRef | PodRef | NodeRef) -> JsonObject:
+    named: JsonObject = {"name": subject.name, "uid": subject.uid}
+    match subject:
+        case NodeRef():
+            return {"apiVersion": "v1", "kind": "Node", **named}
+        case ClaimRef():
+            return {
+                "apiVersion": "resource.k8s.io/v1",
+                "kind": "ResourceClaim",
+                "namespace": subject.namespace,
+                **named,
+            }
+        case PodRef():
+            return {"apiVersion": "v1", "kind": "Pod", "namespace": subject.namespace, **named}

@@ -11,7 +11,7 @@ import logging
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from driver.errors import DriverError
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 API_VERSION = "resource.k8s.io/v1"
 READY = "Ready"
+HEALTHY = "Healthy"
 MESSAGE_MAX = 1024
 """Bytes; the API takes 32 KiB, a reader does not."""
 QUEUE_MAX = 4096
@@ -50,26 +51,21 @@ Entries = tuple[JsonObject, ...]
 def entries_of(statuses: Sequence[DeviceStatus], driver: str, before: Entries, now: float) -> Entries:
     """The entries to own. A condition that keeps its status keeps its lastTransitionTime from before;
     now is seconds since the epoch."""
-    times = {(_key(entry), ready): time for entry in before for ready, time in _transitions(entry)}
+    times = {(_key(entry), *state): time for entry in before for state, time in _transitions(entry)}
     entries = [_entry(status, driver, times, now) for status in statuses]
     return tuple(sorted(entries, key=_key))
 
 
 def _entry(
-    status: DeviceStatus, driver: str, times: dict[tuple[tuple[str, ...], str], str], now: float
+    status: DeviceStatus, driver: str, times: Mapping[tuple[tuple[str, ...], str, str], str], now: float
 ) -> JsonObject:
     entry: JsonObject = {"driver": driver, "pool": status.pool, "device": status.device}
     if status.share_id is not None:
         entry["shareID"] = status.share_id
-    ready = "True" if status.ready else "False"
+    key = _key(entry)
     entry["conditions"] = [
-        {
-            "type": READY,
-            "status": ready,
-            "reason": status.reason if REASON.fullmatch(status.reason) else UNNAMED,
-            "message": clamp(status.message, MESSAGE_MAX),
-            "lastTransitionTime": times.get((_key(entry), ready)) or timestamp(now),
-        }
+        {**condition, "lastTransitionTime": times.get((key, *_state(condition))) or timestamp(now)}
+        for condition in _conditions(status)
     ]
     network: JsonObject = {}
     if status.interface is not None:
@@ -83,6 +79,24 @@ def _entry(
     if status.hook:
         entry["data"] = {"accountingHook": status.hook}
     return entry
+
+
+def _conditions(status: DeviceStatus) -> list[JsonObject]:
+    reason = status.reason if REASON.fullmatch(status.reason) else UNNAMED
+    found = [_condition(READY, status.ready, reason, status.message)]
+    ill = status.unhealthy
+    if ill is not None:
+        found.append(_condition(HEALTHY, not ill, "Unhealthy" if ill else "Healthy", ill))
+    return found
+
+
+def _condition(kind: str, holds: bool, reason: str, message: str) -> JsonObject:
+    return {
+        "type": kind,
+        "status": "True" if holds else "False",
+        "reason": reason,
+        "message": clamp(message, MESSAGE_MAX),
+    }
 
 
 def own_entries(claim: JsonObject, driver: str) -> Entries:
@@ -105,11 +119,14 @@ def _key(entry: JsonObject) -> tuple[str, ...]:
     return tuple(text(entry, field) for field in ("driver", "pool", "device", "shareID"))
 
 
-def _transitions(entry: JsonObject) -> list[tuple[str, str]]:
+def _state(condition: JsonObject) -> tuple[str, str]:
+    return text(condition, "type"), text(condition, "status")
+
+
+def _transitions(entry: JsonObject) -> list[tuple[tuple[str, str], str]]:
     return [
-        (text(condition, "status"), text(condition, "lastTransitionTime"))
+        (_state(condition), text(condition, "lastTransitionTime"))
         for condition in children(entry, "conditions")
-        if text(condition, "type") == READY
     ]
 
 

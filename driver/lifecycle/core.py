@@ -14,6 +14,7 @@ from driver.journal.store import Journal
 from driver.lifecycle.claims import Claims
 from driver.lifecycle.context import Context
 from driver.lifecycle.gate import Gate
+from driver.lifecycle.health import Health, HealthFeed
 from driver.lifecycle.homecoming import Homecoming
 from driver.lifecycle.orphans import Orphans
 from driver.lifecycle.ports import ClaimFailed
@@ -48,9 +49,12 @@ class Lifecycle:
         self.gate = Gate(journal.state().recovery)
         self._projections = Projections(context)
         self._homecoming = Homecoming(context, self._projections)
+        self._health = Health(context, self._projections, self._homecoming, self.gate)
         self._orphans = Orphans(context, self._projections, usage)
         self._claims = Claims(context, self._projections, self._homecoming, self.gate, self._orphans)
-        self._sandboxes = Sandboxes(context, self._projections, self._homecoming, self.gate, usage)
+        self._sandboxes = Sandboxes(
+            context, self._projections, self._homecoming, self.gate, usage, self._health
+        )
         self._reconcile = Reconcile(
             context,
             journal,
@@ -60,6 +64,7 @@ class Lifecycle:
             self._sandboxes,
             self.gate,
             self._orphans,
+            self._health,
         )
         self._provisioning = Provisioning(context, self.gate, lambda: self.links_changed(None))
         self._usage = usage
@@ -76,7 +81,11 @@ class Lifecycle:
             await self._provisioning.at_start(self._spawn(self._provisioning.run))
             self._spawn(lambda: _every(VFS_AGAIN_EVERY, self._provisioning.again))
         self._makes_vfs = make_vfs
+        # What is unwell now must not be offered as well for a moment.
+        await self._health.look()
         await self._reconcile.at_start()
+        self._health.nudge()
+        self._spawn(self._health.run)
         await self._context.workers.run([], self._usage.started)
         self._spawn(lambda: _every(PRUNE_EVERY, self._prune, at_once=True))
         self._spawn(lambda: _every(CHECKPOINT_EVERY, self._checkpoint))
@@ -112,6 +121,15 @@ class Lifecycle:
             "quarantined": len(book.quarantines()),
         }
 
+    @property
+    def health(self) -> HealthFeed:
+        """What kubelet is told of the devices."""
+        return self._health.feed
+
+    def unhealthy_counts(self) -> Mapping[str, int]:
+        """Devices that are unwell by what they have, for the gauge."""
+        return self._health.counts()
+
     def attached_pods(self) -> tuple[str, ...]:
         """Pods that have devices of ours, as namespace/name."""
         pods = {a.pod for a in self._context.book.attachments()}
@@ -142,7 +160,10 @@ class Lifecycle:
             await context.workers.run([], context.devices.rescan)
             returned = frozenset(self._away())
             self._look_after_vfs()
+            # Before it is mended: a pod that lost its device for a moment lost it.
+            await self._health.look()
         await self._reconcile.after_change(returned)
+        self._health.nudge()
 
     def _look_after_vfs(self) -> None:
         """In a task of its own: it may take long, and nobody waits for it."""
@@ -186,6 +207,7 @@ class Lifecycle:
         self, claims: Sequence[ClaimRef], deadline: float
     ) -> Mapping[ClaimUid, ClaimFailed | None]:
         answers = await self._claims.unprepare(claims, deadline)
+        self._health.nudge()
         # Its holder may have been what kept a PF's VFs as they were.
         self._look_after_vfs()
         return answers

@@ -95,6 +95,12 @@ class Devices:
         """From the next look on nothing of these PFs, whole or VFs, is given away, until another call."""
         self._held_back = reasons
 
+    def held_back(self, identity: Identity) -> str:
+        """Why hold_back keeps a device from being given away; "" if it does not."""
+        if not isinstance(identity, PciIdentity):
+            return ""
+        return self._held_back.get(identity.pf or identity.address, "")
+
     def rescan(self) -> inventory.InventoryDiff:
         """Look at everything again; returns what changed."""
         with self._lock, LinkSocket(None) as links, rdma_if_any() as asked:
@@ -111,10 +117,7 @@ class Devices:
             return inventory.diff(old, new)
 
     def _checked(self, device: HwDevice) -> HwDevice:
-        identity = device.identity
-        if device.withheld or not isinstance(identity, PciIdentity):
-            return device
-        reason = self._held_back.get(identity.pf or identity.address)
+        reason = "" if device.withheld else self.held_back(device.identity)
         return replace(device, withheld=reason) if reason else device
 
     def see_home(self, preparation: Preparation) -> None:

@@ -189,6 +189,38 @@ class Homecoming:
         ) as target:
             return context.engine.bring_home(plan.tidy(preparation), target)
 
+    def make_ready(self, preparation: Preparation) -> tuple[Problem, ...]:
+        """Have a prepared device that is in no pod be as its prepare left it, programs included. What stands
+        against it, or nothing."""
+        problems = self.check_clean(preparation)
+        if not problems:
+            # Its netdev may be another one than the last scan saw.
+            self._context.devices.see_home(preparation)
+            self.rearm(preparation, must_be_home=True)
+        return problems
+
+    def rearm(self, preparation: Preparation, *, must_be_home: bool) -> None:
+        """Programs as this version has them, on the same device: pins outlive an agent, not a reboot."""
+        programs = self._context.programs
+        if programs is None or preparation.by_file:
+            return
+        device = preparation.key.device
+        ifindex = self._context.devices.hint(preparation)
+        if must_be_home and ifindex is not None:
+            programs.attach(device, ifindex, preparation.slot)
+        elif programs.repoint_all({device: preparation.slot}):
+            log.error("the programs of %s are gone while it is in a pod: it is not counted there", device)
+
+    def is_dead(self, preparation: Preparation) -> bool:
+        """Whether the netdev that was prepared is no more. There may be another in its place, without its
+        programs and with none of what its PF was told for it. False where there are no programs to say so:
+        with clsact, and of a device that is given by its files."""
+        programs = self._context.programs
+        if programs is None or preparation.by_file:
+            return False
+        pair = programs.state(preparation.key.device)
+        return pair is None or not pair.alive
+
     def _withdraw(self, attachment: Attachment) -> None:
         try:
             self._projections.publish_claim(attachment.preparation.claim_uid)

@@ -8,7 +8,8 @@ to nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,21 +19,23 @@ from driver.lifecycle.relations import sharing
 from driver.model import (
     Attachment,
     AttachmentState,
+    ClaimRef,
     ClaimUid,
     CounterUse,
+    DeviceName,
     DeviceStatus,
     DriverEvent,
     EventKind,
+    NodeRef,
     OfferedDevice,
     PodRef,
     Preparation,
     Taint,
 )
 from driver.sharing import VFS
+from driver.troubles import DeviceHealth, Trouble
 
 log = logging.getLogger(__name__)
-
-QUARANTINE_TAINT = "quarantined"
 
 
 class Projections:
@@ -40,6 +43,9 @@ class Projections:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        self._healths: Mapping[DeviceName, DeviceHealth] = {}
+        self._kept: frozenset[DeviceName] = frozenset()
+        self._offered: Mapping[DeviceName, OfferedDevice] = {}
 
     # --- files, in worker threads -------------------------------------------------------------------
 
@@ -113,6 +119,7 @@ class Projections:
                 mac=None if p.by_file else p.mac,
                 addresses=p.config.interface.addresses,
                 hook="" if p.by_file else self._context.hook,
+                unhealthy=health.message if (health := self._healths.get(p.key.device)) else None,
             )
             for a, p in attached
         )
@@ -144,23 +151,62 @@ class Projections:
             offered[name] = OfferedDevice(
                 name=name, attributes=preparation.attributes, capacities=preparation.capacities
             )
+        for name in self._kept - offered.keys():
+            # Its driver was taken from it: what is known of it is from when it had one.
+            if name in self._offered:
+                offered[name] = self._offered[name]
+        self._offered = offered
         uses = relations.uses(offered)
-        taint = Taint(key=f"{context.driver}/{QUARANTINE_TAINT}", value="true")
         context.slices.offer(
             tuple(
                 replace(
                     offered[name],
                     uses=uses.get(name, ()),
-                    taints=(taint,) if relations.quarantine(name) else (),
+                    taints=self._taints(name, bool(relations.quarantine(name))),
                 )
                 for name in sorted(offered, key=lambda name: (_takes_all(uses.get(name, ())), name))
             )
         )
 
-    def tell_pod(self, pod: PodRef, reason: str, message: str) -> None:
-        self._context.events.emit(
-            DriverEvent(subject=pod, kind=EventKind.WARNING, reason=reason, message=message)
+    def offered(self) -> AbstractSet[DeviceName]:
+        """What was offered the last time."""
+        return self._offered.keys()
+
+    def show_health(self, healths: Mapping[DeviceName, DeviceHealth], kept: frozenset[DeviceName]) -> bool:
+        """What offers and statuses say of devices from now on. kept: to be offered as before, though they
+        are withheld. Whether another offer is due."""
+        before = {name: _troubles(health) for name, health in self._healths.items()}
+        after = {name: _troubles(health) for name, health in healths.items()}
+        due = kept != self._kept or any(before.get(name, []) != now for name, now in after.items())
+        self._healths, self._kept = healths, kept
+        return due
+
+    def _taints(self, name: DeviceName, quarantined: bool) -> tuple[Taint, ...]:
+        health = self._healths.get(name)
+        found = set(_troubles(health)) if health is not None else set()
+        # The book is the first to know of it.
+        found = found | {Trouble.QUARANTINED} if quarantined else found - {Trouble.QUARANTINED}
+        rule = self._context.policy().health.rule
+        return tuple(
+            Taint(key=f"{self._context.driver}/{trouble}", value="true", effect=effect)
+            for trouble in sorted(found)
+            if (effect := rule(trouble).effect) is not None
         )
+
+    def tell(self, subject: ClaimRef | PodRef, kind: EventKind, reason: str, message: str) -> None:
+        self._context.events.emit(DriverEvent(subject=subject, kind=kind, reason=reason, message=message))
+
+    def tell_pod(self, pod: PodRef, reason: str, message: str) -> None:
+        self.tell(pod, EventKind.WARNING, reason, message)
+
+    def tell_node(self, kind: EventKind, reason: str, message: str) -> None:
+        """Of what concerns no claim. The pool is named as the node is."""
+        node = NodeRef(self._context.pool)
+        self._context.events.emit(DriverEvent(subject=node, kind=kind, reason=reason, message=message))
+
+
+def _troubles(health: DeviceHealth) -> list[Trouble]:
+    return [finding.trouble for finding in health.findings]
 
 
 def _limits(preparation: Preparation) -> str:

@@ -19,6 +19,7 @@ from driver.journal.store import Journal
 from driver.lifecycle.claims import Claims
 from driver.lifecycle.context import Context
 from driver.lifecycle.gate import Gate
+from driver.lifecycle.health import Health
 from driver.lifecycle.homecoming import Homecoming
 from driver.lifecycle.orphans import Orphans
 from driver.lifecycle.projections import Projections
@@ -66,7 +67,9 @@ class Reconcile:
         sandboxes: Sandboxes,
         gate: Gate,
         orphans: Orphans,
+        health: Health,
     ) -> None:
+        self._health = health
         self._orphans = orphans
         self._context = context
         self._journal = journal
@@ -124,6 +127,7 @@ class Reconcile:
                 if attachment.preparation.device in came or attachment.state is AttachmentState.DETACHING:
                     await self._on_device(attachment.preparation.device, self._if_home(attachment))
             await self._mend()
+            self._give_back()
             self._projections.offer()
 
     async def again(self) -> None:
@@ -204,29 +208,15 @@ class Reconcile:
                 self._claims.finish([preparation])
                 return
             if context.book.attachments_of(preparation.key):
-                self._rearm(preparation, must_be_home=False)
+                self._homecoming.rearm(preparation, must_be_home=False)
                 return
-            problems = self._homecoming.check_clean(preparation)
+            problems = self._homecoming.make_ready(preparation)
             if problems:
                 context.book.quarantine(preparation.key.device, str(problems[-1].error), context.clock.wall())
             else:
                 context.book.release(preparation.key.device)
-                context.devices.see_home(preparation)
-                self._rearm(preparation, must_be_home=True)
 
         return work
-
-    def _rearm(self, preparation: Preparation, *, must_be_home: bool) -> None:
-        """Programs as this version has them, on the same device: pins outlive an agent, not a reboot."""
-        programs = self._context.programs
-        if programs is None or preparation.by_file:
-            return
-        device = preparation.key.device
-        ifindex = self._context.devices.hint(preparation)
-        if must_be_home and ifindex is not None:
-            programs.attach(device, ifindex, preparation.slot)
-        elif programs.repoint_all({device: preparation.slot}):
-            log.error("the programs of %s are gone while it is in a pod: it is not counted there", device)
 
     def _forget_before_boot(self) -> None:
         """A reboot makes every device anew: one that is withheld with no record of it is as good as any."""
@@ -264,8 +254,29 @@ class Reconcile:
 
     async def _mend(self) -> None:
         """What is on its way home, or was not clean, and is in no pod."""
-        for preparation in self._unfinished():
+        for preparation in (*self._unfinished(), *await self._in_worker(self._made_anew)):
             await self._on_device(preparation.key.device, self._resume_preparation(preparation))
+
+    def _made_anew(self) -> list[Preparation]:
+        """Prepared, in no pod, and not what was prepared any more: its driver was bound anew, or its PF's VFs
+        were made anew, by others."""
+        book = self._context.book
+        return [
+            p
+            for p in book.preparations()
+            if p.state is PreparationState.PREPARED
+            and not book.attachments_of(p.key)
+            and self._homecoming.is_dead(p)
+        ]
+
+    def _give_back(self) -> None:
+        """What a living pod lost goes into it again, once it is as it was prepared."""
+        book = self._context.book
+        for key, sandbox in self._health.to_give_back():
+            preparation = book.preparation(key)
+            ready = preparation is not None and preparation.state is PreparationState.PREPARED
+            if ready and key.device not in book.quarantines():
+                self._sandboxes.attach_late(sandbox)
 
     def _unfinished(self) -> list[Preparation]:
         book = self._context.book
@@ -326,9 +337,19 @@ class Reconcile:
 
         def work() -> None:
             if attachment.state is AttachmentState.DETACHING or self._homecoming.is_home(attachment):
+                self._note_loss(attachment)
                 self._homecoming.bring_home(attachment)
 
         return work
+
+    def _note_loss(self, attachment: Attachment) -> None:
+        """Its netns died and it came home: nothing to tell. Its pod lives: it lost its device."""
+        current = self._context.book.attachment(attachment.id)
+        preparation = self._context.book.preparation(attachment.preparation)
+        if current is None or preparation is None or current.state is not AttachmentState.ATTACHED:
+            return
+        if self._homecoming.is_alive(current):
+            self._health.lose(current, dead=self._homecoming.is_dead(preparation))
 
     async def _note(self, done: Callable[[], None]) -> None:
         """On a full disk it is done again after the next start, which changes nothing."""

@@ -20,6 +20,7 @@ from driver.execute.engine import EXPECTED, Token, UndoFailed
 from driver.execute.target import open_target
 from driver.lifecycle.context import Context
 from driver.lifecycle.gate import Gate
+from driver.lifecycle.health import Health
 from driver.lifecycle.homecoming import Homecoming
 from driver.lifecycle.patience import Patience
 from driver.lifecycle.projections import Projections
@@ -94,7 +95,9 @@ class Sandboxes:
         homecoming: Homecoming,
         gate: Gate,
         usage: Usage,
+        health: Health,
     ) -> None:
+        self._health = health
         self._context = context
         self._projections = projections
         self._homecoming = homecoming
@@ -234,6 +237,7 @@ class Sandboxes:
                 del self._under_way[sandbox.id]
         for uid in {p.key.claim_uid for p in preparations}:
             self._projections.report_claim(uid)
+        self._health.nudge()
 
     async def _attach_late(self, sandbox: Sandbox) -> None:
         async with self._late_lane:
@@ -384,11 +388,12 @@ class Sandboxes:
             self._check_clean(preparation)
 
     def _check_clean(self, preparation: Preparation) -> None:
-        """There is no second prepare for a sandbox made anew, so a withheld device is looked at here too."""
+        """There is no second prepare for a sandbox made anew, so a withheld device is looked at here too, and
+        one that was made anew by others meanwhile."""
         device = preparation.key.device
-        if device not in self._context.book.quarantines():
+        if device not in self._context.book.quarantines() and not self._homecoming.is_dead(preparation):
             return
-        problems = self._homecoming.check_clean(preparation)
+        problems = self._homecoming.make_ready(preparation)
         if problems:
             raise NotNow(f"{device} is withheld until it is clean: {problems[-1].error}")
         self._context.book.release(device)

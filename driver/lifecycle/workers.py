@@ -34,6 +34,9 @@ class KeyedLocks(Generic[K]):
     def __len__(self) -> int:
         return len(self._locks)
 
+    def __contains__(self, key: K) -> bool:
+        return key in self._locks
+
     @asynccontextmanager
     async def hold(self, key: K) -> AsyncIterator[None]:
         lock = self._locks.setdefault(key, asyncio.Lock())
@@ -55,6 +58,10 @@ class DeviceWorkers:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="knd-device")
         self._locks: KeyedLocks[DeviceName] = KeyedLocks()
         self._tasks: set[asyncio.Task[object]] = set()
+
+    def is_busy(self, device: DeviceName) -> bool:
+        """Whether something is done to it now, or waits to be."""
+        return device in self._locks
 
     async def run(self, devices: Iterable[DeviceName], work: Callable[[], T]) -> T:
         """Run work in a thread while holding the devices. Cancelling the caller does not stop it."""

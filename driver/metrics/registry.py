@@ -84,6 +84,15 @@ class Metrics:
             lambda: {(state,): number for state, number in read().items()},
         )
 
+    def watch_unhealthy(self, read: Callable[[], Mapping[str, int]]) -> None:
+        """How many devices have which trouble; the troubles are the caller's closed set."""
+        self._watched.add(
+            lambda: GaugeMetricFamily(
+                "knd_unhealthy_devices", "Devices of this node by what is wrong with them.", labels=["reason"]
+            ),
+            lambda: {(reason,): number for reason, number in read().items()},
+        )
+
     def watch_recovery(self, read: Callable[[], str]) -> None:
         """Why the journal cannot be trusted, or ""."""
         self._watch_flag("knd_journal_recovery", "1 while the journal cannot be trusted.", read)

@@ -14,6 +14,7 @@ from typing import Annotated
 
 from driver.claimconfig import DEFAULT_LIMITS, ClaimLimits
 from driver.model import AttributeValue
+from driver.policy.health import DEFAULT_HEALTH, HealthPolicy
 from driver.policy.patterns import GLOBS, IDS, matches
 from driver.policy.rdma import DEFAULT_RDMA, RdmaRules
 from driver.policy.sriov import PF_RULES, PfRule
@@ -234,6 +235,9 @@ class NodePolicy:
         tuple[QosClass, ...],
         Key("qosClasses", listing(record(QosClass), minimum=1, maximum=8), "Replaces the built-in ones."),
     ] = DEFAULT_CLASSES
+    health: Annotated[
+        HealthPolicy, Key("health", record(HealthPolicy), "What a device's trouble means, and when.")
+    ] = DEFAULT_HEALTH
     hook: Annotated[HookPreference, Key("hook", choice(HookPreference), "Where counting sits.")] = (
         HookPreference.AUTO
     )

@@ -122,6 +122,7 @@ def _function(
             pcie_root=chain[0] if _ROOT.fullmatch(chain[0]) else None,
             pcie_switch=_switch(chain, forks),
             iommu_group=_iommu_group(sysfs, base, entries),
+            instance=sysfs.instance(base),
         ),
         is_vf="physfn" in entries,
         total_vfs=total or None,

@@ -62,6 +62,7 @@ class Home:
     alive: set[SandboxId] = field(default_factory=set)
     stuck: dict[DeviceName, Exception] = field(default_factory=dict)
     dirty: set[DeviceName] = field(default_factory=set)
+    dead: set[DeviceName] = field(default_factory=set)
 
     def hold(self, made: Attachment, of: Preparation, netns: object) -> None: ...
 
@@ -84,7 +85,12 @@ class Home:
     def close_attachment(self, made: Attachment) -> None:
         self.book.close_attachment(made)
 
-    def check_clean(self, made: Preparation) -> tuple[object, ...]:
+    def is_dead(self, made: Preparation) -> bool:
+        return made.key.device in self.dead
+
+    def make_ready(self, made: Preparation) -> tuple[object, ...]:
+        self.log.append(("ready", made.key.device))
+        self.dead.discard(made.key.device)
         dirty = made.key.device in self.dirty
         return (SimpleNamespace(error=NotNow("it has addresses")),) if dirty else ()
 
@@ -128,7 +134,8 @@ class World:
             tell_pod=lambda pod, reason, text: self.told.append((pod, reason)),
         )
         usage = SimpleNamespace(begin=lambda made, of: None)
-        parts = [cast(Any, part) for part in (context, projections, self.home, self.gate, usage)]
+        health = SimpleNamespace(nudge=lambda: None)
+        parts = [cast(Any, part) for part in (context, projections, self.home, self.gate, usage, health)]
         self.sandboxes = Sandboxes(*parts)
 
     def act(self, act: Act) -> Callable[[Any], None]:

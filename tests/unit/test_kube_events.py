@@ -12,13 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from driver.kube.events import BURST, FOLDED_MAX, PER_SECOND, KubeEventSink, TokenBucket
-from driver.model import ClaimRef, ClaimUid, DriverEvent, EventKind, PodRef, PodUid
+from driver.model import ClaimRef, ClaimUid, DriverEvent, EventKind, NodeRef, PodRef, PodUid
 from kndsim.api import SimApi
 from tests.conftest import WaitUntil
 from tests.unit.kube_support import DRIVER, FAST, NODE, ManualClock, client_of, running
 
 CLAIM = ClaimRef("d", "c", ClaimUid("uid-c"))
 POD = PodRef("d", "p", PodUid("uid-p"))
+NODE_REF = NodeRef("node-a")
 
 
 @dataclass
@@ -37,27 +38,29 @@ def setting(tmp_path: Path) -> Iterator[Setting]:
             yield Setting(api, sink, clock)
 
 
-def event(message: str = "m", subject: ClaimRef | PodRef = CLAIM) -> DriverEvent:
+def event(message: str = "m", subject: ClaimRef | PodRef | NodeRef = CLAIM) -> DriverEvent:
     return DriverEvent(subject=subject, kind=EventKind.WARNING, reason="Refused", message=message)
 
 
 @pytest.mark.parametrize(
     ("subject", "version", "kind"),
-    [(CLAIM, "resource.k8s.io/v1", "ResourceClaim"), (POD, "v1", "Pod")],
+    [(CLAIM, "resource.k8s.io/v1", "ResourceClaim"), (POD, "v1", "Pod"), (NODE_REF, "v1", "Node")],
 )
 def test_an_event_is_found_at_what_it_is_about(
-    setting: Setting, wait_until: WaitUntil, subject: ClaimRef | PodRef, version: str, kind: str
+    setting: Setting, wait_until: WaitUntil, subject: ClaimRef | PodRef | NodeRef, version: str, kind: str
 ) -> None:
     setting.sink.emit(event("device vf-1 is held by another pod", subject))
     (written,) = wait_until(setting.api.events)
+    # A node has no namespace; its events are in `default`, and the API takes them nowhere else.
+    placed = {} if kind == "Node" else {"namespace": "d"}
     assert written["involvedObject"] == {
         "apiVersion": version,
         "kind": kind,
-        "namespace": "d",
         "name": subject.name,
         "uid": subject.uid,
+        **placed,
     }
-    assert written["metadata"]["namespace"] == "d"
+    assert written["metadata"]["namespace"] == ("default" if kind == "Node" else "d")
     assert (written["type"], written["reason"]) == ("Warning", "Refused")
     assert written["message"] == "device vf-1 is held by another pod"
     assert written["source"] == {"component": DRIVER, "host": NODE}

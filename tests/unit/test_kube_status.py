@@ -103,6 +103,28 @@ def test_an_entry_says_where_the_device_is(setting: Setting, wait_until: WaitUnt
     }
 
 
+def test_health_is_a_condition_of_its_own_with_a_time_of_its_own(
+    setting: Setting, wait_until: WaitUntil
+) -> None:
+    claim = claim_with(setting.api, "vf-1")
+
+    def conditions(unhealthy: str) -> dict[str, dict[str, str]]:
+        setting.writer.write_status(claim, [status_of(claim, "vf-1", unhealthy=unhealthy)])
+        wait_until(
+            lambda: [c["message"] for d in setting.devices() for c in d["conditions"]] == ["", unhealthy]
+        )
+        (entry,) = setting.devices()
+        return {each["type"]: each for each in entry["conditions"]}
+
+    well = conditions("")
+    assert (well["Healthy"]["status"], well["Healthy"]["reason"]) == ("True", "Healthy")
+    setting.clock.now += 60.0
+    ill = conditions("port 'ens1' has no carrier")
+    assert (ill["Healthy"]["status"], ill["Healthy"]["reason"]) == ("False", "Unhealthy")
+    assert ill["Healthy"]["lastTransitionTime"] > well["Healthy"]["lastTransitionTime"]
+    assert ill["Ready"] == well["Ready"]
+
+
 def test_the_apply_carries_owned_fields_only_by_force_under_the_drivers_name(
     setting: Setting, wait_until: WaitUntil
 ) -> None:

@@ -36,6 +36,7 @@ from driver.model import (
     VfDriver,
 )
 from driver.paths import Paths
+from driver.policy import NodePolicy
 from hw.model import DeviceKind, IfIndex, NetnsCookie, PciAddress, PciIdentity, RatesBy, VfSettings
 from tests.unit.journal_values import BOOT, IDENTITIES, attachment, preparation
 
@@ -53,6 +54,7 @@ class World:
         self.statuses: list[Sequence[DeviceStatus]] = []
         self.events: list[DriverEvent] = []
         self.devices: dict[DeviceName, Device] = {}
+        self.policy = NodePolicy()
         engine: Engine[object] = Engine(
             journal=journal, acts={}, clock=SimpleNamespace(monotonic=lambda: 0.0), observer=self
         )
@@ -63,6 +65,8 @@ class World:
             live=LiveFiles(self.paths),
             driver=self.paths.driver,
             hook="tcx",
+            pool="node-a",
+            policy=lambda: self.policy,
             devices=SimpleNamespace(
                 current=lambda: self.devices,
                 vfio_files=lambda address: (Path("/dev/vfio/vfio"), Path("/dev/vfio/15")),

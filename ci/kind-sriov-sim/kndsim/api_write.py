@@ -176,7 +176,8 @@ def _check_metadata(target: Target, sent: Json, have: Json) -> None:
 
 
 def _check_event(target: Target, body: Json) -> None:
-    if (body.get("involvedObject") or {}).get("namespace") != target.namespace:
+    """What is about something without a namespace belongs into `default`."""
+    if ((body.get("involvedObject") or {}).get("namespace") or "default") != target.namespace:
         why = "Invalid value: does not match event.namespace"
         raise invalid(target.kind, "", (("involvedObject.namespace", why),))
 
