@@ -26,6 +26,7 @@ from hw.model import (
     NetnsCookie,
     PciAddress,
     PciIdentity,
+    PortBaseline,
     PortState,
     VfLinkState,
     VfSettings,
@@ -188,23 +189,6 @@ VF_FIELDS: Mapping[str, str] = {
 
 
 # --- devices ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PortVf:
-    """What a PF holds of the VF of this index."""
-
-    index: int
-    settings: VfSettings
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PortBaseline:
-    """What becomes of a PF's VFs is in the hands of whoever has the PF: what it was like before."""
-
-    up: bool
-    """Without its PF up no VF has a carrier."""
-    vfs: tuple[PortVf, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -437,3 +437,20 @@ class VfSettings:
     trust: bool | None = None
     link_state: VfLinkState | None = None
     rates_by: RatesBy = RatesBy.PF
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PortVf:
+    """What a PF holds of the VF of this index."""
+
+    index: int
+    settings: VfSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PortBaseline:
+    """What becomes of a PF's VFs is in the hands of whoever has the PF: what it was like before."""
+
+    up: bool
+    """Without its PF up no VF has a carrier."""
+    vfs: tuple[PortVf, ...] = ()

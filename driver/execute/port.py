@@ -13,9 +13,12 @@ from collections.abc import Iterator, Mapping
 from driver.errors import NotNow
 from driver.execute import probe, vf
 from driver.execute.target import NotClean, Target
-from driver.model import PortBaseline
 from hw.errors import HwError
-from hw.model import PciIdentity, VfSettings
+from hw.model import (
+    PciIdentity,
+    PortBaseline,
+    VfSettings,
+)
 from hw.scan import USERSPACE_DRIVERS
 from hw.sriov import binding
 from hw.sriov.provision import vfs_of

@@ -13,7 +13,11 @@ from pathlib import Path
 
 from driver import inventory
 from driver.errors import NotNow
-from driver.model import Device, DeviceName, PortBaseline, PortVf, Preparation
+from driver.model import (
+    Device,
+    DeviceName,
+    Preparation,
+)
 from driver.policy import NodePolicy
 from hw.eswitch import read_eswitches
 from hw.model import (
@@ -26,6 +30,8 @@ from hw.model import (
     MacAddress,
     PciAddress,
     PciIdentity,
+    PortBaseline,
+    PortVf,
     SoftwareIdentity,
     VfSettings,
     is_at_home,

@@ -120,12 +120,12 @@ def test_it_counts_only_after_it_lasted_and_is_over_only_after_it_was_over_as_lo
         now = clock.look(DOWN if present else FINE, pause)
         if present != last:
             last, stable_since = present, clock.now
-        lasted = clock.now - stable_since
+        over = clock.now >= stable_since + (RULE.after if present else RULE.until)
         if now != counted:
             assert now == present
-            assert lasted >= (RULE.after if present else RULE.until)
+            assert over
         elif present != counted:
-            assert lasted < (RULE.after if present else RULE.until)
+            assert not over
         counted = now
 
 

@@ -14,10 +14,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from driver import plan
-from driver.model import Device, DeviceName, PortBaseline, PortVf, Preparation
+from driver.model import (
+    Device,
+    DeviceName,
+    Preparation,
+)
 from driver.plan import Act
 from driver.sharing import Node, Sharing
-from hw.model import DeviceKind, PciAddress, PciIdentity, VfSettings
+from hw.model import (
+    DeviceKind,
+    PciAddress,
+    PciIdentity,
+    PortBaseline,
+    PortVf,
+    VfSettings,
+)
 from tests.unit.claims_world import A, B, C, World, device, play_claims
 from tests.unit.journal_values import preparation
 
