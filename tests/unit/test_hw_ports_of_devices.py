@@ -1,4 +1,4 @@
-"""Which physical port a device is behind, and what that port says; and whether it is still the same function."""
+"""Which physical port a device is behind and what that says of it; whether it is still the same function."""
 
 from __future__ import annotations
 
