@@ -20,6 +20,8 @@ IfIndex = NewType("IfIndex", int)
 MacAddress = NewType("MacAddress", str)
 """Lower-case colon form; 6 bytes for Ethernet, 20 for IPoIB."""
 RdmaName = NewType("RdmaName", str)
+Guid = NewType("Guid", str)
+"""Of an InfiniBand node or port, as sysfs spells it: `0211:22ff:fe18:0000`."""
 RdmaIndex = NewType("RdmaIndex", int)
 """What the kernel numbers an RDMA device with, for as long as it lives: a move to another netns keeps it."""
 NetnsCookie = NewType("NetnsCookie", int)
@@ -436,6 +438,9 @@ class VfSettings:
     spoof_check: bool | None = None
     trust: bool | None = None
     link_state: VfLinkState | None = None
+    node_guid: Guid | None = None
+    port_guid: Guid | None = None
+    """InfiniBand alone. None: it was given none, or the driver does not tell."""
     rates_by: RatesBy = RatesBy.PF
 
 

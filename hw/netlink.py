@@ -23,6 +23,7 @@ from pyroute2.netlink.rtnl.tcmsg import tcmsg
 
 from hw import wire
 from hw.errors import NotFound, Refused, Unsupported
+from hw.ipoib import child_request
 from hw.links import NO_FLAGS
 from hw.model import (
     Direction,
@@ -276,6 +277,14 @@ class LinkSocket:
         """Remove a software link; one that is gone is no error. Unsupported for hardware."""
         with contextlib.suppress(NotFound):
             self._transport.change(self._what("delete", ifindex), _link(_RTM_DELLINK, ifindex, []))
+
+    def add_ipoib(self, parent: IfIndex, name: IfName, pkey: int) -> None:
+        """Make an InfiniBand partition's interface on a port's own one; delete() takes it away. NotFound if
+        parent is gone or no IPoIB interface, Refused with EEXIST or ENOTUNIQ if the partition has one,
+        ValueError for a key that is none."""
+        encode = _packed(wire.RTM_NEWLINK, child_request(parent, name, pkey))
+        what = self._what(f"make {name!a} for partition {pkey:#06x} on", parent)
+        self._transport.change(what, encode, _NLM_F_CREATE | _NLM_F_EXCL)
 
     def add_altnames(self, ifindex: IfIndex, names: Sequence[str]) -> None:
         """Give a link more names; ones it has already are no error: udev gives some as well. Refused with

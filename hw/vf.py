@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hw.errors import HwError
-from hw.model import MacAddress, VfLinkState, VfSettings, VfVlan, VlanProtocol
+from hw.model import Guid, MacAddress, VfLinkState, VfSettings, VfVlan, VlanProtocol
 from hw.wire import attribute, attribute_list, attributes
 
 _LINK_HEADER = 16
@@ -24,6 +24,8 @@ _VF_SPOOFCHK = 4
 _VF_LINK_STATE = 5
 _VF_RATE = 6
 _VF_TRUST = 9
+_VF_NODE_GUID = 10
+_VF_PORT_GUID = 11
 _VF_VLAN_LIST = 12
 _VF_VLAN_INFO = 1
 
@@ -33,8 +35,13 @@ _VLAN = struct.Struct("=III2s2x")
 """The protocol is in network order; two bytes at the end make it as long as the kernel's structure."""
 _RATE = struct.Struct("=III")
 _NUMBER = struct.Struct("=II")
+_GUID = struct.Struct("=I4xQ")
+"""The number is in host order, its first byte on the wire being the highest."""
 _UNKNOWN = 0xFFFFFFFF
 """What the kernel says where a driver does not tell a switch."""
+
+_NO_GUID = (1 << 64) - 1
+"""What some firmware keeps for none, as others keep zero."""
 
 _PROTOCOLS = {VlanProtocol.CUSTOMER: b"\x81\x00", VlanProtocol.SERVICE: b"\x88\xa8"}
 _STATES = {VfLinkState.AUTO: 0, VfLinkState.ENABLE: 1, VfLinkState.DISABLE: 2}
@@ -76,6 +83,8 @@ def _settings(values: dict[int, bytes], address: bytes) -> VfSettings:
         max_rate=rate[2] if rate else None,
         spoof_check=spoof,
         trust=trust,
+        node_guid=_guid(values.get(_VF_NODE_GUID)),
+        port_guid=_guid(values.get(_VF_PORT_GUID)),
         link_state=next((name for name, number in _STATES.items() if state and number == state[1]), None),
     )
 
@@ -91,6 +100,14 @@ def _vlan(values: dict[int, bytes]) -> VfVlan | None:
     return VfVlan(id=found[1], qos=found[2], protocol=protocol) if protocol else None
 
 
+def _guid(raw: bytes | None) -> Guid | None:
+    found = _unpacked(_GUID, raw)
+    if not found or found[1] in (0, _NO_GUID):
+        return None
+    digits = f"{found[1]:016x}"
+    return Guid(":".join(digits[at : at + 4] for at in range(0, 16, 4)))
+
+
 def _switch(raw: bytes | None) -> bool | None:
     found = _unpacked(_NUMBER, raw)
     return bool(found[1]) if found and found[1] != _UNKNOWN else None
@@ -100,13 +117,15 @@ def _unpacked(form: struct.Struct, raw: bytes | None) -> tuple[Any, ...] | None:
     return form.unpack_from(raw) if raw is not None and len(raw) >= form.size else None
 
 
-VfValue = MacAddress | VfVlan | VfRates | VfLinkState | bool | None
+VfValue = MacAddress | Guid | VfVlan | VfRates | VfLinkState | bool | None
 
 
 def vf_request(vf: int, setting: str, value: VfValue) -> bytes:
     """The attributes of an RTM_SETLINK to the PF that sets one thing of one VF.
 
-    setting: `mac` (None: none given any more), `vlan`, `rates`, `spoof_check`, `trust` or `link_state`.
+    setting: `mac` (None: none given any more), `vlan`, `rates`, `spoof_check`, `trust`, `link_state`, or of
+    InfiniBand `node_guid` and `port_guid` (None: none given any more), which the VF's driver takes up when it
+    begins anew.
     """
     entry = attribute(_VF_INFO, _entry(vf, setting, value))
     return attribute(_IFLA_VFINFO_LIST, entry)
@@ -129,4 +148,9 @@ def _entry(vf: int, setting: str, value: VfValue) -> bytes:
             return attribute(_VF_TRUST, _NUMBER.pack(vf, value))
         case "link_state", VfLinkState():
             return attribute(_VF_LINK_STATE, _NUMBER.pack(vf, _STATES[value]))
+        case "node_guid" | "port_guid", None | str():
+            number = int(value.replace(":", ""), 16) if value else 0
+            return attribute(
+                _VF_NODE_GUID if setting == "node_guid" else _VF_PORT_GUID, _GUID.pack(vf, number)
+            )
     raise ValueError(f"a VF has no setting {setting} that can be {value!r}")

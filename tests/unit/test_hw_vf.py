@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import struct
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from hw.errors import HwError
 from hw.model import VfLinkState, VfSettings, VfVlan, VlanProtocol
+from hw.rdma.infiniband import parse_guid
 from hw.vf import VfRates, vf_request, vf_settings
 from tests.unit.test_hw_wire import attr, link_payload, u32
 
@@ -96,3 +98,26 @@ def test_what_is_no_setting_of_a_vf_is_not_sent(setting: str, value: object) -> 
 
 def test_a_rate_pair_is_one_request_since_the_kernel_takes_no_single_one() -> None:
     assert vf_request(1, "rates", VfRates(0, 10)) == attr(22, attr(1, attr(6, u32(1) + u32(0) + u32(10))))
+
+
+# --- InfiniBand: as struct ifla_vf_guid of uapi linux/if_link.h has it ------------------------------------
+
+
+def guid(kind: int, vf: int, number: int) -> bytes:
+    return attr(kind, u32(vf) + bytes(4) + struct.pack("=Q", number))
+
+
+def test_guids_of_an_infiniband_vf_are_read_and_none_is_none() -> None:
+    given_guids = info(0, "000000000000", guid(10, 0, 0x021122FFFE180000), guid(11, 0, 0x021122FFFE180001))
+    without = info(1, "000000000000", guid(10, 1, 0), guid(11, 1, (1 << 64) - 1))
+    found = vf_settings(listed(given_guids, without))
+    assert (found[0].node_guid, found[0].port_guid) == ("0211:22ff:fe18:0000", "0211:22ff:fe18:0001")
+    assert found[1] == VfSettings()
+    assert vf_settings(listed(info(2, "000000000000", attr(10, bytes(12)))))[2].node_guid is None
+
+
+@pytest.mark.parametrize(("setting", "kind"), [("node_guid", 10), ("port_guid", 11)])
+def test_a_guid_is_written_as_the_kernel_reads_it(setting: str, kind: int) -> None:
+    value = parse_guid("02:11:22:ff:fe:18:00:01")
+    assert vf_request(3, setting, value) == attr(22, attr(1, guid(kind, 3, 0x021122FFFE180001)))
+    assert vf_request(3, setting, None) == attr(22, attr(1, guid(kind, 3, 0)))
