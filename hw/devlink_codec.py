@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from hw.errors import HwError
-from hw.model import EswitchMode, IfIndex, MacAddress, PciAddress
+from hw.model import EswitchMode, IfIndex, MacAddress, PfAddress, bus_of
 from hw.transport import header
 from hw.wire import attribute, attribute_list, attributes, raw, text
 
@@ -115,8 +115,8 @@ class DevlinkHandle:
     device: str
 
     @classmethod
-    def of_pci(cls, address: PciAddress) -> DevlinkHandle:
-        return cls("pci", address)
+    def of_card(cls, address: PfAddress) -> DevlinkHandle:
+        return cls(bus_of(address), address)
 
     def __str__(self) -> str:
         return f"{self.bus}/{self.device}"

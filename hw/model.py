@@ -14,6 +14,10 @@ from typing import NewType
 
 PciAddress = NewType("PciAddress", str)
 """Extended BDF in lower case, `0000:3b:00.2`."""
+NsimName = NewType("NsimName", str)
+"""A netdevsim device on its bus, `netdevsim10`."""
+PfAddress = PciAddress | NsimName
+"""What a card that can have VFs is called on its bus."""
 IfName = NewType("IfName", str)
 """A netdev's name in one netns: 1..15 bytes. Tenant input once a device has been in a pod."""
 IfIndex = NewType("IfIndex", int)
@@ -30,6 +34,7 @@ NetnsCookie = NewType("NetnsCookie", int)
 InterfaceAddress = ipaddress.IPv4Interface | ipaddress.IPv6Interface
 
 _BDF = re.compile(r"[0-9a-f]{4,}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
+_NSIM = re.compile(r"netdevsim[0-9]+")
 
 
 def parse_pci_address(text: str) -> PciAddress:
@@ -38,6 +43,21 @@ def parse_pci_address(text: str) -> PciAddress:
     if not _BDF.fullmatch(lowered):
         raise ValueError(f"{text!r} is not a PCI address like 0000:3b:00.2")
     return PciAddress(lowered)
+
+
+def parse_pf_address(text: str) -> PfAddress:
+    """Return text as the address of a card on its bus; ValueError if it is none."""
+    return NsimName(text) if _NSIM.fullmatch(text) else parse_pci_address(text)
+
+
+def bus_of(address: PfAddress) -> str:
+    """Its bus, by which sysfs and devlink know it."""
+    return "netdevsim" if _NSIM.fullmatch(address) else "pci"
+
+
+def device_folder(address: PfAddress) -> str:
+    """Where sysfs tells of it, below its root."""
+    return f"bus/{bus_of(address)}/devices/{address}"
 
 
 def parse_mac(text: str) -> MacAddress:
@@ -194,6 +214,17 @@ class SoftwareIdentity:
 
 
 Identity = PciIdentity | NetdevsimIdentity | SoftwareIdentity
+
+
+def card_of(identity: Identity) -> PfAddress | None:
+    """The PF that it is or that it is a VF of; itself where that is not to be seen; None for software."""
+    match identity:
+        case PciIdentity():
+            return identity.pf or identity.address
+        case NetdevsimIdentity():
+            return NsimName(f"netdevsim{identity.bus_id}")
+        case SoftwareIdentity():
+            return None
 
 
 def is_at_home(identity: Identity, link: LinkInfo) -> bool:

@@ -9,9 +9,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from hw import netdevsim
 from hw.errors import HwError
 from hw.eswitch import NO_ESWITCHES, Eswitches, is_representor
-from hw.model import IfIndex, LinkInfo, PciAddress, PciFacts
+from hw.model import EswitchMode, IfIndex, LinkInfo, NsimName, PciAddress, PciFacts, PfAddress
 from hw.scan import USERSPACE_DRIVERS, Uplinks, reserved
 from hw.sriov.discovery import DEVICES, Discovery, PciFunction, discover
 from hw.sysfs import Sysfs
@@ -19,13 +20,15 @@ from hw.sysfs import Sysfs
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SriovPort:
-    """A PF that can have VFs. links are its netdevs in the host's namespace, oldest first.
+    """A PF that can have VFs. links are its netdevs in the host's namespace, oldest first. facts are None for
+    a simulated one, whose VFs are no functions either.
 
     in_use says in a sentence what the host does with the PF itself, vfs_in_use what others do with its VFs;
     "" is nothing. What this driver gave away is not known here.
     """
 
-    facts: PciFacts
+    address: PfAddress
+    facts: PciFacts | None
     total_vfs: int
     num_vfs: int
     vfs: Mapping[int, PciAddress]
@@ -34,14 +37,16 @@ class SriovPort:
     vfs_in_use: str = ""
     bond: IfIndex | None = None
     """The bond that it is a port of."""
-
-    @property
-    def address(self) -> PciAddress:
-        return self.facts.address
+    eswitch: EswitchMode | None = None
+    """None: it has no switch whose mode could be changed."""
 
     @property
     def link(self) -> LinkInfo | None:
         return self.links[0] if self.links else None
+
+    @property
+    def driver(self) -> str:
+        return "netdevsim" if self.facts is None else self.facts.driver or "no driver"
 
     @property
     def shown(self) -> str:
@@ -51,7 +56,7 @@ class SriovPort:
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    by_address: Mapping[PciAddress, SriovPort]
+    by_address: Mapping[PfAddress, SriovPort]
     problems: tuple[str, ...] = ()
 
 
@@ -65,7 +70,7 @@ def sriov_ports(
     for link in sorted(links, key=lambda link: link.ifindex):
         if link.parent_bus == "pci" and link.parent_device and not is_representor(link, eswitches):
             netdevs[PciAddress(link.parent_device)].append(link)
-    ports: dict[PciAddress, SriovPort] = {}
+    ports: dict[PfAddress, SriovPort] = {}
     bonds = frozenset(link.ifindex for link in links if link.kind == "bond")
     problems = [f"{address} cannot be read: {why}" for address, why in found.unreadable.items()]
     for address, function in sorted(found.functions.items()):
@@ -74,10 +79,60 @@ def sriov_ports(
         try:
             port = _port(sysfs, function, found, netdevs, reasons)
             bond = next((link.master for link in port.links if link.master in bonds), None)
-            ports[address] = replace(port, bond=bond)
+            ports[address] = replace(port, bond=bond, eswitch=eswitches.mode_of("pci", address))
         except HwError as error:
             problems.append(f"{address} cannot be read: {error}")
+    for name in sysfs.names(netdevsim.DEVICES) or ():
+        try:
+            simulated = _simulated(sysfs, NsimName(name), links, reasons, eswitches)
+        except HwError as error:
+            problems.append(f"{name} cannot be read: {error}")
+            continue
+        if simulated is not None:
+            ports[simulated.address] = simulated
     return Ports(ports, tuple(problems))
+
+
+_SIMULATED_VFS = 4
+"""What netdevsim makes at most, where it does not tell another number."""
+
+
+def _simulated(
+    sysfs: Sysfs,
+    name: NsimName,
+    links: Sequence[LinkInfo],
+    reasons: Mapping[IfIndex, str],
+    eswitches: Eswitches,
+) -> SriovPort | None:
+    """None where no port of it is here: the bus shows every namespace's devices."""
+    mine = [link for link in links if (link.parent_bus, link.parent_device) == ("netdevsim", name)]
+    own = tuple(sorted((x for x in mine if not is_representor(x, eswitches)), key=lambda x: x.ifindex))
+    number = sysfs.integer(f"{netdevsim.DEVICES}/{name}/sriov_numvfs")
+    if not own or number is None:
+        return None
+    vfs = [link for link in mine if is_representor(link, eswitches)]
+    mode = eswitches.mode_of("netdevsim", name)
+    vfs_in_use = next((f"its VF {x.name!a} is {why}" for x in vfs if (why := reasons.get(x.ifindex))), "")
+    if mode is EswitchMode.SWITCHDEV and len(vfs) < number:
+        vfs_in_use = vfs_in_use or "the netdev of a VF is in another network namespace"
+    return SriovPort(
+        address=name,
+        facts=None,
+        total_vfs=_most(sysfs, name),
+        num_vfs=number,
+        vfs={},
+        links=own,
+        in_use=next((why for link in own if (why := reasons.get(link.ifindex))), ""),
+        vfs_in_use=vfs_in_use,
+        eswitch=mode,
+    )
+
+
+def _most(sysfs: Sysfs, name: NsimName) -> int:
+    try:
+        return sysfs.integer(f"kernel/debug/netdevsim/{name}/max_vfs") or _SIMULATED_VFS
+    except HwError:
+        return _SIMULATED_VFS
 
 
 def _port(
@@ -101,6 +156,7 @@ def _port(
     used = [reason for link in links if (reason := reasons.get(link.ifindex))]
     assert function.total_vfs is not None
     return SriovPort(
+        address=address,
         facts=function.facts,
         total_vfs=function.total_vfs,
         num_vfs=number,

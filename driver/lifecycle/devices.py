@@ -29,11 +29,12 @@ from hw.model import (
     LinkSettings,
     MacAddress,
     PciAddress,
-    PciIdentity,
+    PfAddress,
     PortBaseline,
     PortVf,
     SoftwareIdentity,
     VfSettings,
+    card_of,
     is_at_home,
 )
 from hw.netlink import LinkSocket
@@ -64,7 +65,7 @@ class Devices:
         self._lock = threading.Lock()
         self._current = inventory.Inventory()
         self._by_index: Mapping[IfIndex, Device] = {}
-        self._held_back: Mapping[PciAddress, str] = {}
+        self._held_back: Mapping[PfAddress, str] = {}
 
     def current(self) -> Mapping[DeviceName, Device]:
         return self._current.by_name
@@ -97,15 +98,14 @@ class Devices:
             raise NotNow(f"{address} has no IOMMU group (any more)")
         return (Path("/dev/vfio/vfio"), Path(f"/dev/vfio/{group}"))
 
-    def hold_back(self, reasons: Mapping[PciAddress, str]) -> None:
+    def hold_back(self, reasons: Mapping[PfAddress, str]) -> None:
         """From the next look on nothing of these PFs, whole or VFs, is given away, until another call."""
         self._held_back = reasons
 
     def held_back(self, identity: Identity) -> str:
         """Why hold_back keeps a device from being given away; "" if it does not."""
-        if not isinstance(identity, PciIdentity):
-            return ""
-        return self._held_back.get(identity.pf or identity.address, "")
+        card = card_of(identity)
+        return self._held_back.get(card, "") if card is not None else ""
 
     def rescan(self) -> inventory.InventoryDiff:
         """Look at everything again; returns what changed."""

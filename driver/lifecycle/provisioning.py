@@ -23,7 +23,7 @@ from driver.model import DeviceName
 from driver.provision.carry_out import addresses
 from driver.provision.plan import PortPlan, Verdict
 from driver.provision.survey import Survey, held_devices
-from hw.model import PciAddress, PciIdentity
+from hw.model import PciIdentity, PfAddress, bus_of, card_of, parse_pci_address
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +54,8 @@ class Provisioning:
         self._lane = asyncio.Lock()
         self._looking = threading.Lock()
         self._told: dict[str, str] = {}
-        self._failures: dict[PciAddress, _Failure] = {}
-        self._held: Mapping[PciAddress, str] = {}
+        self._failures: dict[PfAddress, _Failure] = {}
+        self._held: Mapping[PfAddress, str] = {}
         self._pending = False
         self._asked = False
 
@@ -144,7 +144,7 @@ class Provisioning:
             self._hold_back(reasons)
             return found
 
-    def _hold_back(self, reasons: Mapping[PciAddress, str]) -> None:
+    def _hold_back(self, reasons: Mapping[PfAddress, str]) -> None:
         if reasons != self._held:
             self._held = reasons
             self._context.devices.hold_back(reasons)
@@ -226,7 +226,7 @@ class Provisioning:
                 for pf in pfs:
                     self._failures.pop(pf, None)
 
-    def _decide_and_do(self, pfs: frozenset[PciAddress]) -> None:
+    def _decide_and_do(self, pfs: frozenset[PfAddress]) -> None:
         """In a worker, holding the devices: what was decided before may not be true any more."""
         found = self._survey()
         plans = [plan for pf, plan in found.plans.items() if pf in pfs and plan.changes]
@@ -237,7 +237,7 @@ class Provisioning:
             self._look()
             self._context.devices.rescan()
 
-    def _failed(self, pf: PciAddress, text: str) -> None:
+    def _failed(self, pf: PfAddress, text: str) -> None:
         before = self._failures.get(pf)
         wait = min(before.wait * 2, LAST_RETRY) if before else FIRST_RETRY
         self._failures[pf] = _Failure(text, wait, self._context.clock.monotonic() + wait)
@@ -256,17 +256,13 @@ class Provisioning:
             return [f"the VFs of PF {pf} could not be removed: {error}"]
         return []
 
-    def _devices_of(self, pfs: frozenset[PciAddress]) -> frozenset[DeviceName]:
+    def _devices_of(self, pfs: frozenset[PfAddress]) -> frozenset[DeviceName]:
         """Names of the PFs and of all their VFs that were ever seen, of devices in pods as well."""
         book = self._context.book
         known = {(d.name, d.identity) for d in self._context.devices.current().values()}
         known |= {(p.key.device, p.identity) for p in book.preparations()}
-        names = {name_of(PciIdentity(pf)) for pf in pfs}
-        names |= {
-            name
-            for name, identity in known
-            if isinstance(identity, PciIdentity) and not pfs.isdisjoint({identity.pf, identity.address})
-        }
+        names = {name_of(PciIdentity(parse_pci_address(pf))) for pf in pfs if bus_of(pf) == "pci"}
+        names |= {name for name, identity in known if card_of(identity) in pfs}
         return frozenset(names)
 
 

@@ -13,6 +13,7 @@ from typing import Annotated
 
 from driver.policy.patterns import GLOBS, IDS, matches
 from driver.strict import Key, Kind, boolean, choice, integer, listing, record, shown, text
+from hw.model import EswitchMode
 
 MAX_VFS = 4096
 _MAX_RULES = 64
@@ -30,14 +31,6 @@ class MacChoice(enum.StrEnum):
 
     KEEP = "keep"
     GENERATED = "generated"
-
-
-def _mode(value: str) -> str:
-    if value == "switchdev":
-        raise ValueError("switchdev is not done by this version: VFs are made in legacy mode")
-    if value != "legacy":
-        raise ValueError(f"must be legacy, not {shown(value)}")
-    return value
 
 
 def _driver(value: str) -> str:
@@ -77,8 +70,8 @@ class PfSelector:
         *,
         name: str | None,
         address: str,
-        vendor: str,
-        product: str,
+        vendor: str | None,
+        product: str | None,
         link_type: LinkType | None,
         numa_node: int | None,
     ) -> bool:
@@ -132,14 +125,19 @@ class PfRule:
     mtu: Annotated[
         int | None, Key("mtu", integer(68, 65535), "Of the VFs; the PF's is raised to it if need be.")
     ] = None
-    mode: Annotated[str, Key("mode", text(_mode, {"enum": ["legacy"]}), "Of the PF's embedded switch.")] = (
-        "legacy"
-    )
+    mode: Annotated[
+        EswitchMode | None, Key("mode", choice(EswitchMode), "Of the PF's embedded switch; absent: as it is.")
+    ] = None
     vf: Annotated[VfDefaults, Key("vf", record(VfDefaults), "What each VF is given.")] = NO_DEFAULTS
 
     def __post_init__(self) -> None:
-        if self.external and (self.mtu is not None or self.vf != NO_DEFAULTS or self.allow_host_uplink):
-            raise ValueError("is external, so nothing is set: mtu, vf and allowHostUplink do not go with it")
+        sets = self.mtu is not None or self.mode is not None or self.vf != NO_DEFAULTS
+        if self.external and (sets or self.allow_host_uplink):
+            raise ValueError(
+                "is external, so nothing is set: mtu, mode, vf and allowHostUplink do not go with it"
+            )
+        if self.mode is not None and not self.vfs:
+            raise ValueError("gives mode and no VFs: without any the PF is left in the mode it was in")
 
 
 PF_RULES: Kind[tuple[PfRule, ...]] = listing(record(PfRule), maximum=_MAX_RULES)

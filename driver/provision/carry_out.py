@@ -21,7 +21,7 @@ from driver.provision.plan import Maker, PortPlan, Verdict, settings_of
 from driver.provision.records import Making, Makings
 from driver.provision.survey import Survey, survey
 from hw.errors import HwError
-from hw.model import IfIndex, MacAddress, PciAddress
+from hw.model import EswitchMode, IfIndex, MacAddress, PfAddress
 from hw.netlink import LinkSocket
 from hw.ports import SriovPort
 from hw.sriov import provision
@@ -30,7 +30,7 @@ from hw.sysfs import Sysfs
 log = logging.getLogger(__name__)
 
 _ETHERNET = 1
-Macs = Mapping[PciAddress, tuple[MacAddress, ...]]
+Macs = Mapping[PfAddress, tuple[MacAddress, ...]]
 
 
 class Provision:
@@ -60,7 +60,7 @@ class Provision:
 
     def carry_out(self, plans: Collection[PortPlan], macs: Macs) -> None:
         """The plans of one PF, or of the PFs of one bond: all or none. HwError or DriverError if none."""
-        done: list[PciAddress] = []
+        done: list[PfAddress] = []
         try:
             for plan in plans:
                 if plan.verdict is Verdict.MAKE:
@@ -72,7 +72,7 @@ class Provision:
             self._take_back([plan.port for plan in plans if plan.port.address in done])
             raise
 
-    def forget(self, address: PciAddress) -> None:
+    def forget(self, address: PfAddress) -> None:
         """There is nothing of ours on it any more."""
         self._makings.forget(address)
 
@@ -85,8 +85,10 @@ class Provision:
         assert link is not None, "the plan says so"
         with LinkSocket(None) as links:
             before = self._before(plan.making) or provision.look(
-                self._sysfs, links, port.address, link.ifindex
+                self._sysfs, links, port.address, link.ifindex, mode=rule.mode is not None
             )
+            if before.mode is None and rule.mode is not None:
+                before = replace(before, mode=port.eswitch)
             making = Making(
                 address=port.address,
                 boot_id=self._boot_id,
@@ -97,12 +99,15 @@ class Provision:
                 autoprobe=before.autoprobe,
                 was_up=before.up,
                 mtu=before.mtu,
+                mode=before.mode or "",
             )
             self._makings.write(making)
             order = provision.Order(
                 pf=port.address,
                 ifindex=link.ifindex,
                 count=rule.vfs,
+                mode=rule.mode,
+                pf_driver=port.driver,
                 macs=macs,
                 vlan=rule.vf.vlan,
                 spoof_check=rule.vf.spoof_check,
@@ -114,7 +119,7 @@ class Provision:
             try:
                 provision.make(self._sysfs, links, order, before)
             except HwError:
-                if not provision.vfs_of(self._sysfs, port.address):
+                if provision.is_given_back(self._sysfs, port.address, before):
                     self._makings.forget(port.address)
                 raise
             self._makings.write(replace(making, done=True))
@@ -141,7 +146,12 @@ class Provision:
         """What the PF was like, if this boot's record says."""
         if making is None or making.boot_id != self._boot_id:
             return None
-        return provision.Before(autoprobe=making.autoprobe, up=making.was_up, mtu=making.mtu)
+        return provision.Before(
+            autoprobe=making.autoprobe,
+            up=making.was_up,
+            mtu=making.mtu,
+            mode=EswitchMode(making.mode) if making.mode else None,
+        )
 
 
 def addresses(found: Survey) -> Macs:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from driver.errors import NotNow
 from driver.paths import Paths
-from hw.model import PciAddress
+from hw.model import PfAddress, bus_of
 
 NOTICE_SECONDS = 3.2
 """udev looks for changed rules when an event comes, but not more often than every three seconds."""
@@ -25,7 +25,7 @@ _NETWORK = "10-knd-vf.network"
 _HEAD = "# Written by knd; see its policy's section sriov. Goes with `knd cleanup` and at a reboot.\n"
 
 
-def write(paths: Paths, pfs: Iterable[PciAddress]) -> bool:
+def write(paths: Paths, pfs: Iterable[PfAddress]) -> bool:
     """Have the rules be there for the VFs of these PFs; True if they are new. NotNow if they cannot be."""
     changed = False
     for path, text in _files(paths, sorted(pfs)).items():
@@ -47,7 +47,7 @@ def remove(paths: Paths) -> None:
             path.unlink()
 
 
-def _files(paths: Paths, pfs: Iterable[PciAddress]) -> Mapping[Path, str]:
+def _files(paths: Paths, pfs: Iterable[PfAddress]) -> Mapping[Path, str]:
     return {
         paths.networkd / _LINK: f"{_HEAD}[Match]\nProperty={_PROPERTY}=1\n\n"
         "[Link]\nNamePolicy=keep\nMACAddressPolicy=none\n",
@@ -57,12 +57,12 @@ def _files(paths: Paths, pfs: Iterable[PciAddress]) -> Mapping[Path, str]:
     }
 
 
-def _rule(pf: PciAddress) -> str:
+def _rule(pf: PfAddress) -> str:
     """A VF's netdev is told by its PF's address: its own is not known yet, nor is its name."""
-    return (
-        f'SUBSYSTEM=="net", ATTR{{device/physfn/uevent}}=="*PCI_SLOT_NAME={pf}*", '
-        f'ENV{{{_PROPERTY}}}="1", ENV{{NM_UNMANAGED}}="1"\n'
-    )
+    vf = f'ATTR{{device/physfn/uevent}}=="*PCI_SLOT_NAME={pf}*"'
+    if bus_of(pf) == "netdevsim":
+        vf = f'KERNELS=="{pf}", ATTR{{phys_port_name}}=="pf*vf*"'
+    return f'SUBSYSTEM=="net", {vf}, ENV{{{_PROPERTY}}}="1", ENV{{NM_UNMANAGED}}="1"\n'
 
 
 def _read(path: Path) -> str | None:

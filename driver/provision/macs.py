@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from hw.model import MacAddress, PciAddress
+from hw.model import MacAddress, PfAddress
 
 _LOCAL = 0x02
 _GROUP = 0x01
@@ -21,17 +21,17 @@ _GROUP = 0x01
 class Source:
     """A PF, by its place and by what its maker called it, and how many addresses it needs."""
 
-    address: PciAddress
+    address: PfAddress
     mac: MacAddress
     count: int
 
 
 def generate(
     sources: Iterable[Source], taken: Collection[MacAddress] = ()
-) -> Mapping[PciAddress, tuple[MacAddress, ...]]:
+) -> Mapping[PfAddress, tuple[MacAddress, ...]]:
     """Addresses by PF, in the order of the VFs' indexes; none of them is among taken."""
     used = set(taken)
-    found: dict[PciAddress, tuple[MacAddress, ...]] = {}
+    found: dict[PfAddress, tuple[MacAddress, ...]] = {}
     for source in sorted(sources, key=lambda source: source.address):
         macs = []
         for index in range(source.count):

@@ -17,7 +17,7 @@ from driver.inventory import name_of
 from driver.model import BootId, DeviceName
 from driver.policy.sriov import LinkType, PfRule
 from driver.provision.records import Making
-from hw.model import IfIndex, PciAddress, PciIdentity
+from hw.model import EswitchMode, IfIndex, PciIdentity, PfAddress, bus_of, parse_pci_address
 from hw.ports import SriovPort
 
 _LINK_TYPES = {1: LinkType.ETHERNET, 32: LinkType.INFINIBAND}
@@ -62,12 +62,12 @@ class PortPlan:
 class Known:
     """What is known beside the ports themselves. held: devices that are not to be touched, with why."""
 
-    makings: Mapping[PciAddress, Making]
+    makings: Mapping[PfAddress, Making]
     boot_id: BootId
     held: Mapping[DeviceName, str]
 
 
-def plan(ports: Iterable[SriovPort], rules: Iterable[PfRule], known: Known) -> Mapping[PciAddress, PortPlan]:
+def plan(ports: Iterable[SriovPort], rules: Iterable[PfRule], known: Known) -> Mapping[PfAddress, PortPlan]:
     ordered = tuple(rules)
     plans = {port.address: _plan(port, rule_for(port, ordered), known) for port in ports}
     return _together(plans)
@@ -80,10 +80,10 @@ def rule_for(port: SriovPort, rules: Iterable[PfRule]) -> PfRule | None:
         if rule.match is None or rule.match.selects(
             name=link.name if link else None,
             address=port.address,
-            vendor=port.facts.vendor,
-            product=port.facts.product,
+            vendor=port.facts.vendor if port.facts else None,
+            product=port.facts.product if port.facts else None,
             link_type=_LINK_TYPES.get(link.link_type) if link else None,
-            numa_node=port.facts.numa_node,
+            numa_node=port.facts.numa_node if port.facts else None,
         ):
             return rule
     return None
@@ -91,7 +91,9 @@ def rule_for(port: SriovPort, rules: Iterable[PfRule]) -> PfRule | None:
 
 def settings_of(rule: PfRule) -> str:
     """What the rule gives each VF, to be compared with what was given."""
-    return json.dumps({"mtu": rule.mtu, **asdict(rule.vf)}, sort_keys=True)
+    # Left out where nothing is said of it: a record of an earlier version is then still as it was.
+    mode = {"mode": rule.mode} if rule.mode is not None else {}
+    return json.dumps({"mtu": rule.mtu, **asdict(rule.vf), **mode}, sort_keys=True)
 
 
 def removal(port: SriovPort, making: Making | None, known: Known) -> PortPlan:
@@ -129,6 +131,8 @@ def _plan(port: SriovPort, rule: PfRule | None, known: Known) -> PortPlan:
         return replace(made, verdict=Verdict.REFUSED, why=why)
     if _is_so(made, wanted):
         return made
+    if wanted and rule is not None and (against := _cannot(port, rule)):
+        return replace(made, verdict=Verdict.REFUSED, why=against)
     if port.in_use and not (rule is not None and rule.allow_host_uplink):
         why = f"{port.shown} is left alone: it is {port.in_use}; allowHostUplink: true makes VFs all the same"
         return replace(made, verdict=Verdict.REFUSED, why=why)
@@ -149,9 +153,22 @@ def _is_so(made: PortPlan, wanted: int) -> bool:
     if wanted == 0:
         # A record without VFs: the PF may not have been given back yet.
         return made.making is None
-    return (
-        made.rule is not None and made.making is not None and made.making.settings == settings_of(made.rule)
-    )
+    if made.rule is None or made.making is None or made.making.settings != settings_of(made.rule):
+        return False
+    return made.rule.mode in (None, made.port.eswitch) or _has_no_other(made.port, made.rule)
+
+
+def _has_no_other(port: SriovPort, rule: PfRule) -> bool:
+    return port.eswitch is None and rule.mode is EswitchMode.LEGACY
+
+
+def _cannot(port: SriovPort, rule: PfRule) -> str:
+    """What of the rule is not to be had of this PF, whoever uses it; "" if nothing."""
+    if rule.mode is EswitchMode.SWITCHDEV and port.eswitch is None:
+        return f"{port.shown} cannot be in switchdev mode: its driver {port.driver} has no eswitch modes"
+    if rule.vf.driver is not None and bus_of(port.address) == "netdevsim":
+        return f"{port.shown} is simulated, and its VFs have no driver: leave vf.driver out of its rule"
+    return ""
 
 
 def _external(made: PortPlan, wanted: int) -> PortPlan:
@@ -179,24 +196,28 @@ def _foreign(port: SriovPort, making: Making | None, boot_id: BootId) -> str:
 def _against(port: SriovPort, known: Known, *, uplink: bool) -> str:
     """What keeps the VFs that are there from going, or the PF from getting some; "" if nothing does.
     uplink: it is about to be given back, and its own link is not needed."""
-    functions = [port.address, *port.vfs.values()]
-    for function in functions:
-        base = name_of(PciIdentity(function))
-        for name, why in known.held.items():
-            if name == base or name.startswith(f"{base}-p"):
-                return f"{port.shown} cannot be changed now: {name} {why}"
+    for name, why in known.held.items():
+        if _is_of(name, port):
+            return f"{port.shown} cannot be changed now: {name} {why}"
     if port.vfs_in_use:
         return f"{port.shown} cannot be changed now: {port.vfs_in_use}"
     if uplink:
         return ""
     if port.link is None:
         return f"{port.shown} has no netdev in the host's network namespace: no VFs are made on it"
-    if port.link.phys_switch_id is not None:
-        return f"{port.shown} is in switchdev mode, and this version makes VFs in legacy mode only"
     return ""
 
 
-def _together(plans: Mapping[PciAddress, PortPlan]) -> Mapping[PciAddress, PortPlan]:
+def _is_of(name: DeviceName, port: SriovPort) -> bool:
+    """Whether a device of that name is the port's or a VF's of it."""
+    if bus_of(port.address) == "netdevsim":
+        return name.startswith(f"nsim-{port.address.removeprefix('netdevsim')}-")
+    functions = (parse_pci_address(port.address), *port.vfs.values())
+    bases = [name_of(PciIdentity(function)) for function in functions]
+    return any(name == base or name.startswith(f"{base}-p") for base in bases)
+
+
+def _together(plans: Mapping[PfAddress, PortPlan]) -> Mapping[PfAddress, PortPlan]:
     bonds: defaultdict[IfIndex, list[PortPlan]] = defaultdict(list)
     for each in plans.values():
         if each.port.bond is not None:

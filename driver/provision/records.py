@@ -15,10 +15,12 @@ from pathlib import Path
 
 from driver.errors import NotNow
 from driver.model import BootId
-from hw.model import PciAddress, parse_pci_address
+from hw.model import EswitchMode, PfAddress, parse_pf_address
 
 _VERSION = 1
 _LIMIT = 16 * 1024
+_ADDED = {"mode": ""}
+"""Fields that earlier records do not have, and what that means."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +30,7 @@ class Making:
     vfs is the number that is or was to be made, from previous ones. done: all of them are as settings says.
     """
 
-    address: PciAddress
+    address: PfAddress
     boot_id: BootId
     vfs: int
     previous: int
@@ -37,6 +39,8 @@ class Making:
     autoprobe: bool
     was_up: bool
     mtu: int
+    mode: str = ""
+    """The eswitch mode it was in; "": it is left in the one it is in."""
 
     def made(self, number: int, boot_id: BootId) -> bool:
         """Whether this is how its VFs came to be that many."""
@@ -49,9 +53,9 @@ class Makings:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def read(self) -> tuple[Mapping[PciAddress, Making], tuple[str, ...]]:
+    def read(self) -> tuple[Mapping[PfAddress, Making], tuple[str, ...]]:
         """All that can be read, and a sentence for each that cannot."""
-        found: dict[PciAddress, Making] = {}
+        found: dict[PfAddress, Making] = {}
         problems: list[str] = []
         try:
             paths = sorted(self._folder.glob("*.json"))
@@ -84,15 +88,15 @@ class Makings:
                 new.unlink()
             raise NotNow(f"{path} cannot be written, so no VFs are made: {error.strerror}") from error
 
-    def forget(self, address: PciAddress) -> None:
+    def forget(self, address: PfAddress) -> None:
         """None there is no error."""
         try:
             self._path(address).unlink(missing_ok=True)
         except OSError as error:
             raise NotNow(f"{self._path(address)} cannot be removed: {error.strerror}") from error
 
-    def _path(self, address: PciAddress) -> Path:
-        return self._folder / f"{parse_pci_address(address)}.json"
+    def _path(self, address: PfAddress) -> Path:
+        return self._folder / f"{parse_pf_address(address)}.json"
 
     def _sync(self) -> None:
         descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -112,13 +116,17 @@ def _parse(path: Path) -> Making:
         tree = json.loads(file.read(_LIMIT + 1))
     if not isinstance(tree, dict) or tree.pop("version", None) != _VERSION:
         raise ValueError("it is of another version")
-    types = {"str": str, "int": int, "bool": bool, "PciAddress": str, "BootId": str}
+    types = {"str": str, "int": int, "bool": bool, "PfAddress": str, "BootId": str}
     wanted = {field.name: types[str(field.type)] for field in fields(Making)}
+    # Records of this boot may be those of an earlier version.
+    tree = {**_ADDED, **tree}
     if tree.keys() != wanted.keys() or any(type(tree[name]) is not kind for name, kind in wanted.items()):
         raise ValueError("its fields are not those of a record")
     if min(tree["vfs"], tree["previous"], tree["mtu"]) < 0:
         raise ValueError("it has a number below zero")
+    if tree["mode"] not in ("", *(mode.value for mode in EswitchMode)):
+        raise ValueError("it names an eswitch mode that there is not")
     making = Making(**tree)
-    if f"{parse_pci_address(making.address)}.json" != path.name:
+    if f"{parse_pf_address(making.address)}.json" != path.name:
         raise ValueError("it is filed under the name of another PF")
     return making

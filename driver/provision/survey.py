@@ -12,11 +12,11 @@ from driver.model import BootId, DeviceName, Preparation
 from driver.policy import NodePolicy
 from driver.provision.plan import Known, PortPlan, plan, removal
 from driver.provision.records import Makings
+from hw.eswitch import is_representor, read_eswitches
 from hw.links import Links
-from hw.model import MacAddress, PciAddress
+from hw.model import LinkInfo, MacAddress, PfAddress, bus_of, device_folder
 from hw.ports import sriov_ports
 from hw.scan import uplinks_of
-from hw.sriov.discovery import DEVICES
 from hw.sysfs import Sysfs
 
 
@@ -25,10 +25,10 @@ class Survey:
     """plans by PF. leaving: what it takes to be without this driver, for the PFs with a record.
     macs: addresses on this node that no new VF may get."""
 
-    plans: Mapping[PciAddress, PortPlan]
-    leaving: Mapping[PciAddress, PortPlan]
+    plans: Mapping[PfAddress, PortPlan]
+    leaving: Mapping[PfAddress, PortPlan]
     macs: frozenset[MacAddress]
-    gone: frozenset[PciAddress]
+    gone: frozenset[PfAddress]
     """PFs with a record that are not there any more."""
     problems: tuple[str, ...] = ()
 
@@ -51,10 +51,16 @@ def survey(
     held: Mapping[DeviceName, str],
 ) -> Survey:
     seen = links.dump()
-    ports = sriov_ports(sysfs, seen, uplinks_of(links))
+    ports = sriov_ports(sysfs, seen, uplinks_of(links), read_eswitches(sysfs))
     records, problems = makings.read()
     known = Known(makings=records, boot_id=boot_id, held=held)
-    ours = {vf for pf in records for port in (ports.by_address.get(pf),) if port for vf in port.vfs.values()}
+    made = [port for pf in records if (port := ports.by_address.get(pf)) is not None]
+    functions: set[PfAddress] = {vf for port in made for vf in port.vfs.values()}
+    simulated = {port.address for port in made if bus_of(port.address) == "netdevsim"}
+
+    def is_ours(link: LinkInfo) -> bool:
+        return link.parent_device in functions or (link.parent_device in simulated and is_representor(link))
+
     return Survey(
         plans=plan(ports.by_address.values(), policy.sriov, known),
         leaving={
@@ -65,10 +71,10 @@ def survey(
         macs=frozenset(
             mac
             for link in seen
-            if link.parent_device not in ours
+            if not is_ours(link)
             for mac in (link.mac, link.permanent_mac)
             if mac is not None
         ),
-        gone=frozenset(pf for pf in records if sysfs.names(f"{DEVICES}/{pf}") is None),
+        gone=frozenset(pf for pf in records if sysfs.names(device_folder(pf)) is None),
         problems=(*ports.problems, *problems),
     )

@@ -1,8 +1,10 @@
 """Making the VFs of a PF, configured before a driver sees them, and unmaking them.
 
 Invariant: every step may be repeated, and what is half made is unmade by the next try, which begins at none.
-No driver is bound to a VF before its PF has been told everything about it, so that no VF ever comes up with
-another address. Who uses what would go was asked by the caller.
+No driver is bound to a VF before its PF is in its mode and has been told everything about it, so that no VF
+ever comes up with another address. Who uses what would go was asked by the caller.
+
+A simulated card's VFs are no functions: there is no driver to bind, and a netdev in switchdev mode alone.
 """
 
 from __future__ import annotations
@@ -12,14 +14,26 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol, TypeVar
 
 from hw.errors import Busy, HwError, NotFound, Refused
-from hw.model import IfIndex, IfName, LinkInfo, MacAddress, PciAddress, VfSettings, VfVlan
-from hw.sriov import binding
-from hw.sriov.discovery import DEVICES
+from hw.eswitch import NO_ESWITCHES, is_representor, representors
+from hw.model import (
+    EswitchMode,
+    IfIndex,
+    IfName,
+    LinkInfo,
+    MacAddress,
+    PciAddress,
+    PfAddress,
+    VfSettings,
+    VfVlan,
+    bus_of,
+    device_folder,
+)
+from hw.sriov import binding, switching
 from hw.sysfs import Sysfs
 
 log = logging.getLogger(__name__)
@@ -46,7 +60,14 @@ class PortLinks(Protocol):
 
     def set_down(self, ifindex: IfIndex) -> None: ...
 
-    def change(self, ifindex: IfIndex, *, name: IfName | None = None, mtu: int | None = None) -> None: ...
+    def change(
+        self,
+        ifindex: IfIndex,
+        *,
+        name: IfName | None = None,
+        mtu: int | None = None,
+        mac: MacAddress | None = None,
+    ) -> None: ...
 
     def set_vf(self, pf: IfIndex, vf: int, setting: str, value: MacAddress | VfVlan | bool) -> None: ...
 
@@ -55,11 +76,15 @@ class PortLinks(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """What is to be made. macs by index, or none to leave them; None: left as the hardware has it."""
+    """What is to be made. macs by index, or none to leave them; None: left as the hardware has it.
 
-    pf: PciAddress
+    mode None: the one from before anything was done to the PF."""
+
+    pf: PfAddress
     ifindex: IfIndex
     count: int
+    mode: EswitchMode | None = None
+    pf_driver: str = ""
     macs: tuple[MacAddress, ...] = ()
     vlan: int | None = None
     spoof_check: bool | None = None
@@ -75,13 +100,17 @@ class Before:
     autoprobe: bool
     up: bool
     mtu: int
+    mode: EswitchMode | None = None
+    """None: nothing was said of its mode, so it is left."""
 
 
-def look(sysfs: Sysfs, links: PortLinks, pf: PciAddress, ifindex: IfIndex) -> Before:
+def look(sysfs: Sysfs, links: PortLinks, pf: PfAddress, ifindex: IfIndex, *, mode: bool) -> Before:
+    """mode: it will be changed."""
     link = _link(links, ifindex)
     # Kernels before 4.12 have no such file, and always probe.
-    autoprobe = sysfs.integer(f"{DEVICES}/{pf}/sriov_drivers_autoprobe")
-    return Before(autoprobe=autoprobe != 0, up=link.up, mtu=link.mtu)
+    autoprobe = sysfs.integer(f"{device_folder(pf)}/sriov_drivers_autoprobe")
+    eswitch = switching.mode_of(pf) if mode else None
+    return Before(autoprobe=autoprobe != 0, up=link.up, mtu=link.mtu, mode=eswitch)
 
 
 def make(sysfs: Sysfs, links: PortLinks, order: Order, before: Before) -> None:
@@ -94,8 +123,14 @@ def make(sysfs: Sysfs, links: PortLinks, order: Order, before: Before) -> None:
         # Some drivers (igb) make VFs that never leave reset while their PF is down.
         links.set_up(order.ifindex)
         _autoprobe(sysfs, order.pf, on=False)
+        mode = order.mode or before.mode
+        early = order.pf_driver in switching.BEFORE_VFS
+        if mode is not None and early:
+            order = replace(order, ifindex=_switched(links, order.pf, order.ifindex, mode))
         _write_number(sysfs, order.pf, order.count)
         vfs = _until(lambda: _all_vfs(sysfs, order), VF_SECONDS, f"{order.count} VFs of {order.pf} to appear")
+        if mode is not None and not early:
+            order = replace(order, ifindex=_switched(links, order.pf, order.ifindex, mode))
         for index in range(order.count):
             _configure(links, order, index)
         _bind(sysfs, order, vfs, before)
@@ -106,18 +141,34 @@ def make(sysfs: Sysfs, links: PortLinks, order: Order, before: Before) -> None:
         raise
 
 
-def unmake(sysfs: Sysfs, pf: PciAddress) -> None:
+def _switched(links: PortLinks, pf: PfAddress, ifindex: IfIndex, mode: EswitchMode) -> IfIndex:
+    """The PF in that mode; returns its netdev's index, since some drivers make another netdev of it."""
+    if not switching.change(pf, mode):
+        return ifindex
+    link = _until(lambda: _netdev_of(links, pf), VF_SECONDS, f"the netdev of {pf} in {mode} mode")
+    links.set_up(link.ifindex)
+    return link.ifindex
+
+
+def _netdev_of(links: PortLinks, pf: PfAddress) -> LinkInfo | None:
+    place = (bus_of(pf), pf)
+    mine = [x for x in links.dump() if (x.parent_bus, x.parent_device) == place and not x.is_stacked]
+    return min((x for x in mine if not is_representor(x)), key=lambda x: x.ifindex, default=None)
+
+
+def unmake(sysfs: Sysfs, pf: PfAddress) -> None:
     """No VFs any more, and their entries gone."""
-    if sysfs.integer(f"{DEVICES}/{pf}/sriov_numvfs") != 0:
+    if sysfs.integer(f"{device_folder(pf)}/sriov_numvfs") != 0:
         _write_number(sysfs, pf, 0)
     _until(lambda: not vfs_of(sysfs, pf), VF_SECONDS, f"the VFs of {pf} to go")
 
 
-def give_back(
-    sysfs: Sysfs, links: PortLinks, pf: PciAddress, ifindex: IfIndex | None, before: Before
-) -> None:
+def give_back(sysfs: Sysfs, links: PortLinks, pf: PfAddress, ifindex: IfIndex | None, before: Before) -> None:
     """The PF without VFs and as it was. ifindex None: its link is left, since others use it now."""
     unmake(sysfs, pf)
+    if before.mode is not None and switching.change(pf, before.mode):
+        again = _until(lambda: _netdev_of(links, pf), VF_SECONDS, f"the netdev of {pf} in {before.mode} mode")
+        ifindex = again.ifindex if ifindex is not None else None
     _autoprobe(sysfs, pf, on=before.autoprobe)
     if ifindex is None:
         return
@@ -128,29 +179,43 @@ def give_back(
         links.set_down(ifindex)
 
 
-def vfs_of(sysfs: Sysfs, pf: PciAddress) -> Mapping[int, PciAddress]:
-    """By index, which is the N of virtfnN and nothing else."""
+def is_given_back(sysfs: Sysfs, pf: PfAddress, before: Before) -> bool:
+    """Whether nothing of what was made is there any more."""
+    number = sysfs.integer(f"{device_folder(pf)}/sriov_numvfs")
+    return not number and before.mode in (None, switching.mode_of(pf))
+
+
+def vfs_of(sysfs: Sysfs, pf: PfAddress) -> Mapping[int, PciAddress]:
+    """Functions by index, which is the N of virtfnN and nothing else."""
     found = {}
-    for name in sysfs.names(f"{DEVICES}/{pf}") or ():
+    folder = device_folder(pf)
+    for name in sysfs.names(folder) or ():
         match = _VIRTFN.fullmatch(name)
-        target = sysfs.target_name(f"{DEVICES}/{pf}/{name}") if match else None
+        target = sysfs.target_name(f"{folder}/{name}") if match else None
         if match and target:
             found[int(match[1])] = PciAddress(target)
     return found
 
 
-def _all_vfs(sysfs: Sysfs, order: Order) -> Mapping[int, PciAddress] | None:
+Functions = Mapping[int, PciAddress | None]
+"""By index; None for a VF that is no function."""
+
+
+def _all_vfs(sysfs: Sysfs, order: Order) -> Functions | None:
+    if bus_of(order.pf) == "netdevsim":
+        number = sysfs.integer(f"{device_folder(order.pf)}/sriov_numvfs")
+        return dict.fromkeys(range(order.count)) if number == order.count else None
     found = vfs_of(sysfs, order.pf)
-    there = all(sysfs.names(f"{DEVICES}/{vf}") is not None for vf in found.values())
+    there = all(sysfs.names(device_folder(vf)) is not None for vf in found.values())
     return found if there and found.keys() == set(range(order.count)) else None
 
 
-def _write_number(sysfs: Sysfs, pf: PciAddress, number: int) -> None:
-    sysfs.write(f"{DEVICES}/{pf}/sriov_numvfs", str(number), timeout=NUMVFS_SECONDS)
+def _write_number(sysfs: Sysfs, pf: PfAddress, number: int) -> None:
+    sysfs.write(f"{device_folder(pf)}/sriov_numvfs", str(number), timeout=NUMVFS_SECONDS)
 
 
-def _autoprobe(sysfs: Sysfs, pf: PciAddress, *, on: bool) -> None:
-    path = f"{DEVICES}/{pf}/sriov_drivers_autoprobe"
+def _autoprobe(sysfs: Sysfs, pf: PfAddress, *, on: bool) -> None:
+    path = f"{device_folder(pf)}/sriov_drivers_autoprobe"
     if sysfs.integer(path) not in (int(on), None):
         sysfs.write(path, str(int(on)))
 
@@ -190,7 +255,8 @@ def _has(links: PortLinks, pf: IfIndex, vf: int, setting: str, value: object) ->
     return found is not None and getattr(found, setting) == value
 
 
-def _bind(sysfs: Sysfs, order: Order, vfs: Mapping[int, PciAddress], before: Before) -> None:
+def _bind(sysfs: Sysfs, order: Order, found: Functions, before: Before) -> None:
+    vfs = {index: vf for index, vf in found.items() if vf is not None}
     if order.driver is not None:
         driver = order.driver
         # The VFs' own events may be just having its module loaded.
@@ -209,15 +275,23 @@ def _bind(sysfs: Sysfs, order: Order, vfs: Mapping[int, PciAddress], before: Bef
     _autoprobe(sysfs, order.pf, on=before.autoprobe)
 
 
-def _finish_netdevs(links: PortLinks, order: Order, vfs: Mapping[int, PciAddress]) -> None:
+def _finish_netdevs(links: PortLinks, order: Order, vfs: Functions) -> None:
     """The netdev of each VF there, with its MTU, and named after its PF where that name is free."""
+    simulated = bus_of(order.pf) == "netdevsim"
+    if simulated and switching.mode_of(order.pf) is not EswitchMode.SWITCHDEV:
+        return
     found = _until(
-        lambda: _netdevs(links, vfs), VF_SECONDS, f"the netdevs of all {order.count} VFs of {order.pf}"
+        lambda: _netdevs(links, order.pf, vfs),
+        VF_SECONDS,
+        f"the netdevs of all {order.count} VFs of {order.pf}",
     )
     base = _link(links, order.ifindex).name
     for index, link in sorted(found.items()):
         if order.mtu is not None and link.mtu != order.mtu:
             links.change(link.ifindex, mtu=order.mtu)
+        if simulated and order.macs and link.mac != order.macs[index]:
+            # There is no driver that would take up what its PF was told.
+            links.change(link.ifindex, mac=order.macs[index])
         name = IfName(f"{base}v{index}")
         if link.name != name and not link.up and len(name) <= _NAME_BYTES:
             try:
@@ -226,8 +300,12 @@ def _finish_netdevs(links: PortLinks, order: Order, vfs: Mapping[int, PciAddress
                 log.info("VF %d of %s keeps its name %a: %s", index, order.pf, link.name, error)
 
 
-def _netdevs(links: PortLinks, vfs: Mapping[int, PciAddress]) -> Mapping[int, LinkInfo] | None:
-    indexes = {address: index for index, address in vfs.items()}
+def _netdevs(links: PortLinks, pf: PfAddress, vfs: Functions) -> Mapping[int, LinkInfo] | None:
+    indexes = {address: index for index, address in vfs.items() if address is not None}
+    if bus_of(pf) == "netdevsim":
+        ends = representors(links.dump(), NO_ESWITCHES)
+        ours = {index: link for (card, index), link in ends.items() if card == pf}
+        return ours if ours.keys() == vfs.keys() else None
     found = {
         indexes[PciAddress(link.parent_device)]: link
         for link in links.dump()

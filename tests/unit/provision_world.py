@@ -35,6 +35,7 @@ def pf_link(index: int = 5, **fields: Any) -> LinkInfo:
 
 def port(num: int = 0, address: PciAddress = PF, **fields: Any) -> SriovPort:
     given: dict[str, Any] = {
+        "address": address,
         "facts": PciFacts(address=address, vendor="8086", product="10c9", driver="igb", numa_node=0),
         "total_vfs": 7,
         "num_vfs": num,

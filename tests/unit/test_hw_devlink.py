@@ -26,7 +26,7 @@ from hw.devlink_codec import (
 )
 from hw.errors import Busy, HwError
 from hw.limited import in_time
-from hw.model import EswitchMode, IfIndex, MacAddress, PciAddress
+from hw.model import EswitchMode, IfIndex, MacAddress, NsimName, PciAddress
 from hw.transport import header
 
 DEVICE = DevlinkHandle("netdevsim", "netdevsim10")
@@ -185,8 +185,9 @@ def test_a_request_is_what_the_kernel_took(command: Command, attrs: bytes, sent:
     assert codec.request(FAMILY, command, attrs, 5, sequence) == expected
 
 
-def test_a_pci_device_is_called_by_its_address() -> None:
-    assert str(DevlinkHandle.of_pci(PciAddress("0000:3b:00.0"))) == "pci/0000:3b:00.0"
+def test_a_card_is_called_by_its_address_on_its_bus() -> None:
+    assert str(DevlinkHandle.of_card(PciAddress("0000:3b:00.0"))) == "pci/0000:3b:00.0"
+    assert DevlinkHandle.of_card(NsimName("netdevsim10")) == DEVICE
 
 
 # --- what makes no sense ------------------------------------------------------------------------------

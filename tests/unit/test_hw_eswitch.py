@@ -19,8 +19,10 @@ from hw.model import (
     LinkFlags,
     LinkInfo,
     NetdevsimIdentity,
+    NsimName,
     PciAddress,
 )
+from hw.ports import sriov_ports
 from hw.scan import Uplinks, scan
 from hw.sysfs import Sysfs
 from kndsim.sysfs_tree import write_tree
@@ -169,3 +171,35 @@ def test_a_kernel_that_does_not_tell_costs_nothing_else(
 ) -> None:
     kernel = Kernel(EswitchMode.LEGACY, error)
     assert asked(tmp_path, monkeypatch, kernel) == NO_ESWITCHES
+
+
+def test_a_simulated_card_is_a_port_that_can_have_vfs_where_its_netdevs_are(tmp_path: Path) -> None:
+    write_tree(tmp_path, TREE)
+    own = [
+        link(7, "p2", "netdevsim10", parent_bus="netdevsim", phys_port_name="p2"),
+        link(5, "p1", "netdevsim10", parent_bus="netdevsim", phys_port_name="p1"),
+        link(8, "v0", "netdevsim10", parent_bus="netdevsim", phys_port_name="pf0vf0"),
+    ]
+    name = NsimName("netdevsim10")
+    found = sriov_ports(Sysfs(tmp_path), own, Uplinks(), Eswitches({SIM: EswitchMode.SWITCHDEV}))
+    port = found.by_address[name]
+    assert (port.num_vfs, port.total_vfs, port.eswitch, port.driver) == (
+        2,
+        4,
+        EswitchMode.SWITCHDEV,
+        "netdevsim",
+    )
+    assert [each.name for each in port.links] == ["p1", "p2"]
+    assert "another network namespace" in port.vfs_in_use
+    used = sriov_ports(Sysfs(tmp_path), own, Uplinks(addressed=frozenset({IfIndex(8)})))
+    assert "has an address" in used.by_address[name].vfs_in_use
+    assert name not in sriov_ports(Sysfs(tmp_path), (), Uplinks()).by_address
+
+
+def test_a_simulated_card_that_tells_no_number_of_vfs_costs_itself_alone(tmp_path: Path) -> None:
+    write_tree(tmp_path, "bus/netdevsim/devices/netdevsim10/sriov_numvfs = many")
+    own = [link(5, "p1", "netdevsim10", parent_bus="netdevsim", phys_port_name="p1")]
+    found = sriov_ports(Sysfs(tmp_path), own, Uplinks())
+    assert not found.by_address
+    assert "netdevsim10 cannot be read" in found.problems[0]
+    assert scan(Sysfs(tmp_path), own, Uplinks())[0].withheld == ""

@@ -9,6 +9,7 @@ import pytest
 from driver.errors import ConfigError
 from driver.policy import NodePolicy, load_policy
 from driver.policy.sriov import LinkType, MacChoice, PfSelector
+from hw.model import EswitchMode
 
 HEADER = "apiVersion: knd.internal/v1alpha1\nkind: NodePolicy\n"
 
@@ -25,7 +26,7 @@ sriov:
             linkTypes: [ethernet], numaNodes: [0, 1]}
     vfs: 4
     mtu: 9000
-    mode: legacy
+    mode: switchdev
     allowHostUplink: true
     vf: {trust: true, spoofCheck: false, vlan: 100, mac: keep, driver: igbvf}
 """.replace("vendors: [8086]", 'vendors: ["8086"]')
@@ -33,6 +34,7 @@ sriov:
     assert (rule.vfs, rule.mtu, rule.allow_host_uplink, rule.external) == (4, 9000, True, False)
     assert (rule.vf.trust, rule.vf.spoof_check, rule.vf.vlan, rule.vf.driver) == (True, False, 100, "igbvf")
     assert rule.vf.mac is MacChoice.KEEP
+    assert rule.mode is EswitchMode.SWITCHDEV
     assert rule.match is not None
     assert rule.match.link_types == (LinkType.ETHERNET,)
 
@@ -48,7 +50,9 @@ def test_without_the_section_no_vfs_are_made_and_addresses_are_generated_by_defa
         ("{match: {pfNames: [a]}}", 4, "needs vfs"),
         ("{vfs: -1}", 4, "must be 0 to 4096"),
         ("{vfs: 5000}", 4, "must be 0 to 4096"),
-        ("{vfs: 1, mode: switchdev}", 4, "switchdev is not done by this version"),
+        ("{vfs: 1, mode: bridge}", 4, "must be one of legacy, switchdev"),
+        ("{vfs: 0, mode: switchdev}", 4, "gives mode and no VFs"),
+        ("{vfs: 1, external: true, mode: switchdev}", 4, "is external, so nothing is set"),
         ("{vfs: 1, match: {}}", 4, "needs a criterion"),
         ("{vfs: 1, match: {address: [a]}}", 4, "did you mean addresses"),
         ("{vfs: 1, match: {linkTypes: [fibre]}}", 4, "must be one of ethernet, infiniband"),

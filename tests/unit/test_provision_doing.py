@@ -14,11 +14,11 @@ from driver.model import BootId, DeviceName
 from driver.paths import Paths
 from driver.policy import NodePolicy
 from driver.policy.sriov import MacChoice, PfRule, VfDefaults
-from driver.provision import carry_out
+from driver.provision import carry_out, hands_off
 from driver.provision.carry_out import Provision, addresses
 from driver.provision.plan import Maker, Verdict
 from hw.errors import Busy, HwError, Refused, Unsupported
-from hw.model import LinkFlags, PciAddress, VfVlan
+from hw.model import LinkFlags, NsimName, PciAddress, VfVlan
 from hw.sriov import provision as doing
 from tests.unit.sriov_core import PF, PF_INDEX, SECOND, UNSUPPORTED, Kernel, Killed, vf_address
 
@@ -270,3 +270,9 @@ def test_no_vfs_are_made_where_the_rules_cannot_be_written(node: Node) -> None:
     found = node.provision.survey(NodePolicy(sriov=(FOUR,)), {})
     with pytest.raises(NotNow, match="network managers"):
         node.provision.keep_hands_off(found.plans.values())
+
+
+def test_the_rules_know_a_simulated_cards_vfs_by_their_ports(node: Node) -> None:
+    hands_off.write(node.paths, [NsimName("netdevsim10")])
+    rules = (node.paths.udev_rules / "10-knd-vf.rules").read_text()
+    assert 'KERNELS=="netdevsim10", ATTR{phys_port_name}=="pf*vf*", ENV{KND_VF}="1"' in rules

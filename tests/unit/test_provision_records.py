@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from driver.errors import NotNow
 from driver.policy.sriov import PfRule
 from driver.provision.macs import Source, generate
 from driver.provision.records import Makings
-from hw.model import MacAddress, PciAddress, parse_mac
+from hw.model import MacAddress, NsimName, PciAddress, parse_mac
 from tests.unit.provision_world import PF, making
 
 FOUR = PfRule(vfs=4)
@@ -108,3 +108,29 @@ def test_no_two_vfs_share_an_address_and_each_is_a_local_one(counts: list[int]) 
         assert int(mac[:2], 16) & 2
     again = generate(sources, taken=every)
     assert not set(every) & {mac for macs in again.values() for mac in macs}
+
+
+def test_a_record_of_an_earlier_version_left_the_mode_as_it_was(tmp_path: Path) -> None:
+    makings = Makings(tmp_path)
+    makings.write(making(FOUR))
+    path = next(tmp_path.glob("*.json"))
+    tree = json.loads(path.read_text())
+    del tree["mode"]
+    path.write_text(json.dumps(tree))
+    assert makings.read() == ({PF: making(FOUR)}, ())
+
+
+@pytest.mark.parametrize("mode", ["bridge", 1, None])
+def test_a_record_with_a_mode_that_there_is_not_is_none(tmp_path: Path, mode: object) -> None:
+    makings = Makings(tmp_path)
+    makings.write(making(FOUR))
+    path = next(tmp_path.glob("*.json"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "mode": mode}))
+    assert makings.read()[0] == {}
+
+
+def test_a_simulated_card_has_a_record_too(tmp_path: Path) -> None:
+    makings = Makings(tmp_path)
+    made = replace(making(FOUR), address=NsimName("netdevsim10"), mode="legacy")
+    makings.write(made)
+    assert makings.read() == ({made.address: made}, ())
