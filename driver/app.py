@@ -11,11 +11,12 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from driver import running
 from driver.assembly import Outside, assemble, make_folders
 from driver.clock import Clock, SystemClock
 from driver.execute.engine import EXPECTED, Observer, Point
@@ -25,7 +26,9 @@ from driver.kubelet.takeover import TakeoverLock
 from driver.lifecycle.core import Lifecycle
 from driver.metrics import Metrics, MetricsServer
 from driver.nri.plugin import NriPlugin
+from driver.paths import Paths
 from driver.policy import PolicyFile
+from driver.running import Running
 from driver.settings import Settings
 from hw.monitor import LinkMonitor
 
@@ -157,6 +160,19 @@ class App:
         await stack.enter_async_context(background(nri.run(), "nri"))
         await stack.enter_async_context(background(watch_policy(lifecycle, policy_file), "policy"))
 
+        def now() -> Running:
+            return Running(
+                pid=os.getpid(),
+                node=self._settings.node,
+                hook=lifecycle.hook,
+                policy_file=str(policy_file.path or ""),
+                policy=policy_file.text,
+                policy_problem=policy_file.problem,
+                has_counters=hub.has_counters,
+            )
+
+        await stack.enter_async_context(background(tell_others(self._paths, now), "telling"))
+
     def _make_hub(self) -> KubeHub:
         return KubeHub(
             driver=self._paths.driver,
@@ -198,6 +214,16 @@ async def watch_policy(lifecycle: Lifecycle, policy_file: PolicyFile) -> None:
                 await lifecycle.policy_changed()
             except EXPECTED as error:
                 log.error("the new node policy is in force in part only: %s", error)
+
+
+async def tell_others(paths: Paths, now: Callable[[], Running]) -> None:
+    """Keep the file up to date from which other commands know of this agent."""
+    told: Running | None = None
+    while True:
+        if (current := now()) != told:
+            running.write(paths, current)
+            told = current
+        await asyncio.sleep(POLICY_EVERY)
 
 
 @contextlib.asynccontextmanager

@@ -322,6 +322,8 @@ class Preparation:
     rdma: RdmaBinding | None = None
     port: PortBaseline | None = None
     """Of a PF that had VFs when it was prepared."""
+    no_iommu: bool = False
+    """The policy let it be given by its files without an IOMMU."""
 
     @property
     def by_file(self) -> bool:

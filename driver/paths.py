@@ -80,6 +80,11 @@ class Paths:
         return self.run / "live"
 
     @property
+    def running(self) -> Path:
+        """What the agent tells other commands of itself."""
+        return self.run / "agent.json"
+
+    @property
     def netns_check(self) -> Path:
         """The createRuntime hook's helper, on the host, where the runtime can run it."""
         return self.state / "bin/knd-netns-check"

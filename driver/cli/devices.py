@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 
+from driver import running
 from driver.cli import sriov_ports
 from driver.cli.output import Row, add_output_argument, print_table, show
 from driver.errors import DriverError
@@ -13,9 +15,9 @@ from driver.journal.store import Journal
 from driver.lifecycle.devices import Devices
 from driver.model import DeviceName, Preparation
 from driver.paths import Paths
-from driver.policy import PolicyFile
 from driver.provision.survey import held_devices
 from driver.settings import add_place_arguments, paths_from
+from driver.sharing import Node, Sharing
 from hw.sysfs import Sysfs
 
 
@@ -23,41 +25,33 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser = commands.add_parser("devices", help="what this node offers, and what it withholds and why")
     add_place_arguments(parser)
     add_output_argument(parser)
-    parser.add_argument("--policy", type=Path, help="node policy file")
+    parser.add_argument("--policy", type=Path, help="node policy file; absent: the agent's own")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     paths = paths_from(arguments)
-    policy_file = PolicyFile(arguments.policy)
-    if policy_file.problem:
-        raise DriverError(policy_file.problem)
-    devices = Devices(Sysfs(paths.sysfs), lambda: policy_file.current)
+    policy = running.policy_in_force(paths, arguments.policy)
+    devices = Devices(Sysfs(paths.sysfs), lambda: policy)
     devices.rescan()
     held, quarantined = _records(paths)
-    ports = sriov_ports.rows(paths, policy_file.current, held_devices(held.values(), quarantined))
+    ports = sriov_ports.rows(paths, policy, held_devices(held.values(), quarantined))
+    node = Node(devices=devices.current(), held=held, quarantined=quarantined)
+    why = _reasons(node, running.read(paths))
     rows: list[Row] = []
-    for name, device in sorted(devices.current().items()):
-        preparation = held.pop(name, None)
+    kinds = {name: device.kind for name, device in node.devices.items()}
+    kinds |= {name: preparation.kind for name, preparation in held.items()}
+    for name, kind in sorted(kinds.items()):
+        settings = node.devices[name].settings if name in node.devices else None
+        interface = held[name].pod_ifname if settings is None and name in held else None
         rows.append(
             {
                 "device": name,
-                "kind": device.kind,
-                "interface": device.settings.name if device.settings else None,
-                "held_by": _holder(preparation),
-                "offered": not device.withheld,
-                "why_not": quarantined.get(name) or device.withheld or None,
-            }
-        )
-    for name, preparation in sorted(held.items()):
-        rows.append(
-            {
-                "device": name,
-                "kind": preparation.kind,
-                "interface": preparation.pod_ifname,
-                "held_by": _holder(preparation),
-                "offered": True,
-                "why_not": quarantined.get(name),
+                "kind": kind,
+                "interface": settings.name if settings else interface,
+                "held_by": _holder(held.get(name)),
+                "offered": name in held or not why[name],
+                "why_not": quarantined.get(name) or why[name] or None,
             }
         )
     columns = ["device", "kind", "interface", "held_by", "offered", "why_not"]
@@ -67,6 +61,26 @@ def run(arguments: argparse.Namespace) -> int:
         print()
         print_table(ports, sriov_ports.COLUMNS)
     return 0
+
+
+def _reasons(node: Node, agent: running.Running | None) -> Mapping[DeviceName, str]:
+    """Why each device is not to be had, or "". What is held is offered all the same: the scheduler knows."""
+    relations = Sharing(node)
+    reasons = {name: device.withheld for name, device in node.devices.items()}
+    for name in node.held:
+        reasons[name] = ""
+    offered = [name for name, reason in reasons.items() if not reason]
+    uses = relations.uses(offered)
+    without = agent is not None and agent.has_counters is False
+    for name in offered:
+        if name in node.held:
+            continue
+        against = relations.against(name)
+        if against is not None:
+            reasons[name] = against.sentence
+        elif without and any(use.instead for use in uses.get(name, ())):
+            reasons[name] = "the API server has no shared counters: its VFs are offered instead"
+    return reasons
 
 
 def _records(paths: Paths) -> tuple[dict[DeviceName, Preparation], dict[DeviceName, str]]:

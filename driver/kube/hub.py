@@ -153,6 +153,11 @@ class KubeHub:
         return self._slices.published
 
     @property
+    def has_counters(self) -> bool | None:
+        """Whether the API server keeps shared counters; None: it was not asked."""
+        return self._slices.has_counters
+
+    @property
     def slice_problems(self) -> tuple[str, ...]:
         """What of the last offer had to be left out or cut, and what the server does not keep."""
         dropped = self._slices.dropped

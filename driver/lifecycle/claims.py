@@ -217,7 +217,9 @@ class Claims:
             if mac is not None and holder:
                 raise one_address.refused(device.name, mac, holder)
         check_rivals(context, [device.name for _, device, _ in wanted], claim.ref.uid)
-        opened = context.book.open_preparations([_new(claim, *each) for each in wanted])
+        no_iommu = context.policy().vfio.no_iommu
+        made = [replace(_new(claim, *each), no_iommu=no_iommu and each[2].by_file) for each in wanted]
+        opened = context.book.open_preparations(made)
         try:
             for preparation in opened:
                 hint = context.devices.hint(preparation)

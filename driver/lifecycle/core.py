@@ -47,6 +47,7 @@ class Lifecycle:
     def __init__(self, context: Context, journal: Journal, usage: Usage) -> None:
         self._context = context
         self.gate = Gate(journal.state().recovery)
+        self.hook = context.hook
         self._projections = Projections(context)
         self._homecoming = Homecoming(context, self._projections)
         self._health = Health(context, self._projections, self._homecoming, self.gate)

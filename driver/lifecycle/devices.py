@@ -96,7 +96,8 @@ class Devices:
         group = binding.group_of(self._sysfs, address)
         if group is None:
             raise NotNow(f"{address} has no IOMMU group (any more)")
-        return (Path("/dev/vfio/vfio"), Path(f"/dev/vfio/{group}"))
+        prefix = "noiommu-" if binding.is_without_iommu(self._sysfs, group) else ""
+        return (Path("/dev/vfio/vfio"), Path(f"/dev/vfio/{prefix}{group}"))
 
     def hold_back(self, reasons: Mapping[PfAddress, str]) -> None:
         """From the next look on nothing of these PFs, whole or VFs, is given away, until another call."""

@@ -12,6 +12,7 @@ from driver.policy.rules import (
     NetdevSelector,
     NodePolicy,
     ResetPolicy,
+    VfioPolicy,
 )
 from driver.policy.usage import UsagePolicy
 
@@ -24,6 +25,7 @@ __all__ = [
     "PolicyFile",
     "ResetPolicy",
     "UsagePolicy",
+    "VfioPolicy",
     "load_policy",
     "policy_schema",
 ]

@@ -37,6 +37,15 @@ class PolicyFile:
         self.reload()
 
     @property
+    def text(self) -> str:
+        """Of the policy in force; "" where that is the default one."""
+        return self._text or ""
+
+    @property
+    def path(self) -> Path | None:
+        return self._path
+
+    @property
     def watched(self) -> Path | None:
         return self._path.parent if self._path else None
 

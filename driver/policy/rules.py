@@ -75,6 +75,20 @@ class ResetPolicy(enum.StrEnum):
     NONE = "none"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VfioPolicy:
+    """How VFs are given to pods that drive them themselves."""
+
+    no_iommu: Annotated[
+        bool,
+        Key(
+            "noIommu",
+            boolean(),
+            "true: also where no IOMMU holds them back, so that their pods can read and write all memory.",
+        ),
+    ] = False
+
+
 # --- selectors --------------------------------------------------------------------------------------
 
 
@@ -243,6 +257,9 @@ class NodePolicy:
     )
     usage: Annotated[UsagePolicy, Key("usage", record(UsagePolicy), "What the usage ledger keeps.")] = (
         DEFAULT_USAGE
+    )
+    vfio: Annotated[VfioPolicy, Key("vfio", record(VfioPolicy), "VFs that pods drive themselves.")] = (
+        VfioPolicy()
     )
     reset: Annotated[ResetPolicy, Key("reset", choice(ResetPolicy), "VFs between tenants.")] = (
         ResetPolicy.REPROBE

@@ -83,6 +83,18 @@ def group_of(sysfs: Sysfs, address: PciAddress) -> int | None:
     return int(name) if name is not None and name.isdecimal() else None
 
 
+def is_without_iommu(sysfs: Sysfs, group: int) -> bool:
+    """Whether it is a group that vfio made for a function that no IOMMU holds back (drivers/vfio/group.c,
+    vfio_noiommu_group_alloc). It is there while the function is bound to vfio-pci, and others cannot join."""
+    return sysfs.text(f"{_GROUPS}/{group}/name") == "vfio-noiommu"
+
+
+def allows_no_iommu(sysfs: Sysfs) -> bool | None:
+    """Whether vfio takes functions without an IOMMU now; None: its kernel was built without that."""
+    value = sysfs.text("module/vfio/parameters/enable_unsafe_noiommu_mode")
+    return None if value is None else value == "Y"
+
+
 def sharers(sysfs: Sysfs, address: PciAddress, group: int) -> tuple[str, ...]:
     """Other functions of its IOMMU group, bridges apart: whoever holds one of them holds all."""
     names = sysfs.names(f"{_GROUPS}/{group}/devices") or ()

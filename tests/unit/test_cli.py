@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from bpf.layout import Cell, TrafficKind
+from driver import running
 from driver.cli.main import main
 from driver.cli.output import printable
 from driver.clock import SystemClock
@@ -20,6 +21,7 @@ from driver.kubelet.plugin import make_plugin_dir
 from driver.kubelet.takeover import TakeoverLock
 from driver.model import AttachmentState, ClaimRef, ClaimUid, PodRef, PodUid, PreparationState, SandboxId
 from driver.paths import Paths
+from driver.running import Running
 from hw.model import IfName
 from tests.unit.journal_values import BOOT, attachment, key, preparation
 
@@ -240,6 +242,42 @@ def test_devices_say_who_holds_one_that_is_away(knd, journal: Journal) -> None: 
         "offered": True,
         "why_not": "it is dirty",
     }
+
+
+def test_devices_ask_the_policy_that_the_agent_has_unless_they_are_given_one(  # type: ignore[no-untyped-def]
+    knd, paths: Paths, tmp_path: Path
+) -> None:
+    def known(*flags: str) -> set[str]:
+        said = knd("devices", "-o", "json", *flags)
+        assert said.code == 0, said.err
+        return {str(row["kind"]) for row in said.rows if row["offered"]}
+
+    paths.run.mkdir(parents=True)
+    text = "apiVersion: knd.internal/v1alpha1\nkind: NodePolicy\n"
+    running.write(
+        paths, Running(pid=1, node="n", hook="tcx", policy=f"{text}netdevs: [{{kinds: [veth, dummy]}}]")
+    )
+    policy = running.policy_in_force(paths, None)
+    assert policy.netdevs[0].kinds == ("veth", "dummy")
+    everything = tmp_path / "policy.yaml"
+    everything.write_text(f"{text}devices: [{{offer: false}}]\n")
+    assert known(f"--policy={everything}") == set()
+    assert running.policy_in_force(paths, everything).netdevs == ()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"pid": 1}', '{"policy": 5', "\udcff"])
+def test_an_agents_word_of_itself_that_cannot_be_read_is_none(paths: Paths, content: str) -> None:
+    paths.run.mkdir(parents=True)
+    paths.running.write_bytes(content.encode(errors="surrogateescape"))
+    assert running.read(paths) is None
+
+
+def test_an_agents_word_of_itself_is_read_as_it_was_written(paths: Paths) -> None:
+    paths.run.mkdir(parents=True)
+    told = Running(pid=7, node="n", hook="tcx", policy="{}", policy_problem="bad", has_counters=False)
+    running.write(paths, told)
+    assert running.read(paths) == told
+    running.write(Paths(root=paths.root / "nowhere"), told)
 
 
 def test_cleanup_is_refused_while_an_agent_lives(knd, paths: Paths) -> None:  # type: ignore[no-untyped-def]

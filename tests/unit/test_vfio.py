@@ -16,7 +16,9 @@ import pytest
 from driver.errors import Refusal
 from driver.execute import probe, vfio
 from driver.execute.target import NotClean, Target, Vanished
+from driver.lifecycle.devices import Devices
 from driver.model import NicConfig, VfConfig, VfDriver
+from driver.policy import NodePolicy
 from hw.errors import Busy, NotFound, Refused
 from hw.model import PciAddress, PciIdentity
 from hw.sriov import binding
@@ -77,12 +79,13 @@ def core(tmp_path: Path) -> PciCore:
     return PciCore(write_tree(tmp_path / "sys", TREE))
 
 
-def target(*, netdev: bool = True) -> Target:
+def target(*, netdev: bool = True, no_iommu: bool = False) -> Target:
     known = replace(
         preparation(0),
         identity=PciIdentity(VF, PciAddress("0000:21:00.0"), 0),
         config=NicConfig(vf=VfConfig(driver=VfDriver.VFIO)),
         home_driver="igbvf",
+        no_iommu=no_iommu,
     )
     links: Any = SimpleNamespace(
         dump=lambda: (
@@ -120,6 +123,48 @@ def test_without_an_iommu_nothing_is_given_away(core: PciCore, tmp_path: Path) -
     with pytest.raises(Refusal, match="IOMMU"):
         vfio.to_vfio(target(), core)
     assert binding.driver_of(core, VF) == "igbvf"
+
+
+UNSAFE = "module/vfio/parameters/enable_unsafe_noiommu_mode"
+
+
+@pytest.mark.parametrize(
+    ("told", "policy", "words"),
+    [
+        ("Y", False, "noIommu: true"),
+        ("N", True, "write Y to"),
+        (None, True, "CONFIG_VFIO_NOIOMMU"),
+    ],
+)
+def test_without_an_iommu_policy_and_kernel_must_both_allow_it(
+    core: PciCore, tmp_path: Path, told: str | None, policy: bool, words: str
+) -> None:
+    (tmp_path / f"sys/bus/pci/devices/{VF}/iommu_group").unlink()
+    if told is not None:
+        (core.root / UNSAFE).parent.mkdir(parents=True)
+        (core.root / UNSAFE).write_text(f"{told}\n")
+    with pytest.raises(Refusal, match=words):
+        vfio.to_vfio(target(no_iommu=policy), core)
+    assert binding.driver_of(core, VF) == "igbvf"
+
+
+def test_without_an_iommu_it_is_given_away_where_both_allow_it_and_by_other_files(
+    core: PciCore, tmp_path: Path
+) -> None:
+    group = tmp_path / f"sys/bus/pci/devices/{VF}/iommu_group"
+    group.unlink()
+    (core.root / UNSAFE).parent.mkdir(parents=True)
+    (core.root / UNSAFE).write_text("Y\n")
+    vfio.to_vfio(target(no_iommu=True), core)
+    assert binding.driver_of(core, VF) == "vfio-pci"
+    # As vfio does when it is bound.
+    group.symlink_to("../../../../kernel/iommu_groups/3")
+    (core.root / "kernel/iommu_groups/3").mkdir(parents=True)
+    (core.root / "kernel/iommu_groups/3/name").write_text("vfio-noiommu\n")
+    files = Devices(core, NodePolicy).vfio_files(VF)
+    assert list(map(str, files)) == ["/dev/vfio/vfio", "/dev/vfio/noiommu-3"]
+    with pytest.raises(Refusal, match="noIommu: true"):
+        vfio.to_vfio(target(), core)
 
 
 def test_a_node_without_vfio_says_what_to_load(core: PciCore, tmp_path: Path) -> None:
