@@ -19,6 +19,7 @@ from typing import Self
 from bpf import layout, sys
 from bpf.errors import BpfError, BpffsMissing, CallRefused, LayoutMismatch
 from bpf.layout import Cell, Slot, TrafficKind
+from bpf.limits import Limits
 from bpf.program import CompiledPrograms
 
 DEFAULT_SLOTS = 512
@@ -42,16 +43,24 @@ _PCP_DEFAULT = tuple(range(layout.PCPS))
 
 
 class Accounting:
-    """Open maps and the programs that write them. Safe to use from several threads.
+    """Open maps and the programs that write them. Safe to use from several threads. limits is what these
+    programs do beside counting.
 
     The kernel memory behind it is 1 KiB per slot and possible CPU.
     """
 
     def __init__(
-        self, *, counters: sys.MapFd, classes: sys.MapFd, programs: CompiledPrograms, capacity: int
+        self,
+        *,
+        counters: sys.MapFd,
+        classes: sys.MapFd,
+        limits: Limits,
+        programs: CompiledPrograms,
+        capacity: int,
     ) -> None:
         self._counters = counters
         self._classes = classes
+        self.limits = limits
         self._programs = programs
         self._capacity = capacity
         self._cpus = sys.possible_cpus()
@@ -76,7 +85,10 @@ class Accounting:
                 or _pinned(pins / "classes", _make_classes)
             )
             capacity = sys.map_info(counters).max_entries
-            opened = cls(counters=counters, classes=classes, programs=programs, capacity=capacity)
+            limits = stack.enter_context(contextlib.closing(_open_limits(pins, capacity)))
+            opened = cls(
+                counters=counters, classes=classes, limits=limits, programs=programs, capacity=capacity
+            )
             stack.pop_all()
             return opened
 
@@ -84,6 +96,7 @@ class Accounting:
         """Close the descriptors; the pinned maps and what is attached go on counting."""
         self._counters.close()
         self._classes.close()
+        self.limits.close()
 
     def __enter__(self) -> Self:
         return self
@@ -99,8 +112,9 @@ class Accounting:
         return self._capacity
 
     def zero(self, slot: Slot) -> None:
-        """Set every count of a slot to 0. Only while nothing is attached with it."""
+        """Set every count of a slot to 0, and take its rules away. Only while nothing passes its programs."""
         self._check(slot)
+        self.limits.clear(slot)
         sys.map_update_elem(self._counters, _KEY.pack(slot), bytes(layout.VALUE_BYTES * self._cpus))
 
     def read(self, slot: Slot) -> tuple[Cell, ...]:
@@ -156,7 +170,7 @@ class Accounting:
         that has succeeded the hook keeps the program and the descriptor is to be closed.
         """
         self._check(slot)
-        return _load(self._programs, slot, direction, self._counters, self._classes)
+        return _load(self._programs, slot, direction, self._counters, self._classes, self.limits)
 
     def _check(self, slot: Slot) -> None:
         if not 0 <= slot < self._capacity:
@@ -164,9 +178,14 @@ class Accounting:
 
 
 def _load(
-    programs: CompiledPrograms, slot: Slot, direction: int, counters: sys.MapFd, classes: sys.MapFd
+    programs: CompiledPrograms,
+    slot: Slot,
+    direction: int,
+    counters: sys.MapFd,
+    classes: sys.MapFd,
+    limits: Limits,
 ) -> sys.ProgramFd:
-    maps: Mapping[str, int] = {"acct": counters.fd, "classes": classes.fd}
+    maps: Mapping[str, int] = {"acct": counters.fd, "classes": classes.fd, **limits.fds}
     code = programs.programs[direction].specialise(slot, maps)
     return sys.prog_load(sys.ProgramType.SCHED_CLS, code, name=f"{PROGRAM_NAMES[direction]}_{slot}")
 
@@ -182,8 +201,9 @@ def _try_out(programs: CompiledPrograms) -> None:
     with contextlib.ExitStack() as stack:
         counters = stack.enter_context(_make_counters(1))
         classes = stack.enter_context(_make_classes())
+        limits = stack.enter_context(contextlib.closing(Limits(_make_rules(1), _make_police(1))))
         for direction in range(layout.DIRECTIONS):
-            program = stack.enter_context(_load(programs, Slot(0), direction, counters, classes))
+            program = stack.enter_context(_load(programs, Slot(0), direction, counters, classes, limits))
             # Once out and twice in, so that a mix-up shows.
             sys.prog_test_run(program, _TRIAL_FRAME, repeat=direction + 1)
         values = bytearray(layout.VALUE_BYTES * sys.possible_cpus())
@@ -262,6 +282,41 @@ def _make_counters(slots: int) -> sys.MapFd:
         value_size=layout.VALUE_BYTES,
         max_entries=slots,
         name="knd_acct",
+    )
+
+
+def _open_limits(pins: Path, slots: int) -> Limits:
+    with contextlib.ExitStack() as stack:
+        rules = stack.enter_context(
+            _reopen(pins / "rules", sys.MapType.ARRAY, layout.RULES_BYTES)
+            or _pinned(pins / "rules", lambda: _make_rules(slots))
+        )
+        police = stack.enter_context(
+            _reopen(pins / "police", sys.MapType.ARRAY, layout.POLICE_BYTES)
+            or _pinned(pins / "police", lambda: _make_police(slots))
+        )
+        stack.pop_all()
+        return Limits(rules, police)
+
+
+def _make_rules(slots: int) -> sys.MapFd:
+    return sys.map_create(
+        sys.MapType.ARRAY,
+        key_size=_KEY.size,
+        value_size=layout.RULES_BYTES,
+        max_entries=slots,
+        flags=sys.BPF_F_RDONLY_PROG,
+        name="knd_rules",
+    )
+
+
+def _make_police(slots: int) -> sys.MapFd:
+    return sys.map_create(
+        sys.MapType.ARRAY,
+        key_size=_KEY.size,
+        value_size=layout.POLICE_BYTES,
+        max_entries=slots,
+        name="knd_police",
     )
 
 

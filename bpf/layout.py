@@ -27,6 +27,16 @@ CLASSES_BYTES = DSCPS + PCPS + 4
 PCP_WINS = 1
 """Flag: a VLAN-tagged packet's class is its priority's, whatever its DSCP."""
 
+RULES_BYTES = 64
+"""struct rules of c/limit.h, one per slot of map `rules`."""
+POLICE_BYTES = 48
+"""struct police of c/limit.h, one per slot of map `police`."""
+RULES_ANY = 1
+RULES_ONE_CLASS = 2
+RULES_MARK = 4
+LEAF = 0x10
+"""The minor number of class 0's queue; the others' follow."""
+
 
 class TrafficKind(enum.IntEnum):
     """Third index of a cell."""

@@ -21,7 +21,12 @@ FORMAT = 1
 """Raised when the text form or the meaning of the places changes."""
 INSTRUCTION_BYTES = 8
 SLOT_SENTINEL = 0x5EED0001
-MAP_SENTINELS: Mapping[str, int] = {"acct": 0x5EED0010, "classes": 0x5EED0011}
+MAP_SENTINELS: Mapping[str, int] = {
+    "acct": 0x5EED0010,
+    "classes": 0x5EED0011,
+    "rules": 0x5EED0012,
+    "police": 0x5EED0013,
+}
 """Stand for map file descriptors in the source. No map exists when the programs are compiled, so that
 compiling needs no privilege."""
 PROGRAM_NAMES = ("egress", "ingress")

@@ -27,7 +27,7 @@ def files(directory: Path) -> tuple[Path, ...]:
 def key(directory: Path) -> str:
     """sha256 over everything but the compiler that decides what comes out."""
     digest = hashlib.sha256()
-    facts = (program.FORMAT, os.uname().machine, layout.VALUE_BYTES, program.SLOT_SENTINEL)
+    facts = (program.FORMAT, os.uname().machine, layout.VALUE_BYTES, layout.LEAF, program.SLOT_SENTINEL)
     digest.update(repr((facts, sorted(program.MAP_SENTINELS.items()))).encode())
     for path in files(directory):
         content = path.read_bytes()

@@ -24,6 +24,11 @@ ProgramId = NewType("ProgramId", int)
 _SYSCALL_NUMBERS = {"x86_64": 321, "aarch64": 280}
 _LOG_BYTES = 1 << 20
 _LOAD_TRIES = 5
+_SK_BUFF_BYTES = 256
+"""More than struct __sk_buff of uapi linux/bpf.h has on any kernel; the rest stays 0."""
+_SK_BUFF_PRIORITY_AT = 32
+_TEST_RUN_GROWS = 256
+"""More bytes than a program could add to a packet here."""
 """BPF_PROG_LOAD gives EAGAIN when a signal is pending."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -275,20 +280,30 @@ def _prog_load(kind: ProgramType, instructions: bytes, name: str, log: bytearray
 
 @dataclass(frozen=True, slots=True)
 class TestRun:
-    """result is the program's return value, nanoseconds the mean of all repeats."""
+    """result is the program's return value, nanoseconds the mean of all repeats; packet and priority are what
+    the last of them left."""
 
     result: int
     nanoseconds: int
+    packet: bytes
+    priority: int
 
 
 def prog_test_run(program: ProgramFd, packet: bytes, *, context: bytes = b"", repeat: int = 1) -> TestRun:
     """Run the program on packet without a device. context: the start of a struct __sk_buff."""
-    data, ctx = _Buffer(packet), _Buffer(context or b"\0")
-    size = len(context)
-    ctx_address = ctx.address if context else 0
-    args = (program.fd, 0, len(packet), 0, data.address, 0, repeat, 0, size, 0, ctx_address, 0, 0, 0, 0, 0)
+    length, room = len(packet), len(packet) + _TEST_RUN_GROWS
+    data, ctx = _Buffer(packet), _Buffer(context.ljust(_SK_BUFF_BYTES, b"\0"))
+    left, left_ctx = bytearray(room), bytearray(_SK_BUFF_BYTES)
+    out, out_ctx = _Buffer(left), _Buffer(left_ctx)
+    args = (
+        *(program.fd, 0, length, room, data.address, out.address, repeat, 0),
+        *(_SK_BUFF_BYTES, _SK_BUFF_BYTES, ctx.address, out_ctx.address, 0, 0, 0, 0),
+    )
     raw = _call(Command.PROG_TEST_RUN, "test-running a BPF program", "=IIIIQQIIIIQQIIII", *args)[1]
-    return TestRun(struct.unpack_from("=i", raw, 4)[0], struct.unpack_from("=I", raw, 36)[0])
+    result, _, size = struct.unpack_from("=iII", raw, 4)
+    (nanoseconds,) = struct.unpack_from("=I", raw, 36)
+    (priority,) = struct.unpack_from("=I", left_ctx, _SK_BUFF_PRIORITY_AT)
+    return TestRun(result, nanoseconds, bytes(left[:size]), priority)
 
 
 def prog_get_fd_by_id(program: ProgramId) -> ProgramFd:

@@ -20,6 +20,7 @@ from driver.errors import DriverError
 from driver.execute.actions import NodeActs
 from driver.execute.engine import Engine, Observer
 from driver.execute.probe import Host
+from driver.execute.shape import Shaper
 from driver.journal.ledger import Ledger
 from driver.journal.reserve import Reserve
 from driver.journal.store import Journal
@@ -82,9 +83,9 @@ def assemble(
     book = Book(journal, slots=settings.slots)
     usage = _usage(book, ledger, accounting, clock, hook, policy_file, outside.pods)
     sysfs = Sysfs(paths.sysfs)
-    acts = NodeActs(
-        hook=hook, accounting=accounting, programs=tcx, fold=usage.fold, host=Host(sysfs, Udev(paths.udev))
-    )
+    shaper = Shaper(accounting, lambda: policy_file.current.qos)
+    host = Host(sysfs, Udev(paths.udev))
+    acts = NodeActs(hook=hook, accounting=accounting, programs=tcx, fold=usage.fold, host=host, shaper=shaper)
 
     def policy() -> NodePolicy:
         return policy_file.current

@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, NewType
 
 from bpf.layout import Slot
-from driver.rdma import NO_WISHES, RdmaBinding, RdmaConfig, RdmaInPod
+from driver.nicconfig import VF_FIELDS as VF_FIELDS
+from driver.nicconfig import InterfaceConfig as InterfaceConfig
+from driver.nicconfig import NicConfig as NicConfig
+from driver.nicconfig import VfConfig as VfConfig
+from driver.nicconfig import VfDriver as VfDriver
+from driver.rdma import RdmaBinding, RdmaInPod
 from hw.model import (
     DeviceKind,
     Identity,
@@ -28,9 +33,7 @@ from hw.model import (
     PciIdentity,
     PortBaseline,
     PortState,
-    VfLinkState,
     VfSettings,
-    VfVlan,
 )
 
 ClaimUid = NewType("ClaimUid", str)
@@ -113,79 +116,6 @@ class Claim:
     devices: tuple[AllocatedDevice, ...]
     configs: tuple[OpaqueConfig, ...] = ()
     reserved_for: frozenset[PodUid] = frozenset()
-
-
-# --- claim configuration ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InterfaceConfig:
-    """Section `interface`. None: keep what the device has; name None: the device's own host name."""
-
-    name: IfName | None = None
-    mtu: int | None = None
-    hardware_address: MacAddress | None = None
-    addresses: tuple[InterfaceAddress, ...] = ()
-
-
-class VfDriver(enum.StrEnum):
-    """Who drives a device while a pod has it: the node's kernel, or the pod itself through vfio."""
-
-    KERNEL = "kernel"
-    VFIO = "vfio-pci"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VfConfig:
-    """Section `vf`. None: as it is. Rates in Mb/s, 0 for none."""
-
-    driver: VfDriver = VfDriver.KERNEL
-    vlan: VfVlan | None = None
-    spoof_check: bool | None = None
-    trust: bool | None = None
-    link_state: VfLinkState | None = None
-    min_rate: int | None = None
-    max_rate: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NicConfig:
-    """A NetworkDeviceConfig after merging class and claim, for one device."""
-
-    interface: InterfaceConfig = InterfaceConfig()
-    vf: VfConfig = VfConfig()
-    rdma: RdmaConfig = NO_WISHES
-
-    @property
-    def by_file(self) -> bool:
-        """The pod gets device files and no netdev: nothing is moved, renamed or counted by BPF."""
-        return self.vf.driver is VfDriver.VFIO
-
-    def on_pf(self) -> Mapping[str, object]:
-        """What is asked of a VF that its PF must set, by the names of VfSettings."""
-        vf = self.vf
-        wishes = {
-            "vlan": vf.vlan,
-            "mac": self.interface.hardware_address,
-            "min_rate": vf.min_rate,
-            "max_rate": vf.max_rate,
-            "spoof_check": vf.spoof_check,
-            "trust": vf.trust,
-            "link_state": vf.link_state,
-        }
-        return {name: value for name, value in wishes.items() if value is not None}
-
-
-VF_FIELDS: Mapping[str, str] = {
-    "vlan": "vf.vlan",
-    "mac": "interface.hardwareAddress",
-    "min_rate": "vf.minRate",
-    "max_rate": "vf.maxRate",
-    "spoof_check": "vf.spoofCheck",
-    "trust": "vf.trust",
-    "link_state": "vf.linkState",
-}
-"""Of VfSettings, as users write them."""
 
 
 # --- devices ----------------------------------------------------------------------------------------

@@ -22,6 +22,8 @@ class Act(enum.StrEnum):
     ZERO_SLOT = "zero-slot"
     MOVE_IN = "move-in"
     FILTER = "attach-filters"
+    SHAPE = "set-limits"
+    UNSHAPE = "take-limits-off"
     ADDRESS = "add-addresses"
     UP = "link-up"
     DOWN = "link-down"
@@ -72,7 +74,7 @@ _BIND_BUDGET = 5.0
 # A PF's firmware may take its time; and for an address the VF's driver may have to begin anew.
 _PF_BUDGET = 3.0
 
-_HOMEWARD = (Act.DOWN, Act.STRIP, Act.MOVE_HOME, Act.RESTORE)
+_HOMEWARD = (Act.DOWN, Act.UNSHAPE, Act.STRIP, Act.MOVE_HOME, Act.RESTORE)
 
 
 def prepare(preparation: Preparation, hook: Hook) -> Plan:
@@ -146,6 +148,7 @@ def _netdev_in(preparation: Preparation, hook: Hook) -> list[Step]:
     steps = [Step(act=Act.MOVE_IN, undo=_HOMEWARD, budget=_MOVE_BUDGET)]
     if hook is Hook.CLSACT:
         steps.append(Step(act=Act.FILTER, budget=0.05))
+    steps.append(Step(act=Act.SHAPE, budget=0.05))
     if preparation.config.interface.addresses:
         steps.append(Step(act=Act.ADDRESS))
     return [*steps, Step(act=Act.UP, undo=(Act.DOWN,), budget=0.05)]
@@ -159,6 +162,7 @@ def detach(attachment: Attachment, preparation: Preparation) -> Plan:
     """
     netdev = (
         Step(act=Act.DOWN),
+        Step(act=Act.UNSHAPE),
         Step(act=Act.FOLD),
         Step(act=Act.STRIP),
         Step(act=Act.MOVE_HOME, budget=_MOVE_BUDGET),

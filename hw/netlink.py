@@ -36,6 +36,7 @@ from hw.model import (
     VfSettings,
 )
 from hw.netns import NetnsHandle
+from hw.qdisc import Qdiscs
 from hw.statistics import link_statistics, vf_statistics
 from hw.transport import DEFAULT_TIMEOUT, Encode, Transport, header, open_netlink
 from hw.vf import VfValue, vf_request, vf_settings
@@ -91,6 +92,7 @@ class LinkSocket:
         """timeout is how long the kernel may take to answer one request, in seconds."""
         self._transport = Transport(open_netlink(netns), timeout=timeout)
         self._where = "the host" if netns is None else str(netns.path)
+        self.shaping = Qdiscs(self._transport, self._where)
 
     def close(self) -> None:
         self._transport.close()

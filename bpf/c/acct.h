@@ -71,9 +71,12 @@ _Static_assert(KND_CLASSES == 8 && KND_KINDS == 4, "the masks in account() need 
 
 #define JUMBO_OPTION 0xc2
 
-/* What dissect() found. at moves on from header to header and ends where the payload begins. */
+/* What dissect() found. at moves on from header to header and ends where the payload begins; network is where
+ * the IP header of that version begins, 0 where there is none. */
 struct frame {
 	u32 at;
+	u32 network;
+	u32 version;
 	u32 beside; /* bytes on the wire that skb->len lacks: the offloaded tag */
 	u32 pseudo; /* bytes in skb->len that never reach the wire */
 	u32 kind;
@@ -183,6 +186,8 @@ INLINE u32 ipv4(struct __sk_buff *skb, struct frame *f)
 	if (ip.version_length >> 4 != 4 || bytes < IPV4_BYTES)
 		return PROTO_UNREADABLE;
 	f->dscp = ip.tos >> 2;
+	f->network = f->at;
+	f->version = 4;
 	f->at += bytes;
 	return ip.fragment & BIG_ENDIAN_16(0x1fff) ? PROTO_OPAQUE : ip.proto;
 }
@@ -230,6 +235,8 @@ INLINE u32 ipv6(struct __sk_buff *skb, struct frame *f)
 	if (!fetch_ipv6(skb, f->at, &ip) || skb->len < f->at + IPV6_BYTES || ip.version_class >> 4 != 6)
 		return PROTO_UNREADABLE;
 	f->dscp = ((ip.version_class & 15) << 2) | (ip.class_flow >> 6);
+	f->network = f->at;
+	f->version = 6;
 	f->at += IPV6_BYTES;
 	return extensions(skb, f, ip.next, !ip.length && skb->gso_size);
 }
@@ -289,26 +296,32 @@ INLINE u32 class_of(const struct frame *f)
 	return classes->dscp[bounded(f->dscp, 63)];
 }
 
+/* What a packet was counted as: one that stands for several has all of their headers in bytes. */
+struct counted {
+	u32 class;
+	u64 bytes;
+	u32 packets;
+};
+
 /* Adds without atomics: the record is this CPU's, and the hooks run with bottom halves off. */
-INLINE void account(struct __sk_buff *skb, u32 slot, enum direction direction)
+INLINE void account(struct __sk_buff *skb, const struct frame *f, u32 slot, enum direction direction,
+		    struct counted *counted)
 {
-	struct frame f = {};
 	struct record *record;
 	struct cell *cell;
-	u32 length, header, segs, class;
+	u32 length, header;
 
-	dissect(skb, &f);
-	length = skb->len + f.beside - f.pseudo;
-	header = f.at + f.beside - f.pseudo;
-	segs = segments(skb, length > header ? length - header : 0);
+	length = skb->len + f->beside - f->pseudo;
+	header = f->at + f->beside - f->pseudo;
+	counted->packets = segments(skb, length > header ? length - header : 0);
+	counted->bytes = length + (u64)(counted->packets - 1) * header;
 
 	record = bpf_map_lookup_elem((void *)bpf_pseudo_fd(KND_PSEUDO_MAP_FD, KND_MAP_ACCT), &slot);
 	if (!record)
 		return;
-	class = bounded(class_of(&f), 7);
-	cell = &record->cells[(direction * KND_CLASSES + class) * KND_KINDS + bounded(f.kind, 3)];
-	cell->bytes += length + (u64)(segs - 1) * header;
-	cell->packets += segs;
+	cell = &record->cells[(direction * KND_CLASSES + counted->class) * KND_KINDS + bounded(f->kind, 3)];
+	cell->bytes += counted->bytes;
+	cell->packets += counted->packets;
 }
 
 #endif

@@ -16,6 +16,7 @@ from driver.claimconfig.sections import (
     decode_tree,
     json_schema,
 )
+from driver.claimconfig.traffic import RATE
 
 __all__ = [
     "API_VERSION",
@@ -23,6 +24,7 @@ __all__ = [
     "FIELDS",
     "GUARDED_FIELDS",
     "KIND",
+    "RATE",
     "ClaimLimits",
     "FieldPath",
     "MtuBounds",

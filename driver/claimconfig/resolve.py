@@ -29,6 +29,7 @@ from driver.claimconfig.sections import (
     VfSection,
     decode,
 )
+from driver.claimconfig.traffic import EgressSection, IngressSection, QosSection
 from driver.errors import ConfigError, FieldProblem
 from driver.model import (
     AllocatedDevice,
@@ -41,10 +42,13 @@ from driver.model import (
 )
 from driver.rdma import RdmaConfig
 from driver.strict import Key, listing, record
+from driver.traffic import Enforcement, QosConfig
 from hw.model import IfName
 
 S = TypeVar("S")
 
+EGRESS_RATE = FieldPath("qos.egress.rate")
+INGRESS_RATE = FieldPath("qos.ingress.rate")
 _WHO = {ConfigSource.CLASS: "the DeviceClass", ConfigSource.CLAIM: "the claim"}
 
 
@@ -110,6 +114,7 @@ def resolve(device: AllocatedDevice, configs: Sequence[OpaqueConfig], limits: Cl
         problems.extend(_overreach(given, by_class, fixed, limits))
         if (mtu := given.get(MTU_FIELD)) is not None and mtu != by_class.get(MTU_FIELD):
             problems.extend(_out_of_bounds(cast(int, mtu), bounds))
+        problems.extend(_raised(given, by_class))
         values |= given
     problems.extend(_rates_at_odds(values))
     if problems:
@@ -162,11 +167,29 @@ def _overreach(
             yield FieldProblem(field, "cannot be set by a claim on this node (node policy, claims)")
 
 
+def _raised(
+    given: Mapping[FieldPath, object], by_class: Mapping[FieldPath, object]
+) -> Iterator[FieldProblem]:
+    """A limit that a DeviceClass sets can be lowered by a claim."""
+    for field in (EGRESS_RATE, INGRESS_RATE):
+        most, asked = cast(int, by_class.get(field) or 0), cast("int | None", given.get(field))
+        if most and asked is not None and not 0 < asked <= most:
+            yield FieldProblem(field, f"can be lowered by a claim, and is {most}M in the DeviceClass")
+
+
 def _rates_at_odds(values: Mapping[FieldPath, object]) -> Iterator[FieldProblem]:
     """Class and claim may each be right and not fit together."""
-    least, most = (cast(int, values.get(FieldPath(f"vf.{name}")) or 0) for name in ("minRate", "maxRate"))
-    if most and least > most:
-        yield FieldProblem("vf.minRate", f"is {least}M, above vf.maxRate, which is {most}M")
+    for section, most_name in (("vf", "maxRate"), ("qos.egress", "rate")):
+        least, most = (
+            cast(int, values.get(FieldPath(f"{section}.{name}")) or 0) for name in ("minRate", most_name)
+        )
+        if most and least > most:
+            yield FieldProblem(
+                f"{section}.minRate", f"is {least}M, above {section}.{most_name}, which is {most}M"
+            )
+    for vf, qos in (("vf.maxRate", "qos.egress.rate"), ("vf.minRate", "qos.egress.minRate")):
+        if values.get(FieldPath(vf)) and values.get(FieldPath(qos)):
+            yield FieldProblem(qos, f"says the same as {vf}, which is there too; leave one out")
 
 
 def build(values: Mapping[FieldPath, object]) -> NicConfig:
@@ -174,6 +197,9 @@ def build(values: Mapping[FieldPath, object]) -> NicConfig:
     interface = _section(InterfaceSection, "interface", values)
     vf = _section(VfSection, "vf", values)
     rdma = _section(RdmaSection, "rdma", values)
+    qos = _section(QosSection, "qos", values)
+    egress = _section(EgressSection, "qos.egress", values)
+    ingress = _section(IngressSection, "qos.ingress", values)
     return NicConfig(
         interface=InterfaceConfig(
             name=interface.name,
@@ -195,6 +221,14 @@ def build(values: Mapping[FieldPath, object]) -> NicConfig:
             files=rdma.files or (),
             nccl=bool(rdma.nccl),
             ucx=bool(rdma.ucx),
+        ),
+        qos=QosConfig(
+            traffic_class=qos.traffic_class,
+            enforcement=qos.enforcement or Enforcement.AUTO,
+            egress_rate=egress.rate or 0,
+            egress_burst=egress.burst,
+            egress_min_rate=egress.min_rate or 0,
+            ingress_rate=ingress.rate or 0,
         ),
     )
 

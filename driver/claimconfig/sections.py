@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, NewType
 
+from driver.claimconfig.traffic import RATE, EgressSection, IngressSection, QosSection
 from driver.model import VfDriver
 from driver.rdma import RdmaFile, RdmaMode
 from driver.strict import (
@@ -47,7 +48,7 @@ API_VERSION = "knd.internal/v1alpha1"
 KIND = "NetworkDeviceConfig"
 
 FieldPath = NewType("FieldPath", str)
-"""`section.field`, as users write it: `interface.hardwareAddress`."""
+"""`section.field`, as users write it: `interface.hardwareAddress`, `qos.egress.rate`."""
 
 MTU_MIN = 68
 MTU_MAX = 65535
@@ -143,26 +144,6 @@ class InterfaceSection:
 
 VF_DRIVER: Kind[VfDriver] = text(VfDriver, {"enum": [each.value for each in VfDriver]})
 MAX_VLAN = 4094
-MAX_RATE = 10_000_000
-"""In Mb/s: 10 Tb/s."""
-_RATE_UNITS = {"M": 1, "G": 1_000, "T": 1_000_000}
-
-
-def _rate(value: str) -> int:
-    if value == "0":
-        return 0
-    match = re.fullmatch(r"([1-9][0-9]{0,7})([MGT])", value)
-    if match is None:
-        raise ValueError(f"{shown(value)} is not a rate like 500M or 25G, in bits per second, nor 0 for none")
-    rate = int(match[1]) * _RATE_UNITS[match[2]]
-    if rate > MAX_RATE:
-        raise ValueError(f"{shown(value)} is above {MAX_RATE // _RATE_UNITS['T']}T")
-    return rate
-
-
-RATE: Kind[int] = text(
-    _rate, {"pattern": "^(0|[1-9][0-9]{0,6}M|10000000M|[1-9][0-9]{0,3}G|10000G|[1-9]T|10T)$"}
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,14 +286,17 @@ _INTERFACE_LATER = frozenset(
         "disableEbpfPrograms",
     }
 )
-_SECTIONS_LATER = frozenset({"routes", "rules", "neighbors", "ethtool", "qos", "subinterface"})
+_SECTIONS_LATER = frozenset({"routes", "rules", "neighbors", "ethtool", "subinterface"})
 
 SECTIONS: Mapping[str, Mapping[str, Key[Any]]] = {
     "interface": keys_of(InterfaceSection),
     "vf": keys_of(VfSection),
     "rdma": keys_of(RdmaSection),
+    "qos": {name: key for name, key in keys_of(QosSection).items() if name not in ("egress", "ingress")},
+    "qos.egress": keys_of(EgressSection),
+    "qos.ingress": keys_of(IngressSection),
 }
-"""Section to attribute to key."""
+"""Section to attribute to key. A section within another is merged field by field as well."""
 
 
 def _declared(guarded_only: bool) -> frozenset[FieldPath]:
@@ -400,12 +384,18 @@ class Document:
         RdmaSection | None,
         Key("rdma", record(RdmaSection), "The RDMA device that goes with the interface, or is all there is."),
     ] = None
+    qos: Annotated[
+        QosSection | None,
+        Key("qos", record(QosSection), "How much traffic it may have, and of which class."),
+    ] = None
 
     def given(self) -> Mapping[FieldPath, object]:
         """The fields this document sets."""
         found: dict[FieldPath, object] = {}
         for section, keys in SECTIONS.items():
-            values = getattr(self, section)
+            values: object = self
+            for part in section.split("."):
+                values = getattr(values, part, None)
             if values is None:
                 continue
             for attribute, key in keys.items():

@@ -19,6 +19,7 @@ from bpf.layout import Hook
 from bpf.sys import LinkId
 from driver.errors import NotNow, Refusal
 from driver.execute import port, probe, vf, vfio
+from driver.execute.shape import Shaper
 from driver.execute.target import NotClean, Target, Vanished
 from driver.model import Attachment, Preparation
 from driver.plan import Act
@@ -76,8 +77,10 @@ class NodeActs:
         programs: TcxPrograms | None,
         fold: Fold,
         host: probe.Host,
+        shaper: Shaper,
     ) -> None:
         self._hook = hook
+        self._shaper = shaper
         self._host = host
         self._accounting = accounting
         self._programs = programs
@@ -90,6 +93,8 @@ class NodeActs:
             Act.ZERO_SLOT: self.zero_slot,
             Act.MOVE_IN: move_in,
             Act.FILTER: self.attach_filters,
+            Act.SHAPE: self._shaper.shape,
+            Act.UNSHAPE: self._shaper.unshape,
             Act.ADDRESS: add_addresses,
             Act.UP: link_up,
             Act.DOWN: link_down,

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from driver.errors import NotNow, Refusal
 from driver.execute import probe
 from driver.execute.target import NotClean, Target
-from driver.model import VF_FIELDS, Preparation
+from driver.model import Preparation
 from hw.errors import Busy, HwError, NotFound, Refused
 from hw.model import LinkInfo, MacAddress, NetdevsimIdentity, PciIdentity, VfSettings
 from hw.pf import read_vf, write_vf
@@ -150,10 +150,11 @@ def _set_wish(
     except Busy as error:
         raise NotNow(f"{target.device}: {error}") from error
     except Refused as error:
-        asked = target.preparation.config.on_pf()
+        config = target.preparation.config
+        asked = config.on_pf()
         names = ("min_rate", "max_rate") if setting == "rates" else (setting,)
         told = " and ".join(
-            f"{VF_FIELDS[name]} {_shown(name, asked[name])}" for name in names if name in asked
+            f"{config.field_of(name)} {_shown(name, asked[name])}" for name in names if name in asked
         )
         raise Refusal(
             "VfSettingRefused",
@@ -168,7 +169,7 @@ def _settled(target: Target, pf: LinkInfo, vf: int, wanted: VfSettings) -> str:
     while True:
         now = _read(target, pf, vf)
         different = "; ".join(
-            f"{VF_FIELDS[name]} is {_shown(name, getattr(now, name))}, "
+            f"{target.preparation.config.field_of(name)} is {_shown(name, getattr(now, name))}, "
             f"asked for is {_shown(name, getattr(wanted, name))}"
             for name in target.preparation.config.on_pf()
             if getattr(now, name) != getattr(wanted, name)

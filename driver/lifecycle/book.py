@@ -146,6 +146,18 @@ class Book:
                 self._preparations.update({p.key: p for p in written})
             return written
 
+    def amend_preparation(self, preparation: Preparation) -> Preparation:
+        """Another config for a preparation that is under way: what it was journalled with cannot be had."""
+        with self._writing:
+            current = self.preparation(preparation.key)
+            if current is None or current.generation != preparation.generation:
+                raise ImpossibleTransition(f"preparation {preparation.key.device}: its record was made anew")
+            put = partial(self._journal.put_preparation, preparation, durable=True)
+            self._write({preparation.key: put}, insist=True)
+            with self._lock:
+                self._preparations[preparation.key] = preparation
+            return preparation
+
     def advance_preparations(
         self, preparations: Iterable[Preparation], state: PreparationState, *, insist: bool = True
     ) -> tuple[Preparation, ...]:

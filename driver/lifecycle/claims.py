@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from bpf.layout import Slot
-from driver import claimconfig, plan
+from driver import claimconfig, limits, plan
 from driver.cdi import cdi_id
-from driver.errors import ConfigError, DriverError, FieldProblem, NotNow, Refusal
+from driver.errors import DriverError, NotNow, Refusal
 from driver.execute.engine import EXPECTED, Token
 from driver.execute.target import Vanished, open_target
 from driver.lifecycle import one_address
 from driver.lifecycle.context import Context
+from driver.lifecycle.fitting import check_fits, check_pf
 from driver.lifecycle.gate import Gate
 from driver.lifecycle.homecoming import HIDDEN, QUARANTINED, Homecoming
 from driver.lifecycle.orphans import Orphans
@@ -28,7 +29,6 @@ from driver.lifecycle.projections import Projections
 from driver.lifecycle.relations import check_rivals, to_lock
 from driver.lifecycle.workers import KeyedLocks
 from driver.model import (
-    VF_FIELDS,
     AllocatedDevice,
     Claim,
     ClaimRef,
@@ -153,7 +153,7 @@ class Claims:
             raise Refusal(
                 "NoDevice", f"claim {claim.ref.name} has no device of driver {self._context.driver}"
             )
-        limits = self._context.policy().claim_limits
+        policy = self._context.policy()
         wanted: list[Wanted] = []
         for allocated in claim.devices:
             if allocated.admin_access:
@@ -169,8 +169,9 @@ class Claims:
             self._check_quarantine(device)
             if any(device.name == other.name for _, other, _ in wanted):
                 raise Refusal("DeviceTwice", f"{device.name} is allocated twice and cannot be shared")
-            config = claimconfig.resolve(allocated, claim.configs, limits)
-            _check_fits(device, config)
+            config = claimconfig.resolve(allocated, claim.configs, policy.claim_limits)
+            check_fits(device, config)
+            limits.check(device, config, policy.qos)
             wanted.append((allocated, device, config))
         self._check_pod(claim, wanted)
         self._check_addresses(claim, wanted)
@@ -211,7 +212,7 @@ class Claims:
         wanted = [(allocated, look(device), config) for allocated, device, config in wanted]
         for _, device, config in wanted:
             self._check_free(device, claim.ref)
-            _check_pf(device, config)
+            check_pf(device, config)
             mac = config.interface.hardware_address
             holder = context.devices.who_else_has(mac, device) if mac is not None else ""
             if mac is not None and holder:
@@ -221,16 +222,36 @@ class Claims:
         made = [replace(_new(claim, *each), no_iommu=no_iommu and each[2].by_file) for each in wanted]
         opened = context.book.open_preparations(made)
         try:
-            for preparation in opened:
-                hint = context.devices.hint(preparation)
-                with open_target(preparation, None, context.host_netns, None, hint) as target:
-                    context.engine.run(plan.prepare(preparation, context.hook), target, token)
-            return context.book.advance_preparations(opened, PreparationState.PREPARED)
+            done = [
+                self._prepare_one(preparation, config, token)
+                for preparation, (_, _, config) in zip(opened, wanted, strict=True)
+            ]
+            return context.book.advance_preparations(done, PreparationState.PREPARED)
         except EXPECTED as error:
             self.finish(opened, reset=False)
             if isinstance(error, DriverError):
                 raise
             raise NotNow(str(error)) from error
+
+    def _prepare_one(self, preparation: Preparation, config: NicConfig, token: Token) -> Preparation:
+        """config as it was asked for: where a device turns out not to keep rates, and it may be the node's
+        kernel that does, it is. Returns the record as it is then."""
+        try:
+            self._run(preparation, token)
+        except Refusal as refusal:
+            software = limits.instead(preparation.config, asked=config)
+            if software is None:
+                raise
+            log.info("%s: its limit is kept by the node's kernel: %s", preparation.key.device, refusal)
+            preparation = self._context.book.amend_preparation(replace(preparation, config=software))
+            self._run(preparation, token)
+        return preparation
+
+    def _run(self, preparation: Preparation, token: Token) -> None:
+        context = self._context
+        hint = context.devices.hint(preparation)
+        with open_target(preparation, None, context.host_netns, None, hint) as target:
+            context.engine.run(plan.prepare(preparation, context.hook), target, token)
 
     def _check_free(self, device: Device, ref: ClaimRef) -> None:
         """The last guard, whatever the scheduler, taints and tolerations say."""
@@ -367,61 +388,6 @@ class Claims:
         )
 
 
-def _check_fits(device: Device, config: NicConfig) -> None:
-    """ConfigError for what the device cannot do: the kernel would refuse it only when the pod's sandbox is
-    there, and then each time again."""
-    problems = _check_vf(device, config)
-    mtu = config.interface.mtu
-    if config.by_file:
-        problems += _check_by_file(device, config)
-    elif mtu is not None:
-        least, most = device.min_mtu or 0, device.max_mtu
-        if mtu < least or (most is not None and mtu > most):
-            bounds = f"{least} to {most}" if most is not None else f"at least {least}"
-            problems.append(FieldProblem("interface.mtu", f"{device.name} takes {bounds}, not {mtu}"))
-    if problems:
-        raise ConfigError(problems)
-
-
-def _check_vf(device: Device, config: NicConfig) -> list[FieldProblem]:
-    """What is asked of something that is no VF."""
-    if device.kind is DeviceKind.VF:
-        return []
-    asked = (VF_FIELDS[name] for name in config.on_pf())
-    return [FieldProblem(path, f"{device.name} is no VF") for path in asked if path.startswith("vf.")]
-
-
-def _check_pf(device: Device, config: NicConfig) -> None:
-    """ConfigError for what a VF's PF would have to do and cannot."""
-    asked = [VF_FIELDS[name] for name in config.on_pf()]
-    problems = []
-    if device.vf is None:
-        absent = f"{device.name} is a VF whose PF is not to be seen here, and only there could it be set"
-        # A netdev can be given an address all the same.
-        problems = [FieldProblem(path, absent) for path in asked if path.startswith("vf.") or config.by_file]
-    mtu = config.interface.mtu
-    if mtu is not None and device.pf_mtu is not None and mtu > device.pf_mtu:
-        reason = f"{device.name} takes up to {device.pf_mtu}, the MTU of its PF, not {mtu}"
-        problems.append(FieldProblem("interface.mtu", reason))
-    if problems:
-        raise ConfigError(problems)
-
-
-def _check_by_file(device: Device, config: NicConfig) -> list[FieldProblem]:
-    problems = []
-    if device.kind is not DeviceKind.VF or not device.driver:
-        problems.append(FieldProblem("vf.driver", f"{device.name} is no VF with a driver to take it from"))
-    no_interface = f"{device.name} is given by its files (vf.driver): it has no interface to set up"
-    given = {
-        "name": config.interface.name,
-        "mtu": config.interface.mtu,
-        "addresses": config.interface.addresses,
-    }
-    return problems + [
-        FieldProblem(f"interface.{name}", no_interface) for name, value in given.items() if value
-    ]
-
-
 def _named(wanted: Sequence[Wanted]) -> list[Named]:
     """Those that will have a netdev in the pod."""
     return [
@@ -446,7 +412,7 @@ def _new(claim: Claim, allocated: AllocatedDevice, device: Device, config: NicCo
         identity=device.identity,
         kind=device.kind,
         dies_with_netns=device.dies_with_netns,
-        config=config,
+        config=limits.settled(device, config),
         baseline=clean(device.settings),
         attributes=device.attributes,
         capacities=device.capacities,

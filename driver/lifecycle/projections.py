@@ -13,6 +13,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from pathlib import Path
 
+from driver import limits
 from driver.cdi import CdiEntry
 from driver.lifecycle.context import Context
 from driver.lifecycle.relations import sharing
@@ -132,7 +133,16 @@ class Projections:
             said = f"{preparation.pci_address} on {driver} for pod {pod}, not counted"
         else:
             said = f"{preparation.ifname} in pod {pod}, counted by {self._context.hook}"
-        return said + _limits(preparation)
+        in_software = [
+            str(each) for each in self.limits_of(preparation) if each.by is not limits.KeptBy.DEVICE
+        ]
+        return "; ".join([said + _limits(preparation), *in_software])
+
+    def limits_of(self, preparation: Preparation) -> tuple[limits.Kept, ...]:
+        """The limits that are in force for an attached device."""
+        context = self._context
+        detour = bool(context.accounting.limits.detour(preparation.slot))
+        return limits.kept(preparation.config, context.policy().qos, detour=detour)
 
     def offer(self) -> None:
         """Say what this node offers. A device in use keeps the attributes it had when it was prepared,
@@ -211,10 +221,10 @@ def _troubles(health: DeviceHealth) -> list[Trouble]:
 
 def _limits(preparation: Preparation) -> str:
     """What the pod is held to by hardware, and by which part of it."""
-    asked, wanted = preparation.config.vf, preparation.vf_wanted
+    asked, wanted = preparation.config.on_pf(), preparation.vf_wanted
     parts = [
         f"{words} {rate} Mb/s"
-        for words, rate in (("at least", asked.min_rate), ("at most", asked.max_rate))
+        for words, rate in (("at least", asked.get("min_rate")), ("at most", asked.get("max_rate")))
         if rate
     ]
     return f", sends {' and '.join(parts)} by {wanted.rates_by}" if wanted is not None and parts else ""

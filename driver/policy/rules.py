@@ -12,15 +12,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
-from driver.claimconfig import DEFAULT_LIMITS, ClaimLimits
+from driver.claimconfig import DEFAULT_LIMITS, RATE, ClaimLimits
 from driver.model import AttributeValue
 from driver.policy.health import DEFAULT_HEALTH, HealthPolicy
 from driver.policy.patterns import GLOBS, IDS, matches
 from driver.policy.rdma import DEFAULT_RDMA, RdmaRules
 from driver.policy.sriov import PF_RULES, PfRule
 from driver.policy.usage import DEFAULT_USAGE, UsagePolicy
-from driver.qos import DEFAULT_CLASSES, QosClass
-from driver.strict import Key, Kind, Node, Problems, boolean, choice, listing, record, shown
+from driver.qos import DEFAULT_CLASSES, PodLimits, PodMarks, QosClass, QosPolicy
+from driver.strict import Key, Kind, Node, Problems, boolean, choice, converted, listing, record, shown
 from hw.model import DeviceKind, HwDevice, LinkInfo
 
 POLICY_ATTRIBUTES = 6
@@ -223,6 +223,21 @@ class DeviceRule:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PodLimitRules:
+    """Kept by the node's kernel, beside what claims ask for: the lower of the two counts."""
+
+    egress: Annotated[int, Key("egress", RATE, "Bits per second that a pod's interface sends at most.")] = 0
+    ingress: Annotated[int, Key("ingress", RATE, "Bits per second that it is sent at most.")] = 0
+
+    def value(self) -> PodLimits:
+        return PodLimits(egress=self.egress, ingress=self.ingress)
+
+
+_NO_LIMITS = PodLimits()
+_POD_LIMITS = converted(record(PodLimitRules), PodLimitRules.value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NodePolicy:
     """All of it. Satisfies what inventory asks of a policy."""
 
@@ -252,6 +267,17 @@ class NodePolicy:
     health: Annotated[
         HealthPolicy, Key("health", record(HealthPolicy), "What a device's trouble means, and when.")
     ] = DEFAULT_HEALTH
+    pod_marks: Annotated[
+        PodMarks,
+        Key(
+            "podMarks",
+            choice(PodMarks),
+            "trust: a packet's DSCP or VLAN priority says its class. clear: its claim does, or it is in 0.",
+        ),
+    ] = PodMarks.TRUST
+    pod_limits: Annotated[
+        PodLimits, Key("podLimits", _POD_LIMITS, "What each pod's interface has at most; changes at once.")
+    ] = _NO_LIMITS
     hook: Annotated[HookPreference, Key("hook", choice(HookPreference), "Where counting sits.")] = (
         HookPreference.AUTO
     )
@@ -273,6 +299,10 @@ class NodePolicy:
                 f"devices: the rules name {len(names)} different attributes ({', '.join(sorted(names))}) "
                 f"and {POLICY_ATTRIBUTES} are possible"
             )
+
+    @property
+    def qos(self) -> QosPolicy:
+        return QosPolicy(classes=self.classes, marks=self.pod_marks, limits=self.pod_limits)
 
     def selects(self, link: LinkInfo) -> bool:
         """Whether an interface that is not hardware is to be offered. Loopback never is."""

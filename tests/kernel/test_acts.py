@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -61,6 +62,7 @@ def device(pod: SimNetns) -> Iterator[tuple[Target, NodeActs]]:
             programs=None,
             fold=lambda *a: None,
             host=Host(Sysfs(Path("/sys")), Udev(Path("/none"))),
+            shaper=SimpleNamespace(shape=None, unshape=None),
         )  # type: ignore[arg-type]
         yield target, acts
 

@@ -111,7 +111,7 @@ def test_a_wrong_value_is_refused_with_its_path_and_reason(
 
 @pytest.mark.parametrize(
     "content",
-    [{name: {}} for name in ("routes", "rules", "neighbors", "ethtool", "qos", "subinterface")]
+    [{name: {}} for name in ("routes", "rules", "neighbors", "ethtool", "subinterface")]
     + [{"interface": {name: 1}} for name in ("dhcp", "vrf", "forwarding", "gsoMaxSize")],
 )
 def test_what_is_ours_but_not_built_is_not_called_unknown(content: dict[str, object]) -> None:
@@ -137,7 +137,7 @@ def test_a_whole_number_may_be_written_as_a_float() -> None:
 def test_every_field_that_can_hurt_others_is_guarded() -> None:
     assert {
         *("interface.hardwareAddress", "vf.driver", "vf.vlan", "vf.spoofCheck", "vf.trust", "vf.minRate"),
-        "rdma.deviceFiles",
+        *("rdma.deviceFiles", "qos.class", "qos.egress.minRate"),
     } == FIELDS & GUARDED_FIELDS
 
 

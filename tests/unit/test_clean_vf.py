@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -135,6 +136,7 @@ def acts(monkeypatch: pytest.MonkeyPatch) -> NodeActs:
         programs=None,
         fold=lambda attachment, preparation: None,
         host=Host(Sysfs(Path("/sys")), Udev(Path("/none"))),
+        shaper=SimpleNamespace(shape=None, unshape=None),  # type: ignore[arg-type]
     )
 
 

@@ -39,11 +39,11 @@ BY_FILE = replace(BARE, config=NicConfig(vf=VfConfig(driver=VfDriver.VFIO)))
 
 LOOKS = {Act.VERIFY, Act.VERIFY_VFIO, Act.VERIFY_VF}
 """Changes nothing."""
-GOES_WITH_THE_MOVE = {Act.ADDRESS, Act.FILTER}
+GOES_WITH_THE_MOVE = {Act.ADDRESS, Act.FILTER, Act.SHAPE}
 """The kernel drops it when the device leaves the netns."""
 HOMEWARD = {
     *(Act.DISARM, Act.DOWN, Act.FOLD, Act.STRIP, Act.MOVE_HOME, Act.TIDY, Act.RESTORE),
-    *(Act.UNBIND, Act.RESTORE_VF, Act.TO_KERNEL),
+    *(Act.UNBIND, Act.RESTORE_VF, Act.TO_KERNEL, Act.UNSHAPE),
 }
 """Brings a device nearer to clean, whatever came before."""
 

@@ -237,7 +237,8 @@ def test_all_problems_come_at_once_in_the_order_of_their_lines() -> None:
         "policy.yaml:10: devices[0].attributes.rail: must be true, false, a 64-bit integer or a string of "
         "at most 64 bytes, not 1.5",
         "policy.yaml:12: claims.deny[0]: 'interface.colour' is not a field; the fields are "
-        "interface.addresses, interface.hardwareAddress, interface.mtu, interface.name, "
+        "interface.addresses, interface.hardwareAddress, interface.mtu, interface.name, qos.class, "
+        "qos.egress.burst, qos.egress.minRate, qos.egress.rate, qos.enforcement, qos.ingress.rate, "
         "rdma.deviceFiles, rdma.mode, rdma.nccl, rdma.ucx, vf.driver, "
         "vf.linkState, vf.maxRate, vf.minRate, vf.spoofCheck, vf.trust, vf.vlan",
         "policy.yaml:13: claims.mtu: minimum 9000 is above maximum 1500",

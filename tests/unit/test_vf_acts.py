@@ -45,7 +45,10 @@ def engine(igb: Igb) -> Engine[Target]:
         attach=lambda *a: None, detach=lambda *a: None, links_of=lambda device: frozenset()
     )
     nothing: Any = None
-    acts = NodeActs(hook=Hook.TCX, accounting=nothing, programs=programs, fold=nothing, host=igb.host)
+    shaper: Any = SimpleNamespace(shape=nothing, unshape=nothing)
+    acts = NodeActs(
+        hook=Hook.TCX, accounting=nothing, programs=programs, fold=nothing, host=igb.host, shaper=shaper
+    )
     journal: Any = SimpleNamespace(step=lambda *a: None)
     observer: Any = SimpleNamespace(at=lambda *a: None, step_done=lambda *a: None)
     return Engine(journal=journal, acts=acts.table(), clock=SystemClock(), observer=observer)

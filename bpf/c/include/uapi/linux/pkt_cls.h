@@ -4,5 +4,7 @@
 
 /* "No opinion": the next program of the hook runs, and the packet goes on. Also TCX_NEXT. */
 #define TC_ACT_UNSPEC (-1)
+/* The packet is dropped. */
+#define TC_ACT_SHOT 2
 
 #endif

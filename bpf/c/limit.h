@@ -1,0 +1,125 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/* What becomes of a packet that was counted: its class's place in a queue and mark on the wire, or its end.
+ *
+ * A packet is counted first, so what is dropped here is in the counters and in the drops: the pod did send it.
+ * Without rules nothing is touched. Both maps have an entry per slot. */
+#ifndef KND_LIMIT_H
+#define KND_LIMIT_H
+
+/* Of map `rules`, which the programs only read. */
+struct rules {
+	u32 flags;
+	u32 class; /* of every packet, with RULES_ONE_CLASS */
+	u32 queues[KND_DIRECTIONS]; /* handle of an HTB whose minor numbers are KND_LEAF + class; 0: none */
+	u32 detour; /* ifindex of an ifb, whose queue what comes in waits in; 0: none */
+	u32 reserved;
+	u8 mark[KND_CLASSES]; /* the DSCP that packets of each class leave with; above 63: what they have */
+	u64 cost[KND_DIRECTIONS]; /* 2**-20 ns that a byte takes at the limit; 0: none */
+	u64 burst[KND_DIRECTIONS]; /* how far ahead of time packets may come, in ns */
+};
+
+#define RULES_ANY 1 /* there are some: the others are looked at */
+#define RULES_ONE_CLASS 2
+#define RULES_MARK 4
+
+/* Of map `police`. due: when all that was let through would have passed at the limit, as ktime. */
+struct police {
+	u64 due[KND_DIRECTIONS];
+	u64 dropped_bytes[KND_DIRECTIONS];
+	u64 dropped_packets[KND_DIRECTIONS];
+};
+
+_Static_assert(sizeof(struct rules) == KND_RULES_BYTES, "struct rules differs from bpf/layout.py");
+_Static_assert(sizeof(struct police) == KND_POLICE_BYTES, "struct police differs from bpf/layout.py");
+_Static_assert(RULES_MARK == KND_RULES_MARK && RULES_ONE_CLASS == KND_RULES_ONE_CLASS,
+	       "a flag differs from bpf/layout.py");
+
+#define COST_SHIFT 20
+#define TRIES 4
+#define DSCP_MAX 63
+#define IPV6_CLASS_AT_MOST 0x0fc0 /* the DSCP's bits in the first two bytes of an IPv6 header */
+
+/* A virtual clock. Several CPUs charge one clock, so what is too late for one is tried again; whoever was
+ * overtaken each time is let through and charged all the same. */
+INLINE bool too_much(struct police *police, const struct rules *rules, enum direction direction, u64 bytes)
+{
+	u64 now = bpf_ktime_get_ns(), cost = (bytes * rules->cost[direction]) >> COST_SHIFT;
+	u64 burst = rules->burst[direction];
+	volatile u64 *due = &police->due[direction];
+	u32 i;
+
+#pragma unroll
+	for (i = 0; i < TRIES; i++) {
+		u64 before = *due, from = before > now ? before : now;
+
+		if (from - now > burst)
+			return true;
+		if (__sync_val_compare_and_swap(due, before, from + cost) == before)
+			return false;
+	}
+	__sync_fetch_and_add(due, cost);
+	return false;
+}
+
+INLINE bool dropped(const struct rules *rules, u32 slot, enum direction direction, const struct counted *counted)
+{
+	struct police *police;
+
+	if (!rules->cost[direction])
+		return false;
+	police = bpf_map_lookup_elem((void *)bpf_pseudo_fd(KND_PSEUDO_MAP_FD, KND_MAP_POLICE), &slot);
+	if (!police || !too_much(police, rules, direction, counted->bytes))
+		return false;
+	__sync_fetch_and_add(&police->dropped_bytes[direction], counted->bytes);
+	__sync_fetch_and_add(&police->dropped_packets[direction], counted->packets);
+	return true;
+}
+
+/* The two bits beside the DSCP, which congestion is told by, stay. */
+INLINE void mark(struct __sk_buff *skb, const struct frame *f, u32 dscp)
+{
+	u32 at = f->network;
+	u16 before, after;
+
+	if (!at || dscp > DSCP_MAX || dscp == f->dscp || !fetch_u16(skb, at, &before))
+		return;
+	if (f->version == 4) {
+		after = (before & BIG_ENDIAN_16(0xff03)) | BIG_ENDIAN_16(dscp << 2);
+		bpf_l3_csum_replace(skb, at + 10, before, after, sizeof(after));
+		bpf_skb_store_bytes(skb, at, &after, sizeof(after), 0);
+	} else {
+		after = (before & ~BIG_ENDIAN_16(IPV6_CLASS_AT_MOST)) | BIG_ENDIAN_16(dscp << 6);
+		bpf_skb_store_bytes(skb, at, &after, sizeof(after), BPF_F_RECOMPUTE_CSUM);
+	}
+}
+
+INLINE int enforce(struct __sk_buff *skb, const struct frame *f, const struct rules *rules, u32 slot,
+		   enum direction direction, const struct counted *counted)
+{
+	if (dropped(rules, slot, direction, counted))
+		return TC_ACT_SHOT;
+	if (rules->queues[direction])
+		skb->priority = rules->queues[direction] | (KND_LEAF + counted->class);
+	if (direction == DIRECTION_INGRESS)
+		return rules->detour ? bpf_redirect(rules->detour, 0) : TC_ACT_UNSPEC;
+	if (rules->flags & RULES_MARK)
+		mark(skb, f, rules->mark[bounded(counted->class, 7)]);
+	return TC_ACT_UNSPEC;
+}
+
+INLINE int pass(struct __sk_buff *skb, u32 slot, enum direction direction)
+{
+	struct counted counted = {};
+	struct rules *rules;
+	struct frame f = {};
+	bool any;
+
+	dissect(skb, &f);
+	rules = bpf_map_lookup_elem((void *)bpf_pseudo_fd(KND_PSEUDO_MAP_FD, KND_MAP_RULES), &slot);
+	any = rules && rules->flags;
+	counted.class = bounded(any && (rules->flags & RULES_ONE_CLASS) ? rules->class : class_of(&f), 7);
+	account(skb, &f, slot, direction, &counted);
+	return any ? enforce(skb, &f, rules, slot, direction, &counted) : TC_ACT_UNSPEC;
+}
+
+#endif

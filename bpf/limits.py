@@ -1,0 +1,129 @@
+"""What the programs do to a slot's packets beside counting them: the maps `rules` and `police`.
+
+Invariant: a slot without rules is only counted. The programs read rules and write police; rules can be
+changed at any time, and what was dropped until then stays counted. Safe to use from several threads.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from bpf import layout, sys
+from bpf.errors import CallRefused
+from bpf.layout import Slot
+
+NO_MARK = 0xFF
+"""In place of a DSCP: as the pod had it."""
+COST_SHIFT = 20
+"""Costs are in 2**-20 ns per byte, as in c/limit.h."""
+_RULES = struct.Struct("=IIIIII8sQQQQ")
+_POLICE = struct.Struct("=QQQQQQ")
+_KEY = struct.Struct("=I")
+_NS = 1_000_000_000
+_DEFAULT_MARKS = (NO_MARK,) * layout.CLASSES
+
+
+@dataclass(frozen=True, slots=True)
+class Police:
+    """Packets above a rate, in bytes per second, are dropped when burst bytes have gone before them."""
+
+    rate: int
+    burst: int
+
+    def __post_init__(self) -> None:
+        if self.rate <= 0 or self.burst <= 0:
+            raise ValueError(f"a limit of {self.rate} bytes per second with a burst of {self.burst}")
+
+    @property
+    def cost(self) -> int:
+        return max((_NS << COST_SHIFT) // self.rate, 1)
+
+    @property
+    def ahead_ns(self) -> int:
+        return self.burst * _NS // self.rate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """Of one slot. queues are handles of HTBs by direction, 0 for none; detour the ifindex of an ifb in the
+    device's netns, 0 for none; marks the DSCP each class leaves with, or NO_MARK."""
+
+    one_class: int | None = None
+    queues: tuple[int, int] = (0, 0)
+    detour: int = 0
+    marks: tuple[int, ...] = _DEFAULT_MARKS
+    police: tuple[Police | None, Police | None] = (None, None)
+
+    def pack(self) -> bytes:
+        """As struct rules."""
+        if self == NO_RULES:
+            return bytes(_RULES.size)
+        flags = layout.RULES_ANY
+        flags |= 0 if self.one_class is None else layout.RULES_ONE_CLASS
+        flags |= 0 if self.marks == _DEFAULT_MARKS else layout.RULES_MARK
+        costs = (each.cost if each else 0 for each in self.police)
+        bursts = (each.ahead_ns if each else 0 for each in self.police)
+        return _RULES.pack(
+            flags, self.one_class or 0, *self.queues, self.detour, 0, bytes(self.marks), *costs, *bursts
+        )
+
+
+NO_RULES = Rules()
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """By the police of one slot, since it was cleared; by direction."""
+
+    bytes: tuple[int, int]
+    packets: tuple[int, int]
+
+
+class Limits:
+    """The open maps of one node, made and closed with the accounting that they belong to."""
+
+    def __init__(self, rules: sys.MapFd, police: sys.MapFd) -> None:
+        self._rules = rules
+        self._police = police
+
+    @property
+    def fds(self) -> Mapping[str, int]:
+        """For the programs, by the maps' names in the source."""
+        return {"rules": self._rules.fd, "police": self._police.fd}
+
+    def set(self, slot: Slot, rules: Rules) -> None:
+        """In force with the next packet."""
+        sys.map_update_elem(self._rules, _KEY.pack(slot), rules.pack())
+
+    def detour(self, slot: Slot) -> int:
+        """The ifb that the slot's rules name, as an ifindex of the device's netns; 0 for none."""
+        value = bytearray(_RULES.size)
+        sys.map_lookup_elem(self._rules, _KEY.pack(slot), value)
+        return int(_RULES.unpack(value)[4])
+
+    def clear(self, slot: Slot) -> None:
+        """No rules, and nothing dropped."""
+        self.set(slot, NO_RULES)
+        sys.map_update_elem(self._police, _KEY.pack(slot), bytes(_POLICE.size))
+
+    def dropped(self, slots: Collection[Slot]) -> dict[Slot, Dropped]:
+        """Of each slot. A slot that there is not is left out."""
+        found: dict[Slot, Dropped] = {}
+        value = bytearray(_POLICE.size)
+        for slot in slots:
+            try:
+                sys.map_lookup_elem(self._police, _KEY.pack(slot), value)
+            except CallRefused as error:
+                if error.errno != errno.ENOENT:
+                    raise
+                continue
+            _, _, out_bytes, in_bytes, out_packets, in_packets = _POLICE.unpack(value)
+            found[slot] = Dropped((out_bytes, in_bytes), (out_packets, in_packets))
+        return found
+
+    def close(self) -> None:
+        self._rules.close()
+        self._police.close()

@@ -1,0 +1,133 @@
+"""Acts that keep an interface in its pod to its limits, and that take this off again.
+
+Invariant: shape makes what driver.limits says of what there is, however often it is run: a limit changes in
+place, with nothing lost of what waits or was counted. What it makes is in the pod's netns and dies with it;
+the qdisc goes with the move home, and the one link made is known by the rules, which no tenant can change.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable
+
+from bpf.accounting import Accounting
+from driver import limits
+from driver.errors import NotNow
+from driver.execute.target import Target
+from driver.qos import QosPolicy
+from hw.errors import NotFound, Refused, Unsupported
+from hw.model import IfIndex, IfName, LinkInfo
+from hw.netlink import LinkSocket
+from hw.qdisc import HtbTree, NoFairQueues
+
+log = logging.getLogger(__name__)
+
+_IFB = "ifb"
+
+
+class Shaper:
+    """Bound to this node's maps and policy. One for all devices: what the kernel has is found out once."""
+
+    def __init__(self, accounting: Accounting, policy: Callable[[], QosPolicy]) -> None:
+        self._accounting = accounting
+        self._policy = policy
+        self._fair = True
+
+    def shape(self, target: Target) -> None:
+        """Everything that the config and the policy say of the interface's traffic, as the policy is now."""
+        link = target.find_in_pod()
+        if link is None or target.pod is None:
+            raise NotNow(f"{target.device} left the pod's network namespace")
+        preparation = target.preparation
+        wanted = limits.shaping(preparation.config, self._policy(), mtu=link.mtu)
+        slot = preparation.slot
+        before = _detour_of(target.pod, self._accounting.limits.detour(slot))
+        if wanted.egress is not None:
+            self._queue(target.pod, link.ifindex, wanted.egress)
+        detour = (
+            self._detour(target.pod, link, before, wanted.ingress) if wanted.ingress is not None else None
+        )
+        _set_gso(target, link, wanted.gso_max_size)
+        self._accounting.limits.set(slot, wanted.rules_with(detour.ifindex if detour is not None else 0))
+        if wanted.egress is None:
+            target.pod.shaping.unshape(link.ifindex)
+        if wanted.ingress is None and before is not None:
+            target.pod.delete(before.ifindex)
+
+    def unshape(self, target: Target) -> None:
+        """No rules, and no link of ours in the pod. The queue of a link that moves goes by itself."""
+        slot = target.preparation.slot
+        ifindex = self._accounting.limits.detour(slot)
+        self._accounting.limits.clear(slot)
+        detour = _detour_of(target.pod, ifindex) if target.pod is not None else None
+        if detour is not None and target.pod is not None:
+            target.pod.delete(detour.ifindex)
+
+    def is_shaped(self, target: Target) -> bool:
+        """Whether the queues are as shape made them. An interface that is not there has nothing to keep."""
+        link = target.find_in_pod()
+        if link is None or target.pod is None:
+            return True
+        wanted = limits.shaping(target.preparation.config, self._policy(), mtu=link.mtu)
+        if wanted.egress is not None and not target.pod.shaping.is_shaped(link.ifindex, wanted.egress):
+            return False
+        detour = self._accounting.limits.detour(target.preparation.slot)
+        if wanted.ingress is None or not detour:
+            return True
+        found = _detour_of(target.pod, detour)
+        return found is not None and found.up and target.pod.shaping.is_shaped(found.ifindex, wanted.ingress)
+
+    def _queue(self, pod: LinkSocket, ifindex: IfIndex, tree: HtbTree) -> None:
+        if self._fair:
+            try:
+                pod.shaping.shape(ifindex, tree, fair=True)
+                return
+            except NoFairQueues as error:
+                log.info("limits have plain queues on this node: %s", error)
+                self._fair = False
+        pod.shaping.shape(ifindex, tree, fair=False)
+
+    def _detour(
+        self, pod: LinkSocket, link: LinkInfo, before: LinkInfo | None, tree: HtbTree
+    ) -> LinkInfo | None:
+        """An ifb beside the interface, up and with tree on it; None where the kernel has none."""
+        detour = before
+        if detour is None:
+            try:
+                detour = _make_detour(pod, IfName(f"knd-in{link.ifindex}"))
+            except Unsupported as error:
+                log.warning("what comes in is policed, which TCP does badly with: %s", error)
+                return None
+        self._queue(pod, detour.ifindex, tree)
+        if not detour.up:
+            pod.set_up(detour.ifindex)
+        return detour
+
+
+def _make_detour(pod: LinkSocket, name: IfName) -> LinkInfo:
+    try:
+        pod.shaping.add_ifb(name)
+    except Refused as error:
+        # Ours, of an attempt that was cut off before the rules named it.
+        if error.errno != errno.EEXIST:
+            raise
+    made = next((link for link in pod.dump() if link.kind == _IFB and link.name == name), None)
+    if made is None:
+        raise NotFound(f"the ifb link {name!a} that was made in the pod is not there (any more)")
+    return made
+
+
+def _detour_of(pod: LinkSocket, ifindex: int) -> LinkInfo | None:
+    found = pod.by_index(IfIndex(ifindex)) if ifindex else None
+    return found if found is not None and found.kind == _IFB else None
+
+
+def _set_gso(target: Target, link: LinkInfo, most: int | None) -> None:
+    """Lower than the device had it, or as it had it."""
+    had = target.preparation.baseline.gso_max_size
+    if had is None or target.pod is None:
+        return
+    size = min(most or had, had)
+    if size != link.gso_max_size:
+        target.pod.change(link.ifindex, gso_max_size=size)

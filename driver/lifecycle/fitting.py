@@ -1,0 +1,68 @@
+"""Whether a device can do what a claim asks of it, before anything is done.
+
+Invariant: pure; what cannot be is a ConfigError with every problem and its field.
+"""
+
+from __future__ import annotations
+
+from driver import limits
+from driver.errors import ConfigError, FieldProblem
+from driver.model import VF_FIELDS, Device, NicConfig
+from hw.model import DeviceKind
+
+
+def check_fits(device: Device, config: NicConfig) -> None:
+    """ConfigError for what the device cannot do: the kernel would refuse it only when the pod's sandbox is
+    there, and then each time again."""
+    problems = _check_vf(device, config)
+    mtu = config.interface.mtu
+    if config.by_file:
+        problems += _check_by_file(device, config)
+    elif mtu is not None:
+        least, most = device.min_mtu or 0, device.max_mtu
+        if mtu < least or (most is not None and mtu > most):
+            bounds = f"{least} to {most}" if most is not None else f"at least {least}"
+            problems.append(FieldProblem("interface.mtu", f"{device.name} takes {bounds}, not {mtu}"))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _check_vf(device: Device, config: NicConfig) -> list[FieldProblem]:
+    """What is asked of something that is no VF."""
+    if device.kind is DeviceKind.VF:
+        return []
+    asked = (VF_FIELDS[name] for name in config.on_pf())
+    return [FieldProblem(path, f"{device.name} is no VF") for path in asked if path.startswith("vf.")]
+
+
+def check_pf(device: Device, config: NicConfig) -> None:
+    """ConfigError for what a VF's PF would have to do and cannot."""
+    config = limits.settled(device, config)
+    asked = [config.field_of(name) for name in config.on_pf()]
+    problems = []
+    if device.vf is None:
+        absent = f"{device.name} is a VF whose PF is not to be seen here, and only there could it be set"
+        # A netdev can be given an address all the same.
+        needs_pf = [path for path in asked if not path.startswith("interface.") or config.by_file]
+        problems = [FieldProblem(path, absent) for path in needs_pf]
+    mtu = config.interface.mtu
+    if mtu is not None and device.pf_mtu is not None and mtu > device.pf_mtu:
+        reason = f"{device.name} takes up to {device.pf_mtu}, the MTU of its PF, not {mtu}"
+        problems.append(FieldProblem("interface.mtu", reason))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _check_by_file(device: Device, config: NicConfig) -> list[FieldProblem]:
+    problems = []
+    if device.kind is not DeviceKind.VF or not device.driver:
+        problems.append(FieldProblem("vf.driver", f"{device.name} is no VF with a driver to take it from"))
+    no_interface = f"{device.name} is given by its files (vf.driver): it has no interface to set up"
+    given = {
+        "name": config.interface.name,
+        "mtu": config.interface.mtu,
+        "addresses": config.interface.addresses,
+    }
+    return problems + [
+        FieldProblem(f"interface.{name}", no_interface) for name, value in given.items() if value
+    ]

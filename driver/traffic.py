@@ -1,0 +1,51 @@
+"""What a claim can say of an interface's traffic, as types.
+
+Invariant: frozen values without I/O, and below the model, which has them in a device's config.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from dataclasses import dataclass
+
+CLASS_NAME_PATTERN = r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?"
+
+
+def class_name(value: str) -> str:
+    """value, if it can be the name of a traffic class; ValueError."""
+    if not re.fullmatch(CLASS_NAME_PATTERN, value):
+        raise ValueError(f"{value[:40]!r} is not a class name: 1 to 32 lower-case letters, digits and '-'")
+    return value
+
+
+class Enforcement(enum.StrEnum):
+    """By what a limit is to be kept. auto: by the device where it can, else by the node's kernel."""
+
+    AUTO = "auto"
+    HARDWARE = "hardware"
+    SOFTWARE = "software"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QosConfig:
+    """Section `qos`. Rates in Mb/s, 0 for none; burst in bytes. traffic_class is a name of the node policy's.
+
+    In the record of a preparation enforcement says by what the egress rate is kept, and is never AUTO.
+    """
+
+    traffic_class: str | None = None
+    enforcement: Enforcement = Enforcement.AUTO
+    egress_rate: int = 0
+    egress_burst: int | None = None
+    egress_min_rate: int = 0
+    ingress_rate: int = 0
+
+    @property
+    def on_pf(self) -> bool:
+        """Whether the egress rates are the device's to keep."""
+        return self.enforcement is Enforcement.HARDWARE
+
+
+NO_QOS = QosConfig()
+"""Nothing is asked for."""

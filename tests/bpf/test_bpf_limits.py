@@ -1,0 +1,168 @@
+"""What the programs do beside counting: classes, marks, places in queues, and the end of what is too much.
+
+A packet is counted first: whatever becomes of it, the cell it is in is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from bpf import sys
+from bpf.accounting import Accounting
+from bpf.layout import LEAF, Slot, TrafficKind
+from bpf.limits import NO_MARK, Police, Rules
+from tests.bpf import frames as f
+
+SLOT, OTHER = Slot(6), Slot(7)
+EGRESS, INGRESS = 0, 1
+UNSPEC, SHOT, REDIRECT = -1, 2, 7
+HANDLE = 0x4B4E0000
+V4 = f.ethernet(f.IPV4, f.ipv4(f.UDP, f.udp(f.ROCE_PORT, payload=bytes(100)), dscp=26))
+V6 = f.ethernet(f.IPV6, f.ipv6(f.UDP, f.udp(f.ROCE_PORT, payload=bytes(100)), dscp=26))
+TAGGED = f.ethernet(
+    f.IPV4, f.ipv4(f.UDP, f.udp(f.ROCE_PORT, payload=bytes(100)), dscp=26), (f.CTAG, f.tci(3))
+)
+ARP = f.ethernet(f.ARP, bytes(46))
+MARK_3_AS_46 = (NO_MARK, NO_MARK, NO_MARK, 46, NO_MARK, NO_MARK, NO_MARK, NO_MARK)
+
+
+@pytest.fixture(autouse=True)
+def fresh(accounting: Accounting) -> Iterator[None]:
+    for slot in (SLOT, OTHER):
+        accounting.zero(slot)
+    yield
+    accounting.limits.clear(SLOT)
+
+
+def run(accounting: Accounting, frame: bytes, direction: int = EGRESS, repeat: int = 1) -> sys.TestRun:
+    with accounting.load(SLOT, direction) as program:
+        return sys.prog_test_run(program, frame, repeat=repeat)
+
+
+def checksum_of(header: bytes) -> int:
+    """RFC 1071, over a whole header: 0 where its checksum is right."""
+    total = sum(int.from_bytes(header[at : at + 2], "big") for at in range(0, len(header), 2))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return total ^ 0xFFFF
+
+
+def with_checksum(frame: bytes, at: int = 14) -> bytes:
+    right = checksum_of(frame[at : at + 10] + bytes(2) + frame[at + 12 : at + 20])
+    return frame[: at + 10] + right.to_bytes(2, "big") + frame[at + 12 :]
+
+
+@pytest.mark.parametrize("direction", [EGRESS, INGRESS])
+@pytest.mark.parametrize("frame", [V4, V6, TAGGED, ARP], ids=["v4", "v6", "tagged", "arp"])
+def test_without_rules_nothing_of_a_packet_is_touched(
+    accounting: Accounting, frame: bytes, direction: int
+) -> None:
+    ran = run(accounting, frame, direction)
+    assert (ran.result, ran.packet, ran.priority) == (UNSPEC, frame, 0)
+
+
+def test_a_class_chooses_the_queue_in_each_direction(accounting: Accounting) -> None:
+    accounting.limits.set(SLOT, Rules(queues=(HANDLE, HANDLE + 0x10000)))
+    assert run(accounting, V4, EGRESS).priority == HANDLE | LEAF + 3
+    assert run(accounting, V4, INGRESS).priority == HANDLE + 0x10000 | LEAF + 3
+    assert run(accounting, ARP, EGRESS).priority == HANDLE | LEAF
+
+
+@pytest.mark.parametrize("frame", [V4, V6, ARP], ids=["v4", "v6", "arp"])
+def test_one_class_takes_every_packet(accounting: Accounting, frame: bytes) -> None:
+    accounting.limits.set(SLOT, Rules(one_class=2, queues=(HANDLE, 0)))
+    assert run(accounting, frame).priority == HANDLE | LEAF + 2
+    (cell,) = accounting.read(SLOT)
+    assert cell.traffic_class == 2
+
+
+@pytest.mark.parametrize(("frame", "at"), [(V4, 14), (TAGGED, 18)], ids=["v4", "tagged"])
+def test_an_ipv4_packet_is_marked_with_its_checksum_right_and_its_ecn_kept(
+    accounting: Accounting, frame: bytes, at: int
+) -> None:
+    accounting.limits.set(SLOT, Rules(marks=MARK_3_AS_46))
+    sent = with_checksum(frame, at)
+    left = run(accounting, sent).packet
+    assert left[at + 1] == 46 << 2 | sent[at + 1] & 3
+    assert checksum_of(left[at : at + 20]) == 0
+    assert left[: at + 1] + left[at + 2 : at + 10] + left[at + 12 :] == (
+        sent[: at + 1] + sent[at + 2 : at + 10] + sent[at + 12 :]
+    )
+
+
+def test_an_ipv6_packet_is_marked_and_keeps_ecn_and_flow_label(accounting: Accounting) -> None:
+    accounting.limits.set(SLOT, Rules(marks=MARK_3_AS_46))
+    left = run(accounting, V6).packet
+    before, after = (int.from_bytes(each[14:18], "big") for each in (V6, left))
+    assert after >> 22 & 0x3F == 46
+    assert after & ~(0x3F << 22) == before & ~(0x3F << 22)
+    assert left[:14] + left[18:] == V6[:14] + V6[18:]
+
+
+@pytest.mark.parametrize("dscp", range(0, 64, 7))
+def test_every_mark_is_right_in_both_versions(accounting: Accounting, dscp: int) -> None:
+    accounting.limits.set(SLOT, Rules(marks=(dscp,) * 8))
+    v4, v6 = (run(accounting, frame).packet for frame in (with_checksum(V4), V6))
+    assert v4[15] >> 2 == dscp
+    assert checksum_of(v4[14:34]) == 0
+    assert int.from_bytes(v6[14:16], "big") >> 6 & 0x3F == dscp
+
+
+def test_marks_are_for_what_leaves_and_for_what_has_an_ip_header(accounting: Accounting) -> None:
+    accounting.limits.set(SLOT, Rules(marks=(46,) * 8))
+    assert run(accounting, V4, INGRESS).packet == V4
+    assert run(accounting, ARP).packet == ARP
+
+
+def test_what_is_marked_is_counted_in_the_class_it_came_in(accounting: Accounting) -> None:
+    accounting.limits.set(SLOT, Rules(marks=MARK_3_AS_46))
+    run(accounting, V4)
+    (cell,) = accounting.read(SLOT)
+    assert (cell.traffic_class, cell.kind) == (3, TrafficKind.ROCE)
+
+
+def test_what_comes_in_takes_the_detour_and_what_leaves_does_not(accounting: Accounting) -> None:
+    accounting.limits.set(SLOT, Rules(detour=1))
+    assert run(accounting, V4, INGRESS).result == REDIRECT
+    assert run(accounting, V4, EGRESS).result == UNSPEC
+
+
+@pytest.mark.parametrize("direction", [EGRESS, INGRESS])
+def test_what_is_above_the_limit_is_dropped_and_all_of_it_is_counted(
+    accounting: Accounting, direction: int
+) -> None:
+    """A burst of ten packets at a rate at which the eleventh would have to wait for days."""
+    size = len(V4)
+    police = Police(rate=1, burst=10 * size)
+    accounting.limits.set(SLOT, Rules(police=(police, None) if direction == EGRESS else (None, police)))
+    results = [run(accounting, V4, direction).result for _ in range(30)]
+    # The one that makes the burst full is still let through.
+    assert results == [UNSPEC] * 11 + [SHOT] * 19
+    dropped = accounting.limits.dropped([SLOT, OTHER])
+    assert dropped[SLOT].packets[direction] == 19
+    assert dropped[SLOT].bytes[direction] == 19 * size
+    assert (dropped[OTHER].packets, dropped[SLOT].packets[1 - direction]) == ((0, 0), 0)
+    (cell,) = accounting.read(SLOT)
+    assert (cell.packets, cell.bytes) == (30, 30 * size)
+
+
+def test_below_the_limit_nothing_is_dropped(accounting: Accounting) -> None:
+    accounting.limits.set(SLOT, Rules(police=(Police(rate=1 << 50, burst=1 << 30), None)))
+    run(accounting, V4, repeat=10_000)
+    assert accounting.limits.dropped([SLOT])[SLOT].packets == (0, 0)
+
+
+def test_new_rules_forget_nothing_that_was_dropped_and_a_new_owner_starts_without(
+    accounting: Accounting,
+) -> None:
+    accounting.limits.set(SLOT, Rules(police=(Police(rate=1, burst=1), None)))
+    run(accounting, V4, repeat=5)
+    accounting.limits.set(SLOT, Rules(queues=(HANDLE, 0), detour=9))
+    assert accounting.limits.dropped([SLOT])[SLOT].packets == (4, 0)
+    assert accounting.limits.detour(SLOT) == 9
+    accounting.zero(SLOT)
+    assert accounting.limits.dropped([SLOT])[SLOT].packets == (0, 0)
+    assert accounting.limits.detour(SLOT) == 0
+    assert run(accounting, V4).priority == 0

@@ -1,0 +1,97 @@
+"""A claim's limits, through the whole agent: kept in the pod, told, and gone with the pod without a trace."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyroute2 import IPRoute
+
+from kndsim.demo.devices import Devices, changes, dump
+from kndsim.netns import in_netns
+from kndsim.node import ClaimSpec, SimNode, SimPod, interface
+from kndsim.runtime import RuntimeMode
+from kndsim.waiting import wait_until_async
+from tests.node.node_stage import play
+
+pytestmark = pytest.mark.timeout(120)
+
+LIMITS = {"egress": {"rate": "100M"}, "ingress": {"rate": "200M"}}
+
+
+async def limited(sim: SimNode, name: str, qos: dict[str, Any]) -> SimPod:
+    parameters = interface(name="net1", addresses=["198.18.0.2/24"]) | {"qos": qos}
+    return await sim.start_pod(
+        sim.schedule(name, [ClaimSpec(name=f"{name}-nic", parameters={"": parameters})])
+    )
+
+
+def netns_of(pod: SimPod) -> Path:
+    assert pod.sandbox is not None
+    assert pod.sandbox.netns_path is not None
+    return pod.sandbox.netns_path
+
+
+def ceilings(netns: Path) -> dict[str, int]:
+    """The rate of the root class of each link that has one, in Mb/s."""
+
+    def look() -> dict[str, int]:
+        with IPRoute() as ipr:
+            found = {}
+            for link in ipr.get_links():
+                for each in ipr.get_classes(index=link["index"]):
+                    if each["parent"] == 0xFFFFFFFF:
+                        parms = each.get_attr("TCA_OPTIONS").get_attr("TCA_HTB_PARMS")
+                        found[link.get_attr("IFLA_IFNAME")] = parms["ceil"] // 125_000
+            return found
+
+    return in_netns(netns, look)
+
+
+async def told(sim: SimNode, claim: str) -> str:
+    (status,) = await wait_until_async(
+        lambda: sim.api.claim("default", claim)["status"].get("devices"), what="the claim's status"
+    )
+    return str(status["conditions"][0]["message"])
+
+
+@pytest.mark.parametrize("hook", ["tcx", "clsact"])
+def test_limits_are_kept_in_the_pod_told_in_the_status_and_gone_with_the_pod(hook: str) -> None:
+    async def story(sim: SimNode, made: Devices) -> None:
+        before = dump()
+        pod = await limited(sim, "p", LIMITS)
+        netns = netns_of(pod)
+        kept = await asyncio.to_thread(ceilings, netns)
+        assert kept.pop("net1") == 100
+        # The other link is what comes in waits in.
+        assert list(kept.values()) == [200]
+        message = await told(sim, "p-nic")
+        assert "egress at most 100 Mb/s (htb, cooperative); ingress at most 200 Mb/s (ifb)" in message
+        await sim.kill_agent()
+        assert await asyncio.to_thread(ceilings, netns) == {"net1": 100} | kept
+        await sim.start_agent()
+        await sim.delete_pod(pod)
+        assert changes(before, dump()) == []
+
+    play(1, story, hook=hook)
+
+
+def test_a_runtime_that_takes_the_netns_first_leaves_nothing_behind_either() -> None:
+    async def story(sim: SimNode, made: Devices) -> None:
+        before = dump()
+        await sim.delete_pod(await limited(sim, "p", LIMITS))
+        assert changes(before, dump()) == []
+
+    play(1, story, mode=RuntimeMode.CRIO)
+
+
+def test_the_next_tenant_of_a_device_has_nothing_of_the_limits_of_the_last() -> None:
+    async def story(sim: SimNode, made: Devices) -> None:
+        await sim.delete_pod(await limited(sim, "first", LIMITS))
+        second = await limited(sim, "second", {"enforcement": "software"})
+        assert await asyncio.to_thread(ceilings, netns_of(second)) == {}
+        assert "at most" not in await told(sim, "second-nic")
+
+    play(1, story)
