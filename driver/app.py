@@ -149,7 +149,11 @@ class App:
             socket=self._paths.nri_socket, handler=lifecycle, clock=self._clock, observer=self._metrics
         )
         kubelet = KubeletPlugin(
-            paths=self._paths, handler=lifecycle, clock=self._clock, observer=self._metrics
+            paths=self._paths,
+            handler=lifecycle,
+            health=lifecycle.health,
+            clock=self._clock,
+            observer=self._metrics,
         )
         parts = Parts(lifecycle, kubelet, nri, hub, self._paths.netns_check)
         server = stack.enter_context(

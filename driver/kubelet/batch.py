@@ -95,8 +95,13 @@ def complete(
 
 def failure(text: str) -> ClaimFailed:
     """A ClaimFailed that kubelet can show: one printable line of 1..1024 bytes of UTF-8."""
+    return ClaimFailed(one_line(text) or "the driver gave no reason")
+
+
+def one_line(text: str) -> str:
+    """What kubelet shows to people: one printable line of at most 1024 bytes of UTF-8."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    raw = (line or "the driver gave no reason").encode(errors="replace")
+    raw = line.encode(errors="replace")
     if len(raw) > ERROR_BYTES:
         raw = raw[: ERROR_BYTES - 3].decode(errors="ignore").encode() + b"..."
-    return ClaimFailed(raw.decode())
+    return raw.decode()

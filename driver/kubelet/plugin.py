@@ -12,11 +12,12 @@ from types import TracebackType
 
 from driver.errors import DriverError
 from driver.kubelet.dra import DraService
+from driver.kubelet.health import SERVICES, HealthService
 from driver.kubelet.observer import CallObserver, Unobserved
 from driver.kubelet.registration import Registration
 from driver.kubelet.server import SocketServer
 from driver.kubelet.wire import DIALECTS
-from driver.lifecycle.ports import ClaimHandler, Clock
+from driver.lifecycle.ports import ClaimHandler, Clock, HealthSource
 from driver.paths import Paths
 
 __all__ = ["CallObserver", "KubeletPlugin", "make_plugin_dir"]
@@ -36,15 +37,23 @@ class KubeletPlugin:
     """
 
     def __init__(
-        self, *, paths: Paths, handler: ClaimHandler, clock: Clock, observer: CallObserver | None = None
+        self,
+        *,
+        paths: Paths,
+        handler: ClaimHandler,
+        health: HealthSource,
+        clock: Clock,
+        observer: CallObserver | None = None,
     ) -> None:
         seen = observer or Unobserved()
         self._paths = paths
         self._dra = DraService(handler=handler, clock=clock, observer=seen)
+        self._health = HealthService(health)
         self._registration = Registration(
             driver=paths.driver,
             endpoint=paths.dra_socket.absolute(),
-            versions=[dialect.version for dialect in DIALECTS],
+            # A kubelet takes the first that it knows for the service itself, so those come first.
+            versions=[*(dialect.version for dialect in DIALECTS), *SERVICES],
             observer=seen,
         )
         self._door: SocketServer | None = None
@@ -81,9 +90,9 @@ class KubeletPlugin:
         _make_dir(self._paths.kubelet_registry, 0o755)
         async with AsyncExitStack() as stack:
             stack.push_async_callback(self._dra.drain, WORK_GRACE)
-            await stack.enter_async_context(
-                SocketServer(self._paths.dra_socket, self._dra.handlers(), grace=CALL_GRACE)
-            )
+            handlers = (*self._dra.handlers(), *self._health.handlers())
+            await stack.enter_async_context(SocketServer(self._paths.dra_socket, handlers, grace=CALL_GRACE))
+            stack.callback(self._health.close)
             self._door = await stack.enter_async_context(
                 SocketServer(self._paths.registration_socket, self._registration.handlers(), grace=INFO_GRACE)
             )

@@ -20,10 +20,12 @@ from driver.model import (
     OfferedDevice,
     PodRef,
     PodUid,
+    PoolName,
     PreparedDevice,
     Sandbox,
     SandboxId,
 )
+from driver.troubles import DeviceHealth
 
 # --- needed -----------------------------------------------------------------------------------------
 
@@ -85,6 +87,23 @@ class ClaimHandler(Protocol):
     async def unprepare(
         self, claims: Sequence[ClaimRef], deadline: float
     ) -> Mapping[ClaimUid, ClaimFailed | None]: ...
+
+
+class HealthSource(Protocol):
+    """The health of every device that is offered or held. For use within the agent's event loop."""
+
+    @property
+    def pool(self) -> PoolName: ...
+
+    @property
+    def version(self) -> int:
+        """Another number whenever devices has changed."""
+
+    @property
+    def devices(self) -> Sequence[DeviceHealth]: ...
+
+    async def newer_than(self, version: int, seconds: float) -> None:
+        """Returns when there is another version, or after that many seconds."""
 
 
 class SandboxHandler(Protocol):

@@ -17,6 +17,7 @@ import grpc
 import grpc.aio
 
 from driver.kubelet.plugin import KubeletPlugin
+from driver.lifecycle.health import HealthFeed
 from driver.lifecycle.ports import ClaimFailed
 from driver.model import ClaimRef, ClaimUid, DeviceName, PoolName, PreparedDevice, ShareId
 from driver.paths import Paths
@@ -106,8 +107,19 @@ class Seen:
         self.calls.append((method, outcome))
 
 
-def plugin_at(root: Path, handler: ScriptedHandler, observer: Seen | None = None) -> KubeletPlugin:
-    return KubeletPlugin(paths=Paths(root=root), handler=handler, clock=RealClock(), observer=observer)
+def plugin_at(
+    root: Path,
+    handler: ScriptedHandler,
+    observer: Seen | None = None,
+    health: HealthFeed | None = None,
+) -> KubeletPlugin:
+    return KubeletPlugin(
+        paths=Paths(root=root),
+        handler=handler,
+        health=health or HealthFeed(PoolName("node-a")),
+        clock=RealClock(),
+        observer=observer,
+    )
 
 
 @asynccontextmanager

@@ -18,13 +18,11 @@ import grpc.aio
 import pytest
 
 from driver.errors import DriverError
-from driver.kubelet.plugin import KubeletPlugin
 from driver.paths import SUN_PATH_MAX, Paths
 from driver.pb.dra.v1 import api_pb2 as v1
 from driver.pb.pluginregistration.v1 import api_pb2 as registration
 from tests.conftest import WaitUntilAsync
 from tests.unit.kubelet_fakes import (
-    RealClock,
     ScriptedHandler,
     Seen,
     channel_to,
@@ -61,7 +59,12 @@ def test_get_info_names_the_driver_its_endpoint_and_v1_first(short_tmp: Path) ->
         assert info.name == "knd.internal"
         assert Path(info.endpoint).is_absolute()
         assert info.endpoint == str(Paths(root=short_tmp).dra_socket)
-        assert list(info.supported_versions) == ["v1.DRAPlugin", "v1beta1.DRAPlugin"]
+        assert list(info.supported_versions) == [
+            "v1.DRAPlugin",
+            "v1beta1.DRAPlugin",
+            "v1.DRAResourceHealth",
+            "v1alpha1.DRAResourceHealth",
+        ]
 
     asyncio.run(run())
     assert seen.calls == [("GetInfo", "ok")]
@@ -74,7 +77,7 @@ def test_the_endpoint_is_absolute_even_below_a_relative_root(
 
     async def run() -> None:
         root = Path("node")
-        plugin = KubeletPlugin(paths=Paths(root=root), handler=ScriptedHandler(), clock=RealClock())
+        plugin = plugin_at(root, ScriptedHandler())
         async with plugin, kubelet_ends(short_tmp / "node") as ends:
             info = await ends.registration.GetInfo(registration.InfoRequest(), timeout=1)
         assert info.endpoint == str(short_tmp / "node/var/lib/kubelet/plugins/knd.internal/dra.sock")

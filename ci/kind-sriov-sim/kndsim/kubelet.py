@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +17,8 @@ from typing import Literal
 
 from kndsim.kubelet_check import check_devices, check_error, check_keys
 from kndsim.kubelet_claims import ClaimCache, ClaimRecord
+from kndsim.kubelet_health import SERVICES as HEALTH_SERVICES
+from kndsim.kubelet_health import Health
 from kndsim.kubelet_model import (
     Answer,
     ClaimLike,
@@ -62,7 +64,8 @@ class SimKubelet:
     root/var/lib/kubelet.
 
     prefer: the only version it knows, for an old kubelet; None: v1 and v1beta1. slices: where it deletes
-    ResourceSlices, as kubelet does at its start and when a driver is away too long.
+    ResourceSlices, as kubelet does at its start and when a driver is away too long. health: the health
+    services it knows, best first.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class SimKubelet:
         prefer: Literal["v1", "v1beta1"] | None = None,
         timing: KubeletTiming | None = None,
         slices: SliceWiper | None = None,
+        health: Sequence[str] = HEALTH_SERVICES,
     ) -> None:
         self.root = root / "var/lib/kubelet"
         self.node = node
@@ -80,6 +84,7 @@ class SimKubelet:
         self._timing = timing or KubeletTiming()
         self._known = (Version(f"{prefer}.DRAPlugin"),) if prefer else tuple(Version)
         self._slices = slices
+        self._health = tuple(health)
         self._claims = ClaimCache(self.root / "dra_manager_state")
         self._plugins: PluginStore
         self._watcher: PluginWatcher
@@ -102,7 +107,7 @@ class SimKubelet:
     async def _start(self) -> None:
         self.registry.mkdir(mode=0o755, parents=True, exist_ok=True)
         self._claims.load()
-        self._plugins = PluginStore(self._timing, self._record, self._wipe)
+        self._plugins = PluginStore(self._timing, self._record, self._wipe, self._health)
         registry = Registry(self._known, self._plugins.add, self._plugins.remove, self._record)
         self._watcher = PluginWatcher(self.registry, registry, self._timing)
         self._record(KubeletEvent.STARTED, self.node, "")
@@ -143,6 +148,16 @@ class SimKubelet:
         """Until no plugin of the driver is registered. TimeoutError with the log's last words."""
         text = f"{driver} is still registered with the simulated kubelet"
         await self._wait(lambda: self._plugins.pick(driver) is None, text, deadline)
+
+    def health(self, driver: str) -> Mapping[tuple[str, str], Health]:
+        """What it knows now of the health of a driver's devices, by pool and device."""
+        entry = self._plugins.pick(driver)
+        return entry.health.now() if entry is not None and entry.health is not None else {}
+
+    def health_messages(self, driver: str) -> int:
+        """Lists that have come since the driver was registered."""
+        entry = self._plugins.pick(driver)
+        return entry.health.messages if entry is not None and entry.health is not None else 0
 
     # --- claims -------------------------------------------------------------------------------------
 

@@ -92,6 +92,7 @@ class KubeletEvent(enum.StrEnum):
     DEREGISTERED = "deregistered"
     CONNECTED = "connected"
     DISCONNECTED = "disconnected"
+    HEALTH_ENDED = "health stream ended"
     SLICES_WIPED = "slices wiped"
     PREPARED = "prepared"
     PREPARE_SKIPPED = "prepare skipped"
@@ -120,6 +121,8 @@ class PluginInfo:
     socket: Path
     endpoint: Path
     version: Version
+    offered: tuple[str, ...] = ()
+    """All the services that it says it serves."""
 
 
 class KubeletError(Exception):

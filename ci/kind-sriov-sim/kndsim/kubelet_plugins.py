@@ -7,9 +7,10 @@ driver none of whose plugins is connected gets its slices deleted after the grac
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from kndsim.kubelet_health import RETRY_SECONDS, SERVICES, HealthWatch, choose_health
 from kndsim.kubelet_model import KubeletEvent, KubeletTiming, PluginInfo, RegistrationFailed
 from kndsim.kubelet_watch import Log
 from kndsim.kubelet_wire import Connection, DraClient
@@ -22,13 +23,23 @@ class RegisteredPlugin:
     client: DraClient
     watching: asyncio.Task[None] | None = None
     connected: bool = False
+    health: HealthWatch | None = None
+    listening: asyncio.Task[None] | None = None
 
 
 class PluginStore:
     """away is called with a driver's name when it was unreachable for the whole grace."""
 
-    def __init__(self, timing: KubeletTiming, log: Log, away: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        timing: KubeletTiming,
+        log: Log,
+        away: Callable[[str], None],
+        health_known: Sequence[str] = SERVICES,
+    ) -> None:
         self._grace = timing.slice_grace * timing.scale
+        self._retry = RETRY_SECONDS * timing.scale
+        self._health_known = health_known
         self._log = log
         self._away = away
         self._plugins: dict[str, list[RegisteredPlugin]] = {}
@@ -61,7 +72,20 @@ class PluginStore:
             self._mind(info.driver)
 
         plugin.watching = asyncio.create_task(connection.watch(changed), name=f"watch {info.driver}")
+        self._listen(plugin)
         self._mind(info.driver)
+
+    def _listen(self, plugin: RegisteredPlugin) -> None:
+        """To the health of its devices, where it offers that."""
+        service = choose_health(plugin.info.offered, self._health_known)
+        if not service:
+            return
+
+        def told(why: str) -> None:
+            self._log(KubeletEvent.HEALTH_ENDED, plugin.info.driver, why)
+
+        plugin.health = HealthWatch(plugin.connection, service, retry=self._retry, told=told)
+        plugin.listening = asyncio.create_task(plugin.health.run(), name=f"health {plugin.info.driver}")
 
     async def remove(self, info: PluginInfo) -> None:
         for plugin in self._plugins.get(info.driver, []):
@@ -95,7 +119,9 @@ class PluginStore:
 
 
 async def _close(plugin: RegisteredPlugin) -> None:
-    if plugin.watching is not None:
-        plugin.watching.cancel()
-        await asyncio.wait({plugin.watching})
+    tasks = {task for task in (plugin.watching, plugin.listening) if task is not None}
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks)
     await plugin.connection.close()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -101,6 +101,19 @@ class Connection:
                 raise
             raise closing from None
 
+    async def stream(self, service: str, method: str, request: bytes) -> AsyncIterator[bytes]:
+        """The messages of a stream until the server ends it; CallFailed if it ends otherwise."""
+        if self._is_closed():
+            raise CallFailed("CANCELLED", "grpc: the client connection is closing")
+        call = self._channel.unary_stream(f"/{service}/{method}", _same, _same)(request)
+        try:
+            async for message in call:
+                yield message
+        except grpc.aio.AioRpcError as error:
+            raise CallFailed(error.code().name, str(error.details())) from error
+        finally:
+            call.cancel()
+
     async def watch(self, changed: Callable[[bool], None]) -> None:
         """Keep the connection up and tell of every change between connected and not; never returns."""
         connected = False
@@ -137,6 +150,7 @@ async def get_info(
         socket=socket,
         endpoint=Path(info.endpoint) if info.endpoint else socket,
         version=choose_version(list(info.supported_versions), known),
+        offered=tuple(info.supported_versions),
     )
     check_plugin(plugin)
     return plugin
