@@ -25,7 +25,6 @@ from tests.conftest import WaitUntilAsync
 from tests.unit.kubelet_fakes import (
     ScriptedHandler,
     Seen,
-    channel_to,
     claim,
     kubelet_ends,
     plugin_at,
@@ -374,21 +373,5 @@ def test_the_plugin_can_be_started_again_after_it_failed(short_tmp: Path) -> Non
         paths.registration_socket.rmdir()
         async with plugin, kubelet_ends(short_tmp) as ends:
             await ends.registration.GetInfo(registration.InfoRequest(), timeout=1)
-
-    asyncio.run(run())
-
-
-@pytest.mark.parametrize(
-    "method", ["/v1.DRAResourceHealth/NodeWatchResources", "/v1alpha1.DRAResourceHealth/NodeWatchResources"]
-)
-def test_the_health_service_is_not_there(short_tmp: Path, method: str) -> None:
-    async def run() -> None:
-        async with (
-            plugin_at(short_tmp, ScriptedHandler()),
-            channel_to(Paths(root=short_tmp).dra_socket) as channel,
-        ):
-            with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await channel.unary_unary(method)(b"", timeout=5)
-        assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
     asyncio.run(run())

@@ -133,7 +133,8 @@ def test_a_killed_agents_sockets_are_taken_over_by_the_next_one(
             with agent_process(short_tmp):
                 await kubelet.wait_registered(DRIVER)
                 await kubelet.prepare(DRIVER, [C1])
-            await wait_until_async(lambda: kubelet.log[-1].event is KubeletEvent.DISCONNECTED)
+            events = (KubeletEvent.DISCONNECTED, KubeletEvent.HEALTH_ENDED)
+            await wait_until_async(lambda: {entry.event for entry in kubelet.log}.issuperset(events))
             assert paths.registration_socket.exists()
             with pytest.raises(PrepareFailed, match="code = UNAVAILABLE"):
                 await kubelet.prepare(DRIVER, [C2])
