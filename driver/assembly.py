@@ -29,6 +29,7 @@ from driver.lifecycle.context import Context, Telemetry
 from driver.lifecycle.core import Lifecycle
 from driver.lifecycle.devices import Devices
 from driver.lifecycle.ports import ClaimReader, EventSink, PodDirectory, SlicePublisher, StatusWriter
+from driver.lifecycle.rdma import NodeRdma
 from driver.lifecycle.usage import Usage
 from driver.lifecycle.workers import DeviceWorkers
 from driver.model import BootId, PoolName
@@ -104,6 +105,7 @@ def assemble(
         engine=Engine(journal=journal, acts=acts.table(), clock=clock, observer=outside.observer),
         workers=DeviceWorkers(clock),
         devices=Devices(sysfs, policy),
+        rdma=NodeRdma(host),
         provision=Provision(sysfs, paths, boot_id),
         accounting=accounting,
         programs=tcx,

@@ -20,6 +20,7 @@ from pathlib import Path
 from driver.errors import NotNow, Refusal
 from driver.model import ClaimUid, DeviceName, PreparationKey
 from driver.paths import Paths
+from driver.rdma import NO_WISHES, DeviceFile, RdmaConfig, RdmaInPod, SysfsProof
 from hw.model import IfName, NetnsCookie, PciAddress, check_ifname
 
 CDI_CLASS = "nic"
@@ -31,6 +32,7 @@ _COOKIE_MAX = 2**64 - 1
 
 _UID = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,98}[A-Za-z0-9])?")
 _DRIVER = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
+_PROOF = re.compile(r"class/[A-Za-z0-9_]+(/[A-Za-z0-9_.:-]+)+ [A-Za-z0-9_.:-]+")
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
@@ -60,13 +62,15 @@ def cdi_id(driver: str, key: PreparationKey) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CdiEntry:
-    """One attached device of a claim: its key, and what a pod has of it: a netdev by its name there, or
-    device files."""
+    """One attached device of a claim: its key, and what a pod has of it: a netdev by its name there, device
+    files, an RDMA device and what was asked about it."""
 
     key: PreparationKey
     ifname: IfName | None
     pci_address: PciAddress | None = None
     files: tuple[Path, ...] = ()
+    rdma: RdmaInPod | None = None
+    wishes: RdmaConfig = NO_WISHES
 
     def __post_init__(self) -> None:
         if self.ifname is not None:
@@ -81,14 +85,60 @@ class CdiEntry:
         """
         name = self.key.device if self.key.share_id is None else f"{self.key.device}_{self.key.share_id}"
         suffix = re.sub("[^A-Z0-9]", "_", name.upper())
-        values = {"INTERFACE": self.ifname, "PCI_ADDRESS": self.pci_address}
+        values: dict[str, object] = {"INTERFACE": self.ifname, "PCI_ADDRESS": self.pci_address}
+        if self.rdma is not None:
+            values["RDMA_DEVICE"], values["RDMA_PORT"] = self.rdma.name, self.rdma.port
+            values["RDMA_GID_INDEX"] = self.rdma.gid_index
         edits: dict[str, object] = {
             "env": [f"KND_{key}_{suffix}={value}" for key, value in values.items() if value is not None]
         }
-        if self.files:
-            nodes = [{"path": str(file), "type": "c", "permissions": "rw"} for file in self.files]
+        nodes: list[dict[str, object]] = [
+            {"path": str(file), "type": "c", "permissions": "rw"} for file in self.files
+        ]
+        if self.rdma is not None:
+            nodes += map(_by_number, self.rdma.files)
+        if nodes:
             edits["deviceNodes"] = nodes
         return edits
+
+
+def _by_number(file: DeviceFile) -> dict[str, object]:
+    """With its numbers, so that no runtime looks for them under a name; for every user, as udev has it."""
+    return {
+        "path": f"/dev/infiniband/{file.name}",
+        "type": "c",
+        "major": file.major,
+        "minor": file.minor,
+        "fileMode": 0o666,
+        "permissions": "rw",
+    }
+
+
+def library_environment(entries: Sequence[CdiEntry]) -> list[str]:
+    """What NCCL and UCX are told where it was asked for: one list over all devices of the claim.
+
+    `=` has NCCL take names as they are, not as beginnings of names. It takes one GID index for all devices,
+    so where theirs differ it is left to find each by itself.
+    """
+    for_nccl = [entry for entry in entries if entry.rdma is not None and entry.wishes.nccl]
+    for_ucx = [entry.rdma for entry in entries if entry.rdma is not None and entry.wishes.ucx]
+    given = [entry.rdma for entry in for_nccl if entry.rdma is not None]
+    names = [entry.ifname for entry in for_nccl if entry.ifname is not None]
+    indexes = {each.gid_index for each in given}
+    found = []
+    if given:
+        found.append(f"NCCL_IB_HCA=={_ports(given)}")
+    if names:
+        found.append(f"NCCL_SOCKET_IFNAME=={','.join(names)}")
+    if len(indexes) == 1 and None not in indexes:
+        found.append(f"NCCL_IB_GID_INDEX={indexes.pop()}")
+    if for_ucx:
+        found.append(f"UCX_NET_DEVICES={_ports(for_ucx)}")
+    return found
+
+
+def _ports(given: Sequence[RdmaInPod]) -> str:
+    return ",".join(f"{each.name}:{each.port}" for each in given)
 
 
 class CdiProjection:
@@ -107,11 +157,15 @@ class CdiProjection:
             raise ValueError("a CDI spec needs a device; remove the spec of a claim that has none attached")
         if any(entry.key.claim_uid != claim_uid for entry in entries):
             raise ValueError(f"a CDI spec of claim {claim_uid} can only hold that claim's devices")
+        # Of the whole spec, so that a container with eight devices runs the hook once.
+        edits: dict[str, object] = {"hooks": [self._hook(claim_uid)]}
+        environment = library_environment(entries)
+        if environment:
+            edits["env"] = environment
         spec = {
             "cdiVersion": CDI_VERSION,
             "kind": f"{self._paths.driver}/{CDI_CLASS}",
-            # Of the whole spec, so that a container with eight devices runs the hook once.
-            "containerEdits": {"hooks": [self._hook(claim_uid)]},
+            "containerEdits": edits,
             "devices": [
                 {"name": _device_name(entry.key), "containerEdits": entry.edits} for entry in entries
             ],
@@ -154,13 +208,19 @@ def live_file(paths: Paths, claim_uid: ClaimUid) -> Path:
 
 
 class LiveFiles:
-    """For each claim, the network namespaces its devices are attached in now. For root alone."""
+    """For each claim, the network namespaces its devices are attached in now, and what /sys must say for the
+    numbers of its device files to be theirs. For root alone."""
 
     def __init__(self, paths: Paths) -> None:
         self._paths = paths
 
-    def write(self, claim_uid: ClaimUid, cookies: Collection[NetnsCookie]) -> None:
-        """Replace the claim's file: one decimal cookie a line. NotNow if it cannot be written."""
+    def write(
+        self, claim_uid: ClaimUid, cookies: Collection[NetnsCookie], proofs: Collection[SysfsProof] = ()
+    ) -> None:
+        """Replace the claim's file: one decimal cookie a line, one proof a line. NotNow if it cannot be
+        written."""
+        if not all(_PROOF.fullmatch(f"{proof.path} {proof.value}") for proof in proofs):
+            raise Refusal("BadName", f"{proofs!a} are no files of /sys with what they say")
         if any(not 0 < cookie <= _COOKIE_MAX for cookie in cookies):
             raise ValueError(f"{sorted(cookies)} are not all network namespace cookies")
         file = live_file(self._paths, claim_uid)
@@ -168,7 +228,9 @@ class LiveFiles:
             self._paths.run.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._paths.live.mkdir(mode=0o700, exist_ok=True)
             self._paths.live.chmod(0o700)
-            _replace(file, "".join(f"{cookie}\n" for cookie in sorted(set(cookies))), 0o600)
+            lines = [str(cookie) for cookie in sorted(set(cookies))]
+            lines += [f"{'at' if each.link else 'is'} {each.path} {each.value}" for each in proofs]
+            _replace(file, "".join(f"{line}\n" for line in lines), 0o600)
 
     def remove(self, claim_uid: ClaimUid) -> None:
         """Only after the claim's CDI spec is gone. Fine where there is no file."""

@@ -175,6 +175,7 @@ def _device(
         capacities=capacities,
         withheld=device.withheld or _bad_name(device) or policy.withheld(device, name),
         dies_with_netns=isinstance(device.identity, SoftwareIdentity),
+        rdma=device.rdma,
         min_mtu=device.link.min_mtu if device.link else None,
         max_mtu=device.link.max_mtu if device.link else None,
         driver=device.pci.driver if device.pci else None,

@@ -33,6 +33,7 @@ from hw.model import (
     PciIdentity,
     PortBaseline,
     PortState,
+    RdmaFacts,
     VfSettings,
 )
 
@@ -146,6 +147,8 @@ class Device:
     """What its driver takes; None: no bound is known."""
     driver: str | None = None
     """Of a PCI function; None for others, and where none is bound."""
+    rdma: RdmaFacts | None = None
+    """The RDMA device that goes with it, or that it is, where one is to be seen."""
     vf: VfSettings | None = None
     pf_mtu: int | None = None
     """Of a VF whose PF is here, where it was looked at for a claim: a scan does not ask for it."""
@@ -256,9 +259,14 @@ class Preparation:
     """The policy let it be given by its files without an IOMMU."""
 
     @property
+    def rdma_only(self) -> bool:
+        """Whether an RDMA device is all there is."""
+        return self.kind is DeviceKind.RDMA
+
+    @property
     def by_file(self) -> bool:
         """Whether pods get device files instead of a netdev."""
-        return self.config.by_file
+        return self.config.by_file or self.rdma_only
 
     @property
     def ifname(self) -> IfName:

@@ -8,10 +8,12 @@ wherever the crash was.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from bpf.layout import Hook
 from driver.model import Attachment, Preparation, attachment_owner, preparation_owner
+from driver.rdma import RdmaBinding
 
 
 class Act(enum.StrEnum):
@@ -41,6 +43,13 @@ class Act(enum.StrEnum):
     TO_KERNEL = "bind-to-kernel"
     VERIFY_VFIO = "verify-vfio"
     RESTORE_PORT = "restore-port"
+    RDMA_IN = "move-rdma-in"
+    RDMA_HOME = "move-rdma-home"
+    RDMA_ADD = "make-rdma"
+    RDMA_REMOVE = "remove-rdma"
+    RDMA_FILES = "find-rdma-files"
+    RDMA_RESTORE = "name-rdma"
+    RDMA_VERIFY = "verify-rdma"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,19 +83,27 @@ _BIND_BUDGET = 5.0
 # A PF's firmware may take its time; and for an address the VF's driver may have to begin anew.
 _PF_BUDGET = 3.0
 
+# The kernel unregisters and registers its clients with a device that moves, uverbs among them.
+_RDMA_BUDGET = 0.2
+
+_RDMA_CLEAN: Mapping[bool, tuple[Act, ...]] = {True: (Act.RDMA_RESTORE, Act.RDMA_VERIFY), False: ()}
+"""By whether an RDMA device goes with it."""
+
 _HOMEWARD = (Act.DOWN, Act.UNSHAPE, Act.STRIP, Act.MOVE_HOME, Act.RESTORE)
 
 
 def prepare(preparation: Preparation, hook: Hook) -> Plan:
     """Everything slow that needs no pod. clsact filters die in a move, so only tcx is armed here."""
-    steps = [Step(act=Act.TIDY, budget=0.1)]
+    steps = [] if preparation.rdma_only else [Step(act=Act.TIDY, budget=0.1)]
+    if preparation.rdma is not None:
+        steps.append(Step(act=Act.RDMA_VERIFY, budget=_RDMA_BUDGET))
     if preparation.vf_wanted is not None:
         probes = preparation.can_be_probed and preparation.config.interface.hardware_address is not None
         budget = _PF_BUDGET + (_BIND_BUDGET if probes else 0.0)
         steps.append(Step(act=Act.SET_VF, undo=(Act.RESTORE_VF, Act.RESTORE), budget=budget))
-    if preparation.by_file:
+    if preparation.config.by_file:
         steps.append(Step(act=Act.TO_VFIO, undo=(Act.TO_KERNEL, Act.RESTORE), budget=_BIND_BUDGET))
-    elif hook is Hook.TCX:
+    elif hook is Hook.TCX and not preparation.rdma_only:
         steps.append(Step(act=Act.ARM, undo=(Act.DISARM,), budget=0.1))
     return Plan(
         owner=preparation_owner(preparation.key), generation=preparation.generation, steps=tuple(steps)
@@ -99,17 +116,19 @@ def unprepare(preparation: Preparation, *, reset: bool = False) -> Plan:
     reset: a VF's driver begins anew with it. Its PF's settings are changed while no driver has it: whoever
     had it can see nothing of the host's VLAN, and the driver starts with the address that it is to have.
     """
-    probes = preparation.by_file or (reset and preparation.can_be_probed)
+    probes = preparation.config.by_file or (reset and preparation.can_be_probed)
     on_pf = preparation.vf_baseline is not None
+    netdev = not preparation.rdma_only
     acts = [
         *(() if preparation.by_file else (Act.DISARM,)),
         *((Act.UNBIND,) if probes else ()),
         *((Act.RESTORE_VF,) if on_pf else ()),
         *((Act.TO_KERNEL,) if probes else ()),
-        Act.RESTORE,
+        *((Act.RESTORE,) if netdev else ()),
         *((Act.VERIFY_VF,) if on_pf else ()),
-        Act.VERIFY,
+        *((Act.VERIFY,) if netdev else ()),
         *((Act.RESTORE_PORT,) if preparation.port is not None else ()),
+        *_RDMA_CLEAN[preparation.rdma is not None],
     ]
     return Plan(
         owner=preparation_owner(preparation.key),
@@ -123,13 +142,14 @@ def tidy(preparation: Preparation) -> Plan:
     """Make a device that is in no pod ready for the next one again and see whether it is. What its PF was
     told for it may be gone: a reboot makes VFs anew."""
     set_vf = (Step(act=Act.SET_VF),) if preparation.vf_wanted is not None else ()
-    by_file = (*set_vf, Step(act=Act.TO_VFIO), Step(act=Act.VERIFY_VFIO))
-    netdev = (Step(act=Act.RESTORE), *set_vf, Step(act=Act.VERIFY))
+    rdma = tuple(Step(act=act) for act in _RDMA_CLEAN[preparation.rdma is not None])
+    on_vfio = (*set_vf, Step(act=Act.TO_VFIO), Step(act=Act.VERIFY_VFIO))
+    netdev = (Step(act=Act.RESTORE), *set_vf, Step(act=Act.VERIFY), *rdma)
     return Plan(
         owner=preparation_owner(preparation.key),
         generation=preparation.generation,
         homeward=True,
-        steps=by_file if preparation.by_file else netdev,
+        steps=on_vfio if preparation.config.by_file else rdma if preparation.rdma_only else netdev,
     )
 
 
@@ -140,7 +160,11 @@ def attach(attachment: Attachment, preparation: Preparation, hook: Hook) -> Plan
     the pod passes uncounted; what passed before an undo is folded like everything else.
     """
     steps = [Step(act=Act.ZERO_SLOT, undo=(Act.FOLD,))]
-    steps += [Step(act=Act.VERIFY_VFIO)] if preparation.by_file else _netdev_in(preparation, hook)
+    if preparation.config.by_file:
+        steps.append(Step(act=Act.VERIFY_VFIO))
+    else:
+        netdev = [] if preparation.rdma_only else _netdev_in(preparation, hook)
+        steps += _with_rdma(preparation.rdma, netdev)
     return Plan(owner=attachment_owner(attachment.id), generation=attachment.generation, steps=tuple(steps))
 
 
@@ -154,24 +178,43 @@ def _netdev_in(preparation: Preparation, hook: Hook) -> list[Step]:
     return [*steps, Step(act=Act.UP, undo=(Act.DOWN,), budget=0.05)]
 
 
+def _with_rdma(binding: RdmaBinding | None, netdev: list[Step]) -> list[Step]:
+    """Hardware goes in before its netdev: drivers make that one anew when the RDMA device moves. What is
+    software stands on the netdev, is made when that is there, and ends before it leaves."""
+    if binding is None:
+        return netdev
+    move = Step(act=Act.RDMA_IN, undo=(Act.RDMA_HOME, Act.RDMA_RESTORE), budget=_RDMA_BUDGET)
+    moves = [move] if binding.moves else []
+    files = Step(act=Act.RDMA_FILES, budget=0.1)
+    if binding.software is None:
+        return [*moves, *netdev, files]
+    make = Step(act=Act.RDMA_ADD, undo=(Act.RDMA_REMOVE,), budget=_RDMA_BUDGET)
+    return [*netdev, make, *(replace(each, undo=()) for each in moves), files]
+
+
 def detach(attachment: Attachment, preparation: Preparation) -> Plan:
-    """From the pod home. No undo. The link is down before the counters are read, so they are final.
+    """From the pod home. No undo. The link is down before the counters are read, so they are final; and the
+    netdev is home before the RDMA device that it belongs to is.
 
     A device given by its files stays bound to vfio until the claim ends: a sandbox made anew is not prepared
     again. vfio resets it when its last user closes it.
     """
-    netdev = (
-        Step(act=Act.DOWN),
-        Step(act=Act.UNSHAPE),
-        Step(act=Act.FOLD),
-        Step(act=Act.STRIP),
-        Step(act=Act.MOVE_HOME, budget=_MOVE_BUDGET),
-        Step(act=Act.RESTORE),
-        Step(act=Act.VERIFY),
-    )
+    binding = preparation.rdma
+    netdev = not preparation.rdma_only
+    acts = [
+        *((Act.DOWN, Act.UNSHAPE) if netdev else ()),
+        Act.FOLD,
+        *((Act.RDMA_REMOVE,) if binding is not None and binding.software is not None else ()),
+        *((Act.STRIP, Act.MOVE_HOME) if netdev else ()),
+        *((Act.RDMA_HOME,) if binding is not None and binding.software is None else ()),
+        *((Act.RESTORE, Act.VERIFY) if netdev else ()),
+        *_RDMA_CLEAN[binding is not None],
+    ]
+    if preparation.config.by_file:
+        acts = [Act.FOLD, Act.VERIFY_VFIO]
     return Plan(
         owner=attachment_owner(attachment.id),
         generation=attachment.generation,
         homeward=True,
-        steps=(Step(act=Act.FOLD), Step(act=Act.VERIFY_VFIO)) if preparation.by_file else netdev,
+        steps=tuple(Step(act=act) for act in acts),
     )

@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import NewType
 
-from hw.model import RdmaName
-
-RdmaIndex = NewType("RdmaIndex", int)
-"""RDMA_NLDEV_ATTR_DEV_INDEX: of one registration with the kernel, kept over a move between namespaces."""
+from hw.model import IfName, LinkSettings, RdmaIndex, RdmaName
 
 
 class RdmaMode(enum.StrEnum):
@@ -71,6 +67,8 @@ class RdmaBinding:
     software: SoftRdma | None = None
     index: RdmaIndex | None = None
     node_guid: str = ""
+    rdma_cm: bool = True
+    """Whether the connection manager's file is given too: its module is there, or may be loaded."""
 
     @property
     def moves(self) -> bool:
@@ -87,6 +85,16 @@ class DeviceFile:
     minor: int
 
 
+@dataclass(frozen=True, slots=True)
+class SysfsProof:
+    """What /sys must still say, for a device file's numbers to be those of the device that was given. value
+    is a file's text or, of a link, the last part of where it points."""
+
+    path: str
+    value: str
+    link: bool = False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RdmaInPod:
     """What was found of an RDMA device once it was attached. gid is the RoCE v2 address of the pod's
@@ -98,3 +106,21 @@ class RdmaInPod:
     files: tuple[DeviceFile, ...]
     gid_index: int | None = None
     gid: str = ""
+
+
+NO_NETDEV = LinkSettings(
+    name=IfName(""),
+    mtu=0,
+    mac=None,
+    txqlen=0,
+    group=0,
+    alias="",
+    altnames=(),
+    gso_max_size=None,
+    gro_max_size=None,
+    noarp=False,
+    promisc=False,
+    allmulti=False,
+    multicast=False,
+)
+"""The baseline of what has no netdev."""

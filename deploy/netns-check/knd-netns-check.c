@@ -6,9 +6,11 @@
  *   knd-netns-check LIVE_FILE < OCI-state
  *
  * LIVE_FILE has one network namespace cookie a line (SO_NETNS_COOKIE, decimal). The namespace is that
- * of the process named by the state's top-level "pid".
+ * of the process named by the state's top-level "pid". A line may also say what must hold in /sys for the
+ * claim's device files to be still those of its devices: "is FILE TEXT", or "at LINK NAME" for the last
+ * part of where a link points.
  *
- * Invariant: the exit status is 0 only after a match. Everything else, whatever it is, ends in 1 with
+ * Invariant: the exit status is 0 only after a match, and if all of /sys is as told. Everything else, whatever it is, ends in 1 with
  * one sentence on standard error, which the runtime shows to the user. No agent needs to be running.
  */
 
@@ -280,8 +282,60 @@ static void open_live(const char *path, int *fd)
 		refuse("%s can be written by others than root and is not believed", path);
 }
 
-/* Whether one line of text is exactly this cookie. A file that is not whole lines of digits is refused:
- * a number cut short could be another namespace's. */
+__attribute__((noreturn)) static void damaged(const char *path)
+{
+	refuse("%s is damaged; the knd agent writes it anew when it attaches a device", path);
+}
+
+/* What a file below /sys says, or the last part of where a link points, without a final newline; "" if
+ * it is not there. */
+static const char *in_sys(bool link, const char *file, char *buffer, size_t size)
+{
+	ssize_t got = -1;
+	char *slash;
+
+	if (link) {
+		got = readlink(file, buffer, size - 1);
+	} else {
+		int fd = open(file, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+
+		if (fd >= 0) {
+			got = read(fd, buffer, size - 1);
+			close(fd);
+		}
+	}
+	buffer[got > 0 ? got : 0] = '\0';
+	buffer[strcspn(buffer, "\n")] = '\0';
+	slash = link ? strrchr(buffer, '/') : NULL;
+	return slash ? slash + 1 : buffer;
+}
+
+/* A line that is no cookie: refuses the container unless it holds. Numbers of device files are given anew
+ * when a driver begins anew with its devices, and another tenant's could be behind them by now. */
+static void check_line(const char *text, size_t length, const char *path)
+{
+	char line[512], file[sizeof(line) + 8], buffer[PATH_MAX];
+	const char *found;
+	char *value;
+
+	if (length < 4 || length >= sizeof(line) || memchr(text, '\0', length))
+		damaged(path);
+	memcpy(line, text, length);
+	line[length] = '\0';
+	value = strchr(line + 3, ' ');
+	if ((strncmp(line, "is class/", 9) && strncmp(line, "at class/", 9)) || strstr(line, "..") || !value ||
+	    !value[1] || strchr(value + 1, ' '))
+		damaged(path);
+	*value++ = '\0';
+	snprintf(file, sizeof(file), "/sys/%s", line + 3);
+	found = in_sys(line[0] == 'a', file, buffer, sizeof(buffer));
+	if (strcmp(found, value))
+		refuse("the device files of this container's claim are not its devices' any more (%s is \"%s\" "
+		       "and was \"%s\"): delete the pod, so that another gets them", file, found, value);
+}
+
+/* Whether one line of text is exactly this cookie; every line that is none has to hold. A file that is not
+ * whole lines is refused: a number cut short could be another namespace's. */
 static bool lists_cookie(const char *text, size_t length, uint64_t cookie, const char *path)
 {
 	char wanted[24];
@@ -291,13 +345,15 @@ static bool lists_cookie(const char *text, size_t length, uint64_t cookie, const
 	while (length) {
 		const char *end = memchr(text, '\n', length);
 		size_t line = end ? (size_t)(end - text) : 0;
+		size_t digits = 0;
 
-		for (size_t i = 0; i < line; i++)
-			if (text[i] < '0' || text[i] > '9')
-				line = 0;
-		if (!line || line > 20 || *text == '0')
-			refuse("%s is damaged; the knd agent writes it anew when it attaches a device", path);
-		if (line == wanted_length && !memcmp(text, wanted, line))
+		while (digits < line && text[digits] >= '0' && text[digits] <= '9')
+			digits++;
+		if (!digits)
+			check_line(text, line, path);
+		else if (digits < line || line > 20 || *text == '0')
+			damaged(path);
+		else if (line == wanted_length && !memcmp(text, wanted, line))
 			found = true;
 		text += line + 1;
 		length -= line + 1;

@@ -18,7 +18,7 @@ from bpf.foreign import detach_foreign, foreign_programs
 from bpf.layout import Hook
 from bpf.sys import LinkId
 from driver.errors import NotNow, Refusal
-from driver.execute import port, probe, vf, vfio
+from driver.execute import port, probe, rdma, rdma_given, vf, vfio
 from driver.execute.shape import Shaper
 from driver.execute.target import NotClean, Target, Vanished
 from driver.model import Attachment, Preparation
@@ -112,6 +112,13 @@ class NodeActs:
             Act.TO_KERNEL: partial(probe.to_kernel, host=self._host),
             Act.VERIFY_VFIO: partial(vfio.verify_vfio, sysfs=self._host.sysfs),
             Act.RESTORE_PORT: self.restore_port,
+            Act.RDMA_IN: partial(rdma.move_in, host=self._host),
+            Act.RDMA_HOME: partial(rdma.move_home, host=self._host),
+            Act.RDMA_ADD: partial(rdma.add, host=self._host),
+            Act.RDMA_REMOVE: partial(rdma.remove, host=self._host),
+            Act.RDMA_FILES: partial(rdma_given.note, host=self._host),
+            Act.RDMA_RESTORE: partial(rdma.restore_name, host=self._host),
+            Act.RDMA_VERIFY: partial(rdma.verify, host=self._host),
         }
 
     def arm(self, target: Target) -> None:

@@ -8,12 +8,15 @@ index and, for a moment, under another name.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from driver.errors import NotNow
 from driver.execute.target import NotClean, Target, Vanished
 from hw.errors import NotFound
 from hw.model import LinkInfo, PciAddress
+from hw.netns import NetnsHandle
+from hw.rdma.netlink import RdmaSocket
 from hw.sriov import binding
 from hw.sysfs import Sysfs
 from hw.udev import Udev
@@ -25,10 +28,11 @@ _PAUSE = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """What tells of drivers and of netdevs that they made."""
+    """What tells of drivers, of netdevs that they made, and of RDMA devices."""
 
     sysfs: Sysfs
     udev: Udev
+    rdma: Callable[[NetnsHandle | None], RdmaSocket] = RdmaSocket
 
 
 def address_of(target: Target) -> PciAddress:
@@ -44,7 +48,7 @@ def check_in_nobodys_hands(target: Target, host: Host) -> None:
         driver = binding.driver_of(host.sysfs, address)
         if driver is None:
             return
-        if driver == binding.VFIO_PCI and target.preparation.by_file:
+        if driver == binding.VFIO_PCI and target.preparation.config.by_file:
             raise NotNow(f"{target.device} is still bound to {driver}, by which its holder drives it")
     if target.find_at_home() is None:
         raise NotNow(f"{target.device} is not in the host's network namespace: whoever has it drives it")
@@ -56,7 +60,7 @@ def release(target: Target, host: Host) -> None:
     driver = binding.driver_of(host.sysfs, address)
     if driver is None:
         return
-    if not preparation.by_file:
+    if not preparation.config.by_file:
         _check_still_ours(target, driver)
         check_in_nobodys_hands(target, host)
     elif driver == preparation.home_driver:
@@ -68,7 +72,7 @@ def to_kernel(target: Target, host: Host) -> None:
     """Give it (back) to the driver it was prepared from, and see its netdev at home."""
     address, home = address_of(target), target.preparation.home_driver
     driver = binding.driver_of(host.sysfs, address)
-    if driver is not None and not target.preparation.by_file:
+    if driver is not None and not target.preparation.config.by_file:
         _check_still_ours(target, driver)
     try:
         binding.bind(host.sysfs, address, home)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from driver.errors import DriverError
 from driver.model import Attachment, Preparation
+from driver.rdma import RdmaInPod
 from hw.model import IfIndex, LinkInfo, MacAddress, PciIdentity, is_at_home
 from hw.netlink import LinkSocket
 from hw.netns import NetnsHandle
@@ -43,6 +44,8 @@ class Target:
     pod: LinkSocket | None = None
     pod_netns: NetnsHandle | None = None
     hint: IfIndex | None = None
+    given: list[RdmaInPod] = field(default_factory=list)
+    """What an act found of the RDMA device in the pod, for its record."""
 
     @property
     def device(self) -> str:

@@ -53,7 +53,7 @@ def set_vf(target: Target, host: probe.Host) -> None:
         driver = _pf_driver(target, host)
         raise Refusal("VfSettingNotTaken", f"{target.device}: {driver} did not do as asked: {different}")
     address = preparation.config.interface.hardware_address
-    if address is not None and preparation.can_be_probed and not preparation.by_file:
+    if address is not None and preparation.can_be_probed and not preparation.config.by_file:
         take_up_address(target, host, address)
 
 

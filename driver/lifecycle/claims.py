@@ -45,6 +45,7 @@ from driver.model import (
 )
 from driver.plan import Act
 from driver.policy import ResetPolicy
+from driver.rdma import NO_NETDEV
 from hw.model import DeviceKind, IfName, LinkSettings
 
 log = logging.getLogger(__name__)
@@ -218,8 +219,15 @@ class Claims:
             if mac is not None and holder:
                 raise one_address.refused(device.name, mac, holder)
         check_rivals(context, [device.name for _, device, _ in wanted], claim.ref.uid)
-        no_iommu = context.policy().vfio.no_iommu
-        made = [replace(_new(claim, *each), no_iommu=no_iommu and each[2].by_file) for each in wanted]
+        policy = context.policy()
+        made = [
+            replace(
+                _new(claim, allocated, device, config),
+                no_iommu=policy.vfio.no_iommu and config.by_file,
+                rdma=context.rdma.binding(device, config, policy.rdma),
+            )
+            for allocated, device, config in wanted
+        ]
         opened = context.book.open_preparations(made)
         try:
             done = [
@@ -264,9 +272,7 @@ class Claims:
                 )
         if device.withheld:
             raise Refusal("Withheld", f"{device.name} is not given away: {device.withheld}")
-        if device.kind is DeviceKind.RDMA:
-            raise Refusal("NotSupported", f"{device.name} has no netdev: this version gives netdevs only")
-        if device.ifindex is None or device.settings is None:
+        if device.kind is not DeviceKind.RDMA and (device.ifindex is None or device.settings is None):
             raise NotNow(f"{device.name} is not in the host's network namespace now")
 
     def _check_quarantine(self, device: Device) -> None:
@@ -404,7 +410,7 @@ def _asking(claim: Claim, wanted: Sequence[Wanted]) -> tuple[one_address.Has, ..
 
 def _new(claim: Claim, allocated: AllocatedDevice, device: Device, config: NicConfig) -> Preparation:
     """The record of a device that passed every check; slot and generation are the book's to give."""
-    assert device.settings is not None
+    assert device.settings is not None or device.kind is DeviceKind.RDMA
     return Preparation(
         key=PreparationKey(claim.ref.uid, allocated.pool, device.name, allocated.share_id),
         claim=claim.ref,
@@ -413,7 +419,7 @@ def _new(claim: Claim, allocated: AllocatedDevice, device: Device, config: NicCo
         kind=device.kind,
         dies_with_netns=device.dies_with_netns,
         config=limits.settled(device, config),
-        baseline=clean(device.settings),
+        baseline=clean(device.settings) if device.settings is not None else NO_NETDEV,
         attributes=device.attributes,
         capacities=device.capacities,
         reserved_for=claim.reserved_for,
@@ -435,7 +441,7 @@ def _is_gone(errors: Mapping[Act, Exception]) -> bool:
 
 def _why_kept(errors: Mapping[Act, Exception]) -> str:
     """What a driver did, what the looks at the device and its PF found, or else what went wrong last."""
-    telling = (Act.UNBIND, Act.TO_KERNEL, Act.VERIFY_VF, Act.VERIFY, Act.RESTORE_PORT)
+    telling = (Act.UNBIND, Act.TO_KERNEL, Act.VERIFY_VF, Act.VERIFY, Act.RESTORE_PORT, Act.RDMA_VERIFY)
     found = [errors[act] for act in telling if act in errors] or [list(errors.values())[-1]]
     return "; ".join(dict.fromkeys(map(str, found)))
 

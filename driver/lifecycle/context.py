@@ -20,6 +20,7 @@ from driver.journal.ledger import Ledger
 from driver.lifecycle.book import Book
 from driver.lifecycle.devices import Devices
 from driver.lifecycle.ports import ClaimReader, EventSink, PodDirectory, SlicePublisher, StatusWriter
+from driver.lifecycle.rdma import NodeRdma
 from driver.lifecycle.workers import DeviceWorkers
 from driver.model import BootId, PoolName
 from driver.paths import Paths
@@ -54,6 +55,7 @@ class Context:
     engine: Engine[Target]
     workers: DeviceWorkers
     devices: Devices
+    rdma: NodeRdma
     provision: Provision
     accounting: Accounting
     programs: TcxPrograms | None

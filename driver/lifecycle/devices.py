@@ -132,6 +132,8 @@ class Devices:
         it, or from before it was put in order or probed anew, and an offer made from it would be wrong."""
         device = self.get(preparation.key.device)
         known = device is not None and device.settings == preparation.baseline
+        hardware = preparation.rdma is not None and preparation.rdma.software is None
+        known = known and not (hardware and device is not None and device.rdma is None)
         if not known or not self.is_at_home(preparation):
             self.rescan()
 
@@ -143,6 +145,8 @@ class Devices:
         """The device with the settings it has now, on its PF too, not those when the picture was taken: they
         become its next baseline. Without ifindex if it is not at home; withheld if someone has taken it into
         use."""
+        if device.kind is DeviceKind.RDMA:
+            return replace(device, withheld=self._withheld_now(device))
         with LinkSocket(None) as links:
             link = links.by_index(device.ifindex) if device.ifindex is not None else None
             if link is None or not is_at_home(device.identity, link):
@@ -150,9 +154,7 @@ class Devices:
             addressed = any(not address.ip.is_link_local for address in links.addresses(link.ifindex))
             vf, pf_mtu = _on_pf(device.identity, links) if device.kind is DeviceKind.VF else (None, None)
             port = _port(link, links) if device.kind is DeviceKind.PF else None
-        # Work on it may have been waited for since: what was offered then may not be any more.
-        newest = self.get(device.name)
-        withheld = device.withheld or (newest.withheld if newest is not None else "")
+        withheld = self._withheld_now(device)
         if addressed:
             withheld = withheld or "in use by the host: it has an address"
         elif link.master is not None:
@@ -175,6 +177,11 @@ class Devices:
             if settings.mac == mac and vf != own:
                 return f"VF {vf} of the same PF is given it"
         return ""
+
+    def _withheld_now(self, device: Device) -> str:
+        """Work on it may have been waited for: what was offered then may not be any more."""
+        newest = self.get(device.name)
+        return device.withheld or (newest.withheld if newest is not None else "")
 
     def look(self, changed: frozenset[IfIndex], away: Callable[[], Mapping[DeviceName, Identity]]) -> Look:
         """What changed links mean. Most link events of a node are the CNI's veths coming and going, and

@@ -16,7 +16,9 @@ def check_fits(device: Device, config: NicConfig) -> None:
     there, and then each time again."""
     problems = _check_vf(device, config)
     mtu = config.interface.mtu
-    if config.by_file:
+    if device.kind is DeviceKind.RDMA:
+        problems += _check_no_interface(config, f"{device.name} is an RDMA device and has no interface")
+    elif config.by_file:
         problems += _check_by_file(device, config)
     elif mtu is not None:
         least, most = device.min_mtu or 0, device.max_mtu
@@ -58,11 +60,13 @@ def _check_by_file(device: Device, config: NicConfig) -> list[FieldProblem]:
     if device.kind is not DeviceKind.VF or not device.driver:
         problems.append(FieldProblem("vf.driver", f"{device.name} is no VF with a driver to take it from"))
     no_interface = f"{device.name} is given by its files (vf.driver): it has no interface to set up"
+    return problems + _check_no_interface(config, no_interface)
+
+
+def _check_no_interface(config: NicConfig, reason: str) -> list[FieldProblem]:
     given = {
         "name": config.interface.name,
         "mtu": config.interface.mtu,
         "addresses": config.interface.addresses,
     }
-    return problems + [
-        FieldProblem(f"interface.{name}", no_interface) for name, value in given.items() if value
-    ]
+    return [FieldProblem(f"interface.{name}", reason) for name, value in given.items() if value]

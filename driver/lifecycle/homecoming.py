@@ -97,6 +97,9 @@ class Homecoming:
             return False
         hint = context.devices.hint(preparation)
         with open_target(preparation, attachment, context.host_netns, None, hint) as target:
+            if preparation.rdma_only:
+                moves = preparation.rdma is not None and preparation.rdma.moves
+                return moves and context.rdma.is_home(target)
             return target.find_at_home() is not None
 
     def is_hidden(self, preparation: Preparation) -> bool:
@@ -243,7 +246,7 @@ class Homecoming:
                 device, f"its counters are not in the ledger: {errors[Act.FOLD]}", self._now()
             )
             return False
-        verdict = errors.get(Act.VERIFY) or errors.get(Act.VERIFY_VFIO)
+        verdict = errors.get(Act.VERIFY) or errors.get(Act.VERIFY_VFIO) or errors.get(Act.RDMA_VERIFY)
         if verdict is None:
             context.book.release(device)
         elif isinstance(verdict, Vanished):

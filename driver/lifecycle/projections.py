@@ -60,19 +60,22 @@ class Projections:
             context.engine.project(owner, "remove-live-file", lambda: context.live.remove(uid))
             return
         cookies = tuple(sorted({a.netns_cookie for a, _ in attached}))
-        entries = tuple({p.key: self._entry(p) for _, p in attached}.values())
-        context.engine.project(owner, "write-live-file", lambda: context.live.write(uid, cookies))
+        entries = tuple({p.key: self._entry(a, p) for a, p in attached}.values())
+        proofs = tuple(dict.fromkeys(proof for a, p in attached for proof in context.rdma.proofs(a, p)))
+        context.engine.project(owner, "write-live-file", lambda: context.live.write(uid, cookies, proofs))
         context.engine.project(owner, "write-cdi-spec", lambda: context.cdi.write(uid, entries))
 
-    def _entry(self, preparation: Preparation) -> CdiEntry:
+    def _entry(self, attachment: Attachment, preparation: Preparation) -> CdiEntry:
         files: tuple[Path, ...] = ()
-        if preparation.by_file and preparation.pci_address is not None:
+        if preparation.config.by_file and preparation.pci_address is not None:
             files = self._context.devices.vfio_files(preparation.pci_address)
         return CdiEntry(
             key=preparation.key,
             ifname=preparation.pod_ifname,
             pci_address=preparation.pci_address,
             files=files,
+            rdma=attachment.rdma,
+            wishes=preparation.config.rdma,
         )
 
     def sweep(self, keep: frozenset[ClaimUid]) -> None:
@@ -128,15 +131,17 @@ class Projections:
 
     def _said(self, attachment: Attachment, preparation: Preparation) -> str:
         pod = attachment.pod.name
-        if preparation.by_file:
+        if preparation.config.by_file:
             driver = preparation.config.vf.driver
             said = f"{preparation.pci_address} on {driver} for pod {pod}, not counted"
+        elif preparation.rdma_only:
+            said = f"for pod {pod}"
         else:
             said = f"{preparation.ifname} in pod {pod}, counted by {self._context.hook}"
         in_software = [
             str(each) for each in self.limits_of(preparation) if each.by is not limits.KeptBy.DEVICE
         ]
-        return "; ".join([said + _limits(preparation), *in_software])
+        return "; ".join([said + _limits(preparation) + _rdma_said(attachment), *in_software])
 
     def limits_of(self, preparation: Preparation) -> tuple[limits.Kept, ...]:
         """The limits that are in force for an attached device."""
@@ -233,3 +238,11 @@ def _limits(preparation: Preparation) -> str:
 def _takes_all(uses: Sequence[CounterUse]) -> bool:
     """The scheduler takes the first that fits: whoever asks for any device must not get a PF."""
     return any(VFS in use.of and use.takes == use.of for use in uses)
+
+
+def _rdma_said(attachment: Attachment) -> str:
+    given = attachment.rdma
+    if given is None:
+        return ""
+    address = f"GID {given.gid_index}, {given.gid}" if given.gid else "no RoCE v2 address"
+    return f", RDMA device {given.name} ({address})"

@@ -137,8 +137,9 @@ class Reconcile:
         if await self._in_worker(self._orphans.forget_gone):
             self._projections.offer()
         leaving = any(a.state is AttachmentState.DETACHING for a in book.attachments())
-        if leaving or self._unfinished():
-            await self.after_change(())
+        returned = await self._in_worker(self._rdma_returned)
+        if leaving or returned or self._unfinished():
+            await self.after_change(returned)
 
     def attach_waiting(self) -> None:
         """Queue an attach for every listed sandbox whose pod is known to have devices and has none, and
@@ -154,6 +155,13 @@ class Reconcile:
             if self._context.pods.claims_of(sandbox.pod.uid) is None:
                 still_unknown.append(listed)
         self._listed = still_unknown
+
+    def _rdma_returned(self) -> frozenset[DeviceName]:
+        """RDMA devices without a netdev whose pod's netns died: no link event tells of them."""
+        book = self._context.book
+        alone = {p.key for p in book.preparations() if p.rdma_only}
+        candidates = [a for a in book.attachments() if a.preparation in alone]
+        return frozenset(a.preparation.device for a in candidates if self._homecoming.is_home(a))
 
     # --- parts --------------------------------------------------------------------------------------
 

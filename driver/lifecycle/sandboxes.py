@@ -12,7 +12,7 @@ import logging
 import uuid
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from driver import plan
 from driver.errors import DriverError, NotNow, OutOfTime, Refusal
@@ -136,7 +136,10 @@ class Sandboxes:
                 f"container {container}: the API server did not say whether pod {sandbox.pod.name} "
                 "names a claim that is prepared on this node"
             )
-        if not belonging.preparations or self.is_attached(sandbox, belonging.preparations):
+        if not belonging.preparations:
+            return
+        if self.is_attached(sandbox, belonging.preparations):
+            await self._check_files(sandbox, deadline)
             return
         if sandbox.netns_path is None:
             self._refuse(sandbox, Refusal("HostNetwork", HOST_NETWORK))
@@ -147,6 +150,21 @@ class Sandboxes:
         raise NotNow(
             f"container {container}: pod {sandbox.pod.name} has not been given its network devices yet"
         )
+
+    async def _check_files(self, sandbox: Sandbox, deadline: float) -> None:
+        """A driver that began anew while the pod ran may have had its numbers given to another device."""
+        given = [a for a in self._context.book.of_sandbox(sandbox.id) if a.rdma is not None]
+        if not given:
+            return
+        reason = await self._context.workers.run_until([], lambda: self._disproved(given), deadline)
+        if reason:
+            self._projections.tell_pod(sandbox.pod, "DeviceFileChanged", reason)
+            raise Refusal("DeviceFileChanged", reason)
+
+    def _disproved(self, attachments: Sequence[Attachment]) -> str:
+        known = [(a, self._context.book.preparation(a.preparation)) for a in attachments]
+        rdma = self._context.rdma
+        return rdma.disproved(proof for a, p in known if p is not None for proof in rdma.proofs(a, p))
 
     async def stop_sandbox(self, sandbox: Sandbox, deadline: float) -> None:
         await self._leave(sandbox.id, deadline)
@@ -375,6 +393,9 @@ class Sandboxes:
     def _make_way(self, sandbox: Sandbox, preparations: Sequence[Preparation]) -> None:
         """An exclusive device comes home from where it was: an older sandbox of this pod, or a dead one."""
         for preparation in preparations:
+            if preparation.rdma_only and preparation.rdma is not None and not preparation.rdma.moves:
+                # Given by its files alone, to as many pods as its claim names.
+                continue
             for other in self._context.book.attachments_of(preparation.key):
                 same_pod = other.pod.uid == sandbox.pod.uid
                 if not same_pod and self._homecoming.is_alive(other):
@@ -421,6 +442,7 @@ class Sandboxes:
             self._homecoming.hold(attachment, preparation, netns)
             with open_target(preparation, attachment, context.host_netns, netns, hint) as target:
                 context.engine.run(plan.attach(attachment, preparation, context.hook), target, token)
+                return replace(attachment, rdma=next(iter(target.given), None))
         except UndoFailed as failed:
             if self._homecoming.bring_home(attachment):
                 raise failed.first from None
@@ -428,7 +450,6 @@ class Sandboxes:
         except EXPECTED:
             self._homecoming.close_attachment(attachment)
             raise
-        return attachment
 
     def _confirm(self, made: Sequence[tuple[Attachment, Preparation]]) -> None:
         for attachment, preparation in made:

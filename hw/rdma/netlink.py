@@ -156,6 +156,10 @@ class RdmaSocket:
             why = "its driver cannot" if self.exclusive() else "devices are shared by all namespaces here"
             raise Unsupported(error.what, error.errno, error.extack or why) from error
 
+    def rename(self, index: RdmaIndex, name: RdmaName) -> None:
+        """Refused with EEXIST where any namespace has a device of that name."""
+        self._of_device(f"call {name!a}", index, Command.SET, {Attr.DEV_NAME: name})
+
     # --- software devices ---------------------------------------------------------------------------
 
     def add_link(self, kind: str, name: RdmaName, ifname: IfName) -> None:

@@ -271,6 +271,61 @@ def test_what_is_not_a_plain_file_is_not_believed(
     assert "is not a regular file" in sentence or "cannot be opened" in sentence
 
 
+# --- what must hold in /sys --------------------------------------------------------------------------
+
+
+def test_a_container_starts_while_its_device_files_are_its_devices(
+    helper: Path, container: Container, live: Path
+) -> None:
+    live.write_text(f"{container.cookie}\nis class/net/lo/ifindex 1\nat class/net/lo/subsystem net\n")
+    assert check(helper, state(container.pid), live).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "is class/net/lo/ifindex 2",
+        "is class/net/lo/ifindex 11",
+        "is class/net/none/ifindex 1",
+        "at class/net/lo/subsystem ne",
+        "at class/net/lo/ifindex 1",
+        "at class/net/lo/none net",
+    ],
+)
+def test_a_device_file_whose_number_is_anothers_by_now_holds_the_container_back(
+    helper: Path, container: Container, live: Path, line: str
+) -> None:
+    for text in (f"{container.cookie}\n{line}\n", f"{line}\n{container.cookie}\n"):
+        live.write_text(text)
+        sentence = refusal(check(helper, state(container.pid), live))
+        assert "are not its devices' any more" in sentence
+        assert "delete the pod" in sentence
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "is",
+        "is ",
+        "is class/net/lo/ifindex",
+        "is class/net/lo/ifindex ",
+        "is class/net/lo/ifindex 1 ",
+        "is class/net/../net/lo/ifindex 1",
+        "is /class/net/lo/ifindex 1",
+        "is kernel/notes 1",
+        "in class/net/lo/ifindex 1",
+        "is class/net/lo/ifindex\0 1",
+        "is class/" + "a" * 600 + " 1",
+    ],
+)
+def test_a_line_that_says_nothing_whole_is_damage(
+    helper: Path, sanitized: Path, container: Container, live: Path, line: str
+) -> None:
+    live.write_text(f"{container.cookie}\n{line}\n")
+    for program in (helper, sanitized):
+        assert "is damaged" in refusal(check(program, state(container.pid), live))
+
+
 # --- the state --------------------------------------------------------------------------------------
 
 

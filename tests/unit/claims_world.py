@@ -43,6 +43,7 @@ from driver.model import (
 )
 from driver.plan import Act
 from driver.policy import NodePolicy
+from driver.rdma import RdmaBinding
 from hw.model import DeviceKind, IfIndex, IfName, LinkSettings, MacAddress, SoftwareIdentity
 from tests.unit.journal_values import BOOT, preparation
 
@@ -131,6 +132,7 @@ class World:
         self.offers: list[tuple[OfferedDevice, ...]] = []
         self.statuses: list[tuple[ClaimRef, object]] = []
         self.hidden: set[DeviceName] = set()
+        self.bindings: dict[DeviceName, RdmaBinding] = {}
         self.clock = SystemClock()
         self.workers = DeviceWorkers(self.clock)
         self.gate = Gate("")
@@ -152,6 +154,7 @@ class World:
             engine=engine,
             workers=self.workers,
             devices=self.node,
+            rdma=SimpleNamespace(binding=lambda *asked: self.bindings.get(asked[0].name)),
             claims=SimpleNamespace(read_claim=self.read_claim),
             statuses=SimpleNamespace(write_status=lambda ref, rows: self.statuses.append((ref, rows))),
             events=SimpleNamespace(emit=self.events.append),

@@ -35,7 +35,9 @@ from driver.model import (
     SandboxId,
 )
 from driver.plan import Act
+from driver.rdma import DeviceFile, RdmaInPod
 from hw.errors import BadNetns, NotFound
+from hw.model import RdmaIndex, RdmaName
 from tests.unit.journal_values import BOOT, preparation
 
 FAR = 20.0
@@ -95,6 +97,11 @@ class Home:
         return (SimpleNamespace(error=NotNow("it has addresses")),) if dirty else ()
 
 
+GIVEN = RdmaInPod(
+    name=RdmaName("mlx5_2"), index=RdmaIndex(2), port=1, files=(DeviceFile("uverbs2", 231, 194),)
+)
+
+
 class World:
     def __init__(self, journal: Journal) -> None:
         self.book = Book(journal, slots=8)
@@ -106,6 +113,7 @@ class World:
         self.told: list[tuple[PodRef, str]] = []
         self.names: dict[PodUid, frozenset[str]] = {}
         self.looked_up: list[PodUid] = []
+        self.disproved = ""
         self.clock = SystemClock()
         self.workers = DeviceWorkers(self.clock)
         self.gate = Gate("")
@@ -124,6 +132,7 @@ class World:
             engine=engine,
             workers=self.workers,
             devices=SimpleNamespace(hint=lambda made: None),
+            rdma=SimpleNamespace(proofs=lambda made, of: (), disproved=lambda proofs: self.disproved),
             pods=SimpleNamespace(claims_of=self.names.get, look_up=self.look_up),
             telemetry=SimpleNamespace(refused=lambda reason: None),
         )
@@ -146,16 +155,20 @@ class World:
                 assert self.stall[act, device].wait(FAR)
             if (act, device) in self.fail:
                 raise self.fail[act, device]
+            if act is Act.RDMA_FILES:
+                target.given.append(GIVEN)
 
         return do
 
     async def look_up(self, pod: PodRef, deadline: float) -> None:
         self.looked_up.append(pod.uid)
 
-    def prepare(self, *numbers: int, pods: tuple[PodUid, ...] = (POD.uid,)) -> list[Preparation]:
+    def prepare(
+        self, *numbers: int, pods: tuple[PodUid, ...] = (POD.uid,), **fields: Any
+    ) -> list[Preparation]:
+        fields |= {"reserved_for": frozenset(pods)}
         made = [
-            replace(preparation(number, state=PreparationState.PREPARING), reserved_for=frozenset(pods))
-            for number in numbers
+            replace(preparation(number, state=PreparationState.PREPARING), **fields) for number in numbers
         ]
         opened = self.book.open_preparations(made)
         return list(self.book.advance_preparations(opened, PreparationState.PREPARED))
@@ -201,7 +214,7 @@ def play_sandboxes(
 @contextlib.contextmanager
 def _no_kernel(made: Preparation, *rest: object) -> Iterator[object]:
     del rest
-    yield SimpleNamespace(preparation=made)
+    yield SimpleNamespace(preparation=made, given=[])
 
 
 def _no_netns(path: Path, **options: object) -> Netns:

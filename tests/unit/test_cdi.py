@@ -16,7 +16,8 @@ from driver.cdi import CdiEntry, CdiProjection, LiveFiles, cdi_id
 from driver.errors import NotNow, Refusal
 from driver.model import ClaimUid, DeviceName, PoolName, PreparationKey, ShareId
 from driver.paths import Paths
-from hw.model import IfName, NetnsCookie
+from driver.rdma import DeviceFile, RdmaConfig, RdmaInPod, SysfsProof
+from hw.model import IfName, NetnsCookie, RdmaIndex, RdmaName
 
 UID = ClaimUid("0a1b2c3d-0000-4000-8000-000000000001")
 OTHER = ClaimUid("ffffffff-0000-4000-8000-000000000002")
@@ -83,6 +84,67 @@ def test_a_container_learns_the_interface_of_each_device(paths: Paths, specs: Cd
         ["KND_INTERFACE_PCI_0000_3B_00_2=net1"],
         ["KND_INTERFACE_PCI_0000_3B_00_2_5_6=net2"],
     ]
+
+
+def with_rdma(number: int, gid_index: int | None = 5, *, nccl: bool = True, ucx: bool = True) -> CdiEntry:
+    given = RdmaInPod(
+        name=RdmaName(f"mlx5_{number}"),
+        index=RdmaIndex(number),
+        port=1,
+        files=(DeviceFile(f"uverbs{number}", 231, 192 + number), DeviceFile("rdma_cm", 10, 260)),
+        gid_index=gid_index,
+    )
+    made = entry(device=f"pci-{number}", ifname=f"net{number}")
+    return replace(made, rdma=given, wishes=RdmaConfig(nccl=nccl, ucx=ucx))
+
+
+def test_a_container_gets_the_files_of_its_rdma_device_by_their_numbers(
+    paths: Paths, specs: CdiProjection
+) -> None:
+    specs.write(UID, [with_rdma(2, nccl=False, ucx=False), entry()])
+    spec = json.loads((paths.cdi / f"knd.internal-nic-{UID}.json").read_text())
+    first, second = (device["containerEdits"] for device in spec["devices"])
+    common = {"type": "c", "fileMode": 0o666, "permissions": "rw"}
+    assert first["deviceNodes"] == [
+        {"path": "/dev/infiniband/uverbs2", "major": 231, "minor": 194, **common},
+        {"path": "/dev/infiniband/rdma_cm", "major": 10, "minor": 260, **common},
+    ]
+    assert first["env"] == [
+        "KND_INTERFACE_PCI_2=net2",
+        "KND_RDMA_DEVICE_PCI_2=mlx5_2",
+        "KND_RDMA_PORT_PCI_2=1",
+        "KND_RDMA_GID_INDEX_PCI_2=5",
+    ]
+    assert "deviceNodes" not in second
+    assert "env" not in spec["containerEdits"]
+
+
+@pytest.mark.parametrize(
+    ("entries", "told"),
+    [
+        (
+            [with_rdma(2), with_rdma(3)],
+            [
+                "NCCL_IB_HCA==mlx5_2:1,mlx5_3:1",
+                "NCCL_SOCKET_IFNAME==net2,net3",
+                "NCCL_IB_GID_INDEX=5",
+                "UCX_NET_DEVICES=mlx5_2:1,mlx5_3:1",
+            ],
+        ),
+        (
+            [with_rdma(2, ucx=False), with_rdma(3, 7, ucx=False)],
+            ["NCCL_IB_HCA==mlx5_2:1,mlx5_3:1", "NCCL_SOCKET_IFNAME==net2,net3"],
+        ),
+        ([with_rdma(2, None, nccl=False)], ["UCX_NET_DEVICES=mlx5_2:1"]),
+        ([with_rdma(2, nccl=False, ucx=False), entry()], []),
+    ],
+)
+def test_the_libraries_are_told_of_all_devices_of_the_claim_where_that_was_asked(
+    paths: Paths, specs: CdiProjection, entries: list[CdiEntry], told: list[str]
+) -> None:
+    specs.write(UID, entries)
+    spec = json.loads((paths.cdi / f"knd.internal-nic-{UID}.json").read_text())
+    assert spec["containerEdits"].get("env", []) == told
 
 
 def test_a_spec_is_readable_and_alone_in_the_folder(paths: Paths, specs: CdiProjection) -> None:
@@ -247,3 +309,16 @@ def test_a_folder_that_cannot_be_written_is_worth_a_retry(
         live.write(UID, [NetnsCookie(7)])
     with pytest.raises(NotNow, match="cannot be listed"):
         specs.claims()
+
+
+def test_a_live_file_says_what_must_hold_for_the_files_given_and_nothing_that_could_be_read_otherwise(
+    paths: Paths, live: LiveFiles
+) -> None:
+    base = "class/infiniband_verbs/uverbs2"
+    proofs = [SysfsProof(f"{base}/dev", "231:194"), SysfsProof(f"{base}/device", "0000:3b:00.2", link=True)]
+    live.write(UID, [NetnsCookie(7)], proofs)
+    assert (paths.live / UID).read_text() == f"7\nis {base}/dev 231:194\nat {base}/device 0000:3b:00.2\n"
+    for path, value in ((base, "a b"), (base, "a\n8"), ("../etc/passwd", "a"), (f"{base} x", "a")):
+        with pytest.raises(Refusal):
+            live.write(UID, [NetnsCookie(8)], [SysfsProof(path, value)])
+    assert (paths.live / UID).read_text().startswith("7\n")

@@ -26,8 +26,9 @@ from driver.model import (
     PreparationState,
 )
 from driver.plan import Act
+from driver.rdma import RdmaBinding, RdmaMode
 from hw.errors import HwError
-from hw.model import DeviceKind, PciAddress, PciIdentity
+from hw.model import DeviceKind, PciAddress, PciIdentity, RdmaName
 from tests.conftest import WaitUntilAsync
 from tests.unit.claims_world import FAR, POOL, A, B, C, World, device, interface, play_claims
 
@@ -212,7 +213,6 @@ def test_a_device_that_a_scan_does_not_know_yet_is_looked_for_once(play) -> None
     [
         ({"withheld": "in use by the host: it has an address"}, "is not given away: in use by the host"),
         ({"ifindex": None}, "is not in the host's network namespace now"),
-        ({"kind": DeviceKind.RDMA}, "this version gives netdevs only"),
     ],
 )
 def test_a_device_that_must_not_be_given_is_refused_with_a_sentence(  # type: ignore[no-untyped-def]
@@ -428,5 +428,23 @@ def test_what_was_journalled_is_the_device_as_it_was_found_less_what_a_tenant_ca
         made = world.book.preparation(PreparationKey(ClaimUid("uid-c"), POOL, A))
         assert made is not None
         assert made.baseline == found.settings
+
+    play(story)
+
+
+# --- RDMA -------------------------------------------------------------------------------------------
+
+
+def test_an_rdma_device_without_a_netdev_is_prepared_and_has_no_interface_to_set_up(play) -> None:  # type: ignore[no-untyped-def]
+    async def story(world: World) -> None:
+        world.node.present[A] = device(A, 20, kind=DeviceKind.RDMA, ifindex=None, settings=None)
+        world.bindings[A] = RdmaBinding(name=RdmaName("mlx5_2"), mode=RdmaMode.SHARED)
+        assert "is an RDMA device and has no interface" in str(
+            await world.prepare(world.claim("named", A, parameters=interface(name="net1")))
+        )
+        answer = await world.prepare(world.claim("c", A))
+        assert not isinstance(answer, ClaimFailed)
+        (made,) = world.book.preparations()
+        assert (made.pod_ifname, made.by_file, made.rdma) == (None, True, world.bindings[A])
 
     play(story)

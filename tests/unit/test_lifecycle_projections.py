@@ -37,6 +37,7 @@ from driver.model import (
 )
 from driver.paths import Paths
 from driver.policy import NodePolicy
+from driver.rdma import SysfsProof
 from hw.model import DeviceKind, IfIndex, NetnsCookie, PciAddress, PciIdentity, RatesBy, VfSettings
 from tests.unit.journal_values import BOOT, IDENTITIES, attachment, preparation
 
@@ -55,6 +56,7 @@ class World:
         self.events: list[DriverEvent] = []
         self.devices: dict[DeviceName, Device] = {}
         self.policy = NodePolicy()
+        self.proofs: tuple[SysfsProof, ...] = ()
         engine: Engine[object] = Engine(
             journal=journal, acts={}, clock=SimpleNamespace(monotonic=lambda: 0.0), observer=self
         )
@@ -72,6 +74,7 @@ class World:
                 current=lambda: self.devices,
                 vfio_files=lambda address: (Path("/dev/vfio/vfio"), Path("/dev/vfio/15")),
             ),
+            rdma=SimpleNamespace(proofs=lambda made, of: self.proofs if made.rdma is not None else ()),
             slices=SimpleNamespace(offer=self.offers.append),
             statuses=SimpleNamespace(write_status=lambda ref, rows: self.statuses.append(rows)),
             events=SimpleNamespace(emit=self.events.append),

@@ -25,9 +25,11 @@ from driver.model import (
     PreparationState,
 )
 from driver.plan import Act
+from driver.rdma import RdmaBinding, RdmaMode
 from hw.errors import Busy, HwError, Refused
+from hw.model import DeviceKind, RdmaIndex, RdmaName
 from tests.conftest import WaitUntilAsync
-from tests.unit.sandboxes_world import FAR, OTHER, POD, World, play_sandboxes, sandbox
+from tests.unit.sandboxes_world import FAR, GIVEN, OTHER, POD, World, play_sandboxes, sandbox
 
 ATTACHED, DETACHING = AttachmentState.ATTACHED, AttachmentState.DETACHING
 ONE = sandbox("one")
@@ -376,6 +378,42 @@ def test_the_claim_of_the_pod_is_known_by_name_too(play) -> None:  # type: ignor
         assert made.claim == ClaimRef("ml", "nic-0", made.key.claim_uid)
         two = sandbox("two", OTHER)
         await world.run(two)
+        assert world.states() == {(two.id, A): ATTACHED}
+
+    play(story)
+
+
+# --- RDMA -------------------------------------------------------------------------------------------
+
+SHARED = RdmaBinding(name=RdmaName("mlx5_2"), mode=RdmaMode.SHARED, index=RdmaIndex(2))
+
+
+def test_a_container_is_refused_files_whose_numbers_are_anothers_by_now(play) -> None:  # type: ignore[no-untyped-def]
+    async def story(world: World) -> None:
+        world.prepare(0, rdma=SHARED)
+        await world.run(ONE)
+        (attached,) = world.book.attachments()
+        assert attached.rdma == GIVEN
+        await world.container(ONE)
+        world.disproved = "a device file was given anew"
+        with pytest.raises(Refusal, match="given anew"):
+            await world.container(ONE)
+        assert world.told == [(POD, "DeviceFileChanged")]
+        assert world.states() == {(ONE.id, A): ATTACHED}
+
+    play(story)
+
+
+def test_several_pods_may_have_an_rdma_device_that_is_shared(play) -> None:  # type: ignore[no-untyped-def]
+    async def story(world: World) -> None:
+        world.prepare(0, pods=(POD.uid, OTHER.uid), kind=DeviceKind.RDMA, rdma=SHARED)
+        two = sandbox("two", OTHER)
+        for each in (ONE, two):
+            await world.run(each)
+            world.home.alive.add(each.id)
+            await world.container(each)
+        assert world.states() == {(ONE.id, A): ATTACHED, (two.id, A): ATTACHED}
+        await world.stop(ONE)
         assert world.states() == {(two.id, A): ATTACHED}
 
     play(story)
