@@ -35,6 +35,8 @@ class SriovPort:
     links: tuple[LinkInfo, ...] = ()
     in_use: str = ""
     vfs_in_use: str = ""
+    instance: int | None = None
+    """Of its first VF: another one each time its VFs are made."""
     bond: IfIndex | None = None
     """The bond that it is a port of."""
     eswitch: EswitchMode | None = None
@@ -161,6 +163,7 @@ def _port(
         total_vfs=function.total_vfs,
         num_vfs=number,
         vfs=dict(sorted(vfs.items())),
+        instance=found.functions[vfs[0]].facts.instance if 0 in vfs else None,
         links=links,
         in_use=used[0] if used else "",
         vfs_in_use=next(

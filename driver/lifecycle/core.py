@@ -67,7 +67,9 @@ class Lifecycle:
             self._orphans,
             self._health,
         )
-        self._provisioning = Provisioning(context, self.gate, lambda: self.links_changed(None))
+        self._provisioning = Provisioning(
+            context, self._projections, self.gate, lambda: self.links_changed(None)
+        )
         self._usage = usage
         self._makes_vfs = False
         self._tasks: set[asyncio.Task[None]] = set()

@@ -19,7 +19,8 @@ from driver.inventory import name_of
 from driver.lifecycle.context import Context
 from driver.lifecycle.gate import Gate
 from driver.lifecycle.one_address import asked_for
-from driver.model import DeviceName
+from driver.lifecycle.projections import Projections
+from driver.model import DeviceName, EventKind
 from driver.provision.carry_out import addresses
 from driver.provision.plan import PortPlan, Verdict
 from driver.provision.survey import Survey, held_devices
@@ -31,6 +32,7 @@ START_PATIENCE = 10.0
 """Seconds that the first offer waits for VFs: those of a card with a hundred take longer, and come later."""
 AT_ONCE = 3
 """PFs that are worked on at one time: threads are for pods, too."""
+NOT_AS_WANTED = "VFsNotAsWanted"
 FIRST_RETRY = 15.0
 LAST_RETRY = 600.0
 """Seconds before a PF that did not do as told is tried again: twice as long each time, up to this."""
@@ -46,9 +48,16 @@ class _Failure:
 class Provisioning:
     """Runs never overlap; a run asked for during one follows it."""
 
-    def __init__(self, context: Context, gate: Gate, changed: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        context: Context,
+        projections: Projections,
+        gate: Gate,
+        changed: Callable[[], Awaitable[None]],
+    ) -> None:
         """changed is awaited after VFs came or went, to have them seen and offered."""
         self._context = context
+        self._projections = projections
         self._gate = gate
         self._changed = changed
         self._lane = asyncio.Lock()
@@ -159,7 +168,7 @@ class Provisioning:
             return
         for address, plan in found.plans.items():
             if plan.why:
-                self._tell(address, plan.why)
+                self._tell(address, plan.why, node=plan.verdict is not Verdict.NONE)
             elif not plan.changes:
                 self._told.pop(address, None)
 
@@ -175,10 +184,14 @@ class Provisioning:
             return f"its PF's VFs are not finished: {plan.why}"
         return None
 
-    def _tell(self, about: str, sentence: str) -> None:
-        if self._told.get(about) != sentence:
-            self._told[about] = sentence
-            log.warning("%s", sentence)
+    def _tell(self, about: str, sentence: str, *, node: bool = True) -> None:
+        """Once, to the log, and to the node where someone is to do something about it."""
+        if self._told.get(about) == sentence:
+            return
+        self._told[about] = sentence
+        log.warning("%s", sentence)
+        if node:
+            self._projections.tell_node(EventKind.WARNING, NOT_AS_WANTED, sentence)
 
     def _forget(self, found: Survey) -> None:
         """Records that tell of nothing any more: the next VFs there may be made by others."""

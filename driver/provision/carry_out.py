@@ -25,6 +25,7 @@ from hw.model import EswitchMode, IfIndex, MacAddress, PfAddress
 from hw.netlink import LinkSocket
 from hw.ports import SriovPort
 from hw.sriov import provision
+from hw.sriov.discovery import DEVICES
 from hw.sysfs import Sysfs
 
 log = logging.getLogger(__name__)
@@ -122,7 +123,8 @@ class Provision:
                 if provision.is_given_back(self._sysfs, port.address, before):
                     self._makings.forget(port.address)
                 raise
-            self._makings.write(replace(making, done=True))
+            first = self._sysfs.instance(f"{DEVICES}/{port.address}/virtfn0")
+            self._makings.write(replace(making, done=True, instance=first or 0))
         log.info("%s has its %d VFs", port.shown, rule.vfs)
 
     def _remove(self, port: SriovPort, making: Making | None) -> None:

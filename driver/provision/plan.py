@@ -144,7 +144,8 @@ def _plan(port: SriovPort, rule: PfRule | None, known: Known) -> PortPlan:
 def _maker(port: SriovPort, making: Making | None, boot_id: BootId) -> Maker:
     if port.num_vfs == 0:
         return Maker.NOBODY
-    return Maker.KND if making is not None and making.made(port.num_vfs, boot_id) else Maker.OTHERS
+    ours = making is not None and making.made(port.num_vfs, port.instance, boot_id)
+    return Maker.KND if ours else Maker.OTHERS
 
 
 def _is_so(made: PortPlan, wanted: int) -> bool:
@@ -189,6 +190,8 @@ def _of_others(made: PortPlan, wanted: int, boot_id: BootId) -> PortPlan:
 
 def _foreign(port: SriovPort, making: Making | None, boot_id: BootId) -> str:
     if making is not None and making.boot_id == boot_id:
+        if making.vfs == port.num_vfs:
+            return f"knd made the {making.vfs} VFs of {port.shown} and someone has made them anew"
         return f"knd made {making.vfs} VFs on {port.shown} and someone has made {port.num_vfs} of that"
     return f"others made the {port.num_vfs} VFs of {port.shown}"
 

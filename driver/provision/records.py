@@ -19,7 +19,7 @@ from hw.model import EswitchMode, PfAddress, parse_pf_address
 
 _VERSION = 1
 _LIMIT = 16 * 1024
-_ADDED = {"mode": ""}
+_ADDED: Mapping[str, object] = {"mode": "", "instance": 0}
 """Fields that earlier records do not have, and what that means."""
 
 
@@ -42,9 +42,14 @@ class Making:
     mode: str = ""
     """The eswitch mode it was in; "": it is left in the one it is in."""
 
-    def made(self, number: int, boot_id: BootId) -> bool:
-        """Whether this is how its VFs came to be that many."""
-        return self.boot_id == boot_id and number in (self.vfs, self.previous)
+    instance: int = 0
+    """Of the first VF, once they are done: VFs that others made since have another. 0: not known."""
+
+    def made(self, number: int, instance: int | None, boot_id: BootId) -> bool:
+        """Whether this is how its VFs came to be that many, and these. instance: of the first there is."""
+        if self.boot_id != boot_id or number not in (self.vfs, self.previous):
+            return False
+        return not (self.done and self.instance) or instance in (None, self.instance)
 
 
 class Makings:

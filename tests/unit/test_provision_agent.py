@@ -17,6 +17,7 @@ from driver.clock import SystemClock
 from driver.lifecycle import provisioning as module
 from driver.lifecycle.context import Context
 from driver.lifecycle.gate import Gate
+from driver.lifecycle.projections import Projections
 from driver.lifecycle.provisioning import Provisioning
 from driver.lifecycle.workers import DeviceWorkers
 from driver.model import BootId, DeviceName
@@ -67,7 +68,11 @@ class World:
             devices=SimpleNamespace(current=dict, hold_back=self.seen.append, rescan=self._rescan),
             book=SimpleNamespace(preparations=lambda: (), quarantines=lambda: dict(self.quarantined)),
         )
-        self.provisioning = Provisioning(cast(Context, self.context), self.gate, self._on_change)
+        self.events: list[str] = []
+        projections = SimpleNamespace(tell_node=lambda kind, reason, text: self.events.append(text))
+        self.provisioning = Provisioning(
+            cast(Context, self.context), cast(Projections, projections), self.gate, self._on_change
+        )
 
     def _rescan(self) -> None:
         self.rescans += 1
@@ -227,6 +232,7 @@ async def test_what_fails_is_tried_again_later_and_keeps_nobody_waiting(
     assert world.numbers == [4, 4]
     assert world.held_back == {}
     assert len([record for record in caplog.records if "tried again" in record.getMessage()]) == 1
+    assert len([text for text in world.events if "tried again" in text]) == 1
 
 
 @told

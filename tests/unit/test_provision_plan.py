@@ -214,3 +214,14 @@ def test_whatever_there_is_nothing_of_others_and_nothing_in_use_is_changed(
         assert not in_use or rule.allow_host_uplink
     if decided.verdict is Verdict.REFUSED:
         assert decided.why
+
+
+def test_vfs_that_others_made_anew_at_the_same_place_are_not_claimed() -> None:
+    ours = making(FOUR, instance=71)
+    assert one(port(4, instance=71), FOUR, ours).maker is Maker.KND
+    taken = one(port(4, instance=72), FOUR, ours)
+    assert (taken.maker, taken.verdict) == (Maker.OTHERS, Verdict.FINE)
+    assert "someone has made them anew, so nothing was set on them" in taken.why
+    # What is under way has no instance yet, nor has what an earlier version made.
+    assert one(port(4, instance=72), FOUR, making(FOUR, instance=71, done=False)).maker is Maker.KND
+    assert one(port(4, instance=72), FOUR, making(FOUR)).maker is Maker.KND
