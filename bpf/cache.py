@@ -34,25 +34,37 @@ class ProgramCache:
         self._sources = sources
         self._prebuilt = prebuilt
 
-    def ensure(self) -> CompiledPrograms:
-        """Prebuilt, else cached, else compiled now: about half a second and 125 MB in a child that ends.
-
-        CompilerMissing or CompileFailed when there is no way; OSError if the directory cannot be written.
-        """
+    def find(self) -> CompiledPrograms | None:
+        """Prebuilt, else cached; None where they would have to be compiled."""
         key = source.key(self._sources)
         shipped = _read(self._prebuilt / PREBUILT_NAME)
         if shipped is not None and shipped.source_key == key:
             return shipped
         compiler = source.compiler_version()
         if compiler is None:
+            return None
+        cached = _read(self._path(key, compiler))
+        usable = cached is not None and (cached.source_key, cached.compiler) == (key, compiler)
+        return cached if usable else None
+
+    def _path(self, key: str, compiler: str) -> Path:
+        return self._directory / f"acct-{os.uname().machine}-{key[:16]}-{compiler}.json"
+
+    def ensure(self) -> CompiledPrograms:
+        """Prebuilt, else cached, else compiled now: about half a second and 125 MB in a child that ends.
+
+        CompilerMissing or CompileFailed when there is no way; OSError if the directory cannot be written.
+        """
+        found = self.find()
+        if found is not None:
+            return found
+        compiler = source.compiler_version()
+        if compiler is None:
             raise CompilerMissing(
                 "the BPF programs must be compiled and bcc is not installed for this Python "
                 f"({sys.executable}): install the Debian package python3-bpfcc"
             )
-        path = self._directory / f"acct-{os.uname().machine}-{key[:16]}-{compiler}.json"
-        cached = _read(path)
-        if cached is not None and (cached.source_key, cached.compiler) == (key, compiler):
-            return cached
+        path = self._path(source.key(self._sources), compiler)
         compiled = self._compile()
         self._write(path, compiled)
         return compiled

@@ -6,6 +6,7 @@ root; only /sys and /proc may stay the machine's own (sysfs, proc).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +74,19 @@ class Paths:
     def networkd(self) -> Path:
         """Of systemd-networkd, and of udev for .link files."""
         return self.root / "run/systemd/network"
+
+    @property
+    def network_managers(self) -> Mapping[str, Path]:
+        """By name: a folder that is there while it runs."""
+        return {
+            "NetworkManager": self.root / "run/NetworkManager",
+            "systemd-networkd": self.root / "run/systemd/netif",
+        }
+
+    @property
+    def containerd_config(self) -> Path:
+        """Of the host: not to be seen from the agent's container."""
+        return self.root / "etc/containerd/config.toml"
 
     @property
     def live(self) -> Path:

@@ -7,10 +7,19 @@ per subject; a new one is added to SUBJECTS.
 from collections.abc import Iterator
 from typing import Any
 
-from driver.doctor import rights
+from driver.doctor import kernel, kubelet, policy, programs, records, rights, runtime, sriov
 from driver.doctor.model import Finding, Place, Subject, Verdict, fail, ok, warn
 
-SUBJECTS: tuple[Subject[Any], ...] = (rights.SUBJECT,)
+SUBJECTS: tuple[Subject[Any], ...] = (
+    rights.SUBJECT,
+    kernel.SUBJECT,
+    programs.SUBJECT,
+    records.SUBJECT,
+    policy.SUBJECT,
+    kubelet.SUBJECT,
+    runtime.SUBJECT,
+    sriov.SUBJECT,
+)
 """In the order in which one would mend them."""
 
 

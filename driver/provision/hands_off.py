@@ -41,6 +41,12 @@ def write(paths: Paths, pfs: Iterable[PfAddress]) -> bool:
     return changed
 
 
+def are_there(paths: Paths, pfs: Iterable[PfAddress]) -> bool:
+    """Whether the rules say what write would have them say, of these PFs at least."""
+    wanted = _files(paths, sorted(pfs))
+    return all(line in (_read(path) or "") for path, text in wanted.items() for line in text.splitlines())
+
+
 def remove(paths: Paths) -> None:
     for path in _files(paths, ()):
         with contextlib.suppress(OSError):

@@ -144,7 +144,7 @@ def _counter_sets(sets: list[Json]) -> Iterator[Cause]:
         if not LABEL.fullmatch(name):
             yield f"{path}[{index}].name", f"Invalid value: {name!r}: must be a DNS label"
         if name in names:
-            yield f"{path}[{index}].name", f"Duplicate value: {name!r}"
+            yield f"{path}[{index}]", f"Duplicate value: {name!r}"
         names.add(name)
         yield from _counters(f"{path}[{index}].counters", each.get("counters") or {})
 
