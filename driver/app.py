@@ -38,8 +38,8 @@ TAKEOVER_PATIENCE = 10.0
 """Seconds to wait for an agent that is stopping."""
 STOP_PATIENCE = 20.0
 """Seconds for work in hand at a stop; under a pod's default grace of 30."""
-POLICY_EVERY = 5.0
-"""Seconds between looks at the policy file's identity: a ConfigMap is swapped at most once a minute."""
+POLICY_EVERY = 1.0
+"""Seconds between looks at the policy file's identity, which cost nothing: limits change with it."""
 
 
 class StepObserver:
@@ -135,6 +135,8 @@ class App:
         self._metrics.watch_api_requests(lambda: hub.requests)
         self._metrics.watch_devices(made.lifecycle.device_counts)
         self._metrics.watch_unhealthy(made.lifecycle.unhealthy_counts)
+        self._metrics.watch_limits(made.lifecycle.keeping.limits)
+        self._metrics.watch_dropped(made.lifecycle.keeping.dropped)
         monitor = stack.enter_context(LinkMonitor())
         await made.lifecycle.start()
         stack.push_async_callback(self._stop_lifecycle, made.lifecycle)

@@ -103,6 +103,7 @@ def assemble(
         book=book,
         ledger=ledger,
         engine=Engine(journal=journal, acts=acts.table(), clock=clock, observer=outside.observer),
+        shaper=shaper,
         workers=DeviceWorkers(clock),
         devices=Devices(sysfs, policy),
         rdma=NodeRdma(host),

@@ -22,8 +22,8 @@ from hw.qdisc import ROOT_HANDLE, HtbClass, HtbTree, Minor
 
 _MBIT = 125_000
 """Bytes per second."""
-_GSO_SECONDS = 500
-"""A packet that stands for several lasts at most 1/500 s at the limit: others wait for it to pass."""
+_GSO_SECONDS = 1000
+"""A packet that stands for several lasts at most 1/1000 s at the limit: others wait for it to pass."""
 _GSO_LEAST = 2
 """In MTUs: a sender needs room for more than one segment."""
 _GSO_MOST = 65536

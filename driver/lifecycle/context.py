@@ -15,6 +15,7 @@ from bpf.layout import Hook
 from driver.cdi import CdiProjection, LiveFiles
 from driver.clock import Clock
 from driver.execute.engine import Engine
+from driver.execute.shape import Shaper
 from driver.execute.target import Target
 from driver.journal.ledger import Ledger
 from driver.lifecycle.book import Book
@@ -53,6 +54,7 @@ class Context:
     book: Book
     ledger: Ledger
     engine: Engine[Target]
+    shaper: Shaper
     workers: DeviceWorkers
     devices: Devices
     rdma: NodeRdma

@@ -16,6 +16,7 @@ from driver.lifecycle.context import Context
 from driver.lifecycle.gate import Gate
 from driver.lifecycle.health import Health, HealthFeed
 from driver.lifecycle.homecoming import Homecoming
+from driver.lifecycle.keeping import Keeping
 from driver.lifecycle.orphans import Orphans
 from driver.lifecycle.ports import ClaimFailed
 from driver.lifecycle.projections import Projections
@@ -37,6 +38,8 @@ CHECKPOINT_EVERY = 60.0
 """Seconds between ledger checkpoints: a crash loses at most this much, and the gap is recorded."""
 PRUNE_EVERY = 86400.0
 """Seconds between looks at the ledger for what is too old."""
+LIMITS_EVERY = 1.0
+"""Seconds between looks at whether pods keep to their limits: counters only, unless one does not."""
 LAST_CHECKPOINT = 5.0
 """Seconds for the one at a stop."""
 
@@ -70,6 +73,7 @@ class Lifecycle:
         self._provisioning = Provisioning(
             context, self._projections, self.gate, lambda: self.links_changed(None)
         )
+        self.keeping = Keeping(context, self._projections, self._homecoming)
         self._usage = usage
         self._makes_vfs = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -95,6 +99,12 @@ class Lifecycle:
         self._spawn(lambda: _every(PRUNE_EVERY, self._prune, at_once=True))
         self._spawn(lambda: _every(CHECKPOINT_EVERY, self._checkpoint))
         self._spawn(lambda: _every(AGAIN_EVERY, self._reconcile.again))
+        self._spawn(self._keep_limits)
+
+    async def _keep_limits(self) -> None:
+        """The policy may have changed while no agent ran."""
+        await self.keeping.apply_all(report=False)
+        await _every(LIMITS_EVERY, self.keeping.watch)
 
     async def stop(self, deadline: float) -> None:
         """Nothing half done: wait for what is in hand; attached devices stay as they are, counted."""
@@ -185,10 +195,11 @@ class Lifecycle:
         }
 
     async def policy_changed(self) -> None:
-        """Offer by the new policy, make VFs by it, and count by its classes from now on."""
+        """Offer by the new policy, make VFs by it, and count and limit by it from now on."""
         self._provisioning.policy_changed()
         await self._context.workers.run([], self._set_classes)
         await self._context.workers.run([], self._set_rdma_mode)
+        await self.keeping.apply_all(report=True)
         await self.links_changed(None)
 
     def _set_classes(self) -> None:

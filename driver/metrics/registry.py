@@ -20,6 +20,8 @@ _log = logging.getLogger(__name__)
 _SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 45.0)
 """From a netlink message to kubelet's deadline; 2 s is the runtime's for a hook."""
 
+_POD_LABELS = ("namespace", "pod", "claim", "device", "interface", "direction")
+
 PodSamples = Callable[[], Sequence[PodSample]]
 
 
@@ -111,6 +113,21 @@ class Metrics:
                 "knd_api_requests", "Requests to the API server.", labels=["request"]
             ),
             lambda: {(request,): number for request, number in read().items()},
+        )
+
+    def watch_limits(self, read: Callable[[], Mapping[tuple[str, ...], float]]) -> None:
+        """The limits in force, by _POD_LABELS and by what they are kept."""
+        text = "Limit of an attached device that is in force, by what it is kept."
+        labels = [*_POD_LABELS, "by"]
+        self._watched.add(
+            lambda: GaugeMetricFamily("knd_pod_network_limit_bits_per_second", text, labels=labels), read
+        )
+
+    def watch_dropped(self, read: Callable[[], Mapping[tuple[str, ...], float]]) -> None:
+        """Packets above a limit that the programs dropped, by _POD_LABELS."""
+        text = "Packets of attached devices that were counted and then dropped as above their limit."
+        self._watched.add(
+            lambda: CounterMetricFamily("knd_pod_network_dropped_packets", text, labels=_POD_LABELS), read
         )
 
     def _watch_flag(self, name: str, text: str, read: Callable[[], object]) -> None:

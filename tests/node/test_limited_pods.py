@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +18,12 @@ from kndsim.netns import in_netns
 from kndsim.node import ClaimSpec, SimNode, SimPod, interface
 from kndsim.runtime import RuntimeMode
 from kndsim.waiting import wait_until_async
+from tests.node import seen_outside as seen
 from tests.node.node_stage import play
 
 pytestmark = pytest.mark.timeout(120)
 
+FRAME = 1442
 LIMITS = {"egress": {"rate": "100M"}, "ingress": {"rate": "200M"}}
 
 
@@ -95,3 +101,83 @@ def test_the_next_tenant_of_a_device_has_nothing_of_the_limits_of_the_last() -> 
         assert "at most" not in await told(sim, "second-nic")
 
     play(1, story)
+
+
+def test_a_new_policy_changes_limits_at_once_and_loses_no_count() -> None:
+    async def story(sim: SimNode, made: Devices) -> None:
+        pod = await limited(sim, "p", {"egress": {"rate": "100M"}})
+        netns = netns_of(pod)
+        with flood(netns) as sent:
+            sim.policy_file.write_text(made.policy + "podLimits: {egress: 40M, ingress: 30M}\n")
+            await wait_until_async(
+                lambda: sorted(ceilings(netns).values()) == [30, 40], within=20.0, what="the new limits"
+            )
+            assert await asyncio.to_thread(seen.metric, sim, "knd_pod_network_limit_bits_per_second") == 7e7
+            sim.policy_file.write_text(made.policy)
+            await wait_until_async(
+                lambda: ceilings(netns) == {"net1": 100}, within=20.0, what="the claim's own limit"
+            )
+        await wait_until_async(
+            lambda: "egress at most 100 Mb/s" in status_of(sim, "p-nic"), within=20.0, what="its status"
+        )
+        labels = {"pod": "p", "direction": "egress", "kind": "ip"}
+        counted = await asyncio.to_thread(seen.metric, sim, "knd_pod_network_bytes_total", **labels)
+        # The rest is what IPv6 says for itself, in packets of a hundred bytes.
+        assert 0 <= counted - len(sent) * FRAME < FRAME * 10
+
+    play(1, story)
+
+
+def test_a_pod_that_takes_its_limit_off_does_not_get_far_and_is_told_on() -> None:
+    async def story(sim: SimNode, made: Devices) -> None:
+        pod = await limited(sim, "p", {"egress": {"rate": "1M"}})
+        netns = netns_of(pod)
+        with flood(netns):
+            await asyncio.to_thread(in_netns, netns, take_the_qdisc_off)
+            await wait_until_async(
+                lambda: seen.events(sim, "LimitRemoved", pod.spec.uid), within=20.0, what="an event"
+            )
+            await wait_until_async(lambda: ceilings(netns) == {"net1": 1}, within=20.0, what="the limit")
+        assert await asyncio.to_thread(seen.metric, sim, "knd_pod_network_dropped_packets_total") > 0
+
+    play(1, story)
+
+
+def status_of(sim: SimNode, claim: str) -> str:
+    devices = sim.api.claim("default", claim)["status"].get("devices") or [{"conditions": [{"message": ""}]}]
+    return str(devices[0]["conditions"][0]["message"])
+
+
+def take_the_qdisc_off() -> None:
+    with IPRoute() as ipr:
+        ipr.tc("del", index=ipr.link_lookup(ifname="net1")[0], parent=0xFFFFFFFF)
+
+
+@contextlib.contextmanager
+def flood(netns: Path) -> Iterator[list[int]]:
+    """Datagrams to nowhere in particular, some ten megabits a second; yields their sizes."""
+    stop = threading.Event()
+
+    def open_socket() -> socket.socket:
+        with IPRoute() as ipr:
+            index = ipr.link_lookup(ifname="net1")[0]
+            ipr.neigh(
+                "replace", dst="198.18.0.1", lladdr="02:00:5e:00:00:01", ifindex=index, state="permanent"
+            )
+        return socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+
+    sender = in_netns(netns, open_socket)
+    sent: list[int] = []
+
+    def send() -> None:
+        while not stop.wait(0.001):
+            sent.append(sender.sendto(bytes(FRAME - 42), ("198.18.0.1", 9)))
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        yield sent
+    finally:
+        stop.set()
+        thread.join()
+        sender.close()

@@ -112,8 +112,8 @@ def test_a_tree_is_one_that_the_kernel_takes_and_that_keeps_its_word(
     config = asked(egress_rate=rate, ingress_rate=rate, enforcement=Enforcement.SOFTWARE)
     made = limits.shaping(config, policy, mtu=mtu)
     assert made.gso_max_size is not None
-    # Two segments fit, and one packet is over within 2 ms, whichever is more.
-    assert made.gso_max_size == min(max(rate * 250, 2 * mtu + 400), 65536)
+    # Two segments fit, and one packet is over within 1 ms, whichever is more.
+    assert made.gso_max_size == min(max(rate * 125, 2 * mtu + 400), 65536)
     for tree in (made.egress, made.ingress):
         assert tree is not None
         assert tree.rate == rate * 125_000

@@ -1,0 +1,170 @@
+"""Traffic to hold a limit against: as much as goes, by TCP or UDP, and how long a question takes meanwhile.
+
+Invariant: rates are of payload that arrived, over the time between two reads of the receiver's own count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import selectors
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from kndsim.links import SimNetns
+
+TCP_PORT, UDP_PORT, ECHO_PORT = 9100, 9101, 9102
+UDP_PAYLOAD = 1400
+TCP_SHARE = 1448 / 1514
+"""Payload of an Ethernet frame that is full, with IPv4 and TCP's timestamps."""
+UDP_SHARE = UDP_PAYLOAD / (UDP_PAYLOAD + 42)
+
+
+@dataclass
+class Counted:
+    """What arrived so far."""
+
+    bytes: int = 0
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def rate(self, seconds: float) -> float:
+        """Bits per second over that long from now."""
+        started, before = time.monotonic(), self.bytes
+        self.stop.wait(seconds)
+        return (self.bytes - before) * 8 / (time.monotonic() - started)
+
+
+def _listener(where: SimNetns, address: str, kind: socket.SocketKind, port: int) -> socket.socket:
+    made = where.run(lambda: socket.socket(socket.AF_INET, kind))
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.bind((address, port))
+    return made
+
+
+def _drain(listener: socket.socket, counted: Counted, streams: bool) -> None:
+    with contextlib.ExitStack() as stack, selectors.DefaultSelector() as ready:
+        if streams:
+            listener.listen(128)
+        ready.register(listener, selectors.EVENT_READ)
+        while not counted.stop.is_set():
+            for key, _ in ready.select(0.1):
+                sock: socket.socket = key.fileobj  # type: ignore[assignment]
+                if streams and sock is listener:
+                    ready.register(stack.enter_context(sock.accept()[0]), selectors.EVENT_READ)
+                    continue
+                with contextlib.suppress(ConnectionResetError):
+                    data = sock.recv(1 << 20)
+                    counted.bytes += len(data)
+                    if streams and not data:
+                        ready.unregister(sock)
+
+
+def _pour(sock: socket.socket, counted: Counted, chunk: bytes) -> None:
+    with sock, contextlib.suppress(ConnectionError):
+        while not counted.stop.is_set():
+            # A queue that is full is no error to wait for: what it dropped is gone, as it is meant to be.
+            with contextlib.suppress(TimeoutError, BlockingIOError, OSError):
+                sock.send(chunk)
+
+
+@contextlib.contextmanager
+def tcp(
+    sender: SimNetns, receiver: SimNetns, address: str, flows: int, port: int = TCP_PORT
+) -> Iterator[Counted]:
+    """So many connections from one namespace to an address of another, each sending what it can."""
+
+    def connect() -> socket.socket:
+        made = sender.run(lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+        made.settimeout(5.0)
+        made.connect((address, port))
+        made.settimeout(0.2)
+        return made
+
+    yield from _traffic(receiver, address, socket.SOCK_STREAM, port, connect, flows, bytes(128 << 10))
+
+
+@contextlib.contextmanager
+def udp(sender: SimNetns, receiver: SimNetns, address: str, port: int = UDP_PORT) -> Iterator[Counted]:
+    """Datagrams of UDP_PAYLOAD bytes, one after the other."""
+
+    def connect() -> socket.socket:
+        made = sender.run(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        # What waits in the queue counts against it, so that it cannot run far ahead.
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+        made.setblocking(False)
+        made.connect((address, port))
+        return made
+
+    yield from _traffic(receiver, address, socket.SOCK_DGRAM, port, connect, 1, bytes(UDP_PAYLOAD))
+
+
+def _traffic(receiver, address, kind, port, connect, flows, chunk):  # type: ignore[no-untyped-def]
+    counted = Counted()
+    listener = _listener(receiver, address, kind, port)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+    streams = kind is socket.SOCK_STREAM
+    threads = [threading.Thread(target=_drain, args=(listener, counted, streams))]
+    with listener:
+        threads[0].start()
+        try:
+            if streams:
+                _wait_listening(listener)
+            for _ in range(flows):
+                threads.append(threading.Thread(target=_pour, args=(connect(), counted, chunk)))
+                threads[-1].start()
+            yield counted
+        finally:
+            counted.stop.set()
+            for thread in threads:
+                thread.join()
+
+
+def _wait_listening(listener: socket.socket) -> None:
+    give_up = time.monotonic() + 5
+    while not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        assert time.monotonic() < give_up
+        threading.Event().wait(0.005)
+
+
+@contextlib.contextmanager
+def echo(where: SimNetns, address: str) -> Iterator[None]:
+    """Answers datagrams."""
+    stop = threading.Event()
+    listener = _listener(where, address, socket.SOCK_DGRAM, ECHO_PORT)
+    listener.settimeout(0.1)
+
+    def serve() -> None:
+        while not stop.is_set():
+            with contextlib.suppress(TimeoutError):
+                data, peer = listener.recvfrom(64)
+                listener.sendto(data, peer)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        with listener:
+            yield
+            stop.set()
+            thread.join()
+    finally:
+        stop.set()
+
+
+def round_trips(where: SimNetns, address: str, count: int) -> list[float]:
+    """Seconds that each of count questions took, in rising order; one that was lost took a second."""
+    asker = where.run(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    asker.settimeout(1.0)
+    found = []
+    with asker:
+        for number in range(count):
+            started = time.monotonic()
+            asker.sendto(struct.pack("=I", number), (address, ECHO_PORT))
+            with contextlib.suppress(TimeoutError):
+                while struct.unpack("=I", asker.recv(64))[0] != number:
+                    pass
+            found.append(time.monotonic() - started)
+            threading.Event().wait(0.01)
+    return sorted(found)
