@@ -11,9 +11,10 @@ from driver import running
 from driver.cli import sriov_ports
 from driver.cli.output import Row, add_output_argument, print_table, show
 from driver.errors import DriverError
+from driver.health import View, seen_now
 from driver.journal.store import Journal
 from driver.lifecycle.devices import Devices
-from driver.model import DeviceName, Preparation
+from driver.model import DeviceName, Preparation, PreparationState
 from driver.paths import Paths
 from driver.provision.survey import held_devices
 from driver.settings import add_place_arguments, paths_from
@@ -52,15 +53,28 @@ def run(arguments: argparse.Namespace) -> int:
                 "held_by": _holder(held.get(name)),
                 "offered": name in held or not why[name],
                 "why_not": quarantined.get(name) or why[name] or None,
+                "health": _health(name, node) if name in held or not why[name] else None,
             }
         )
-    columns = ["device", "kind", "interface", "held_by", "offered", "why_not"]
+    columns = ["device", "kind", "interface", "held_by", "offered", "why_not", "health"]
     nothing = "this node has no network device that could be offered"
     show(rows, columns, arguments.output, nothing=nothing, more={"ports": ports})
     if ports and arguments.output == "table":
         print()
         print_table(ports, sriov_ports.COLUMNS)
     return 0
+
+
+def _health(name: DeviceName, node: Node) -> str:
+    """As it is at this moment: what the agent holds against it counts only when it has lasted."""
+    held = node.held.get(name)
+    prepared = held is not None and held.state is PreparationState.PREPARED
+    view = View(
+        name=name, device=node.devices.get(name), held=held, in_hand=held is not None and not prepared
+    )
+    return (
+        "; ".join(text for troubles in seen_now([view]).values() for text in troubles.values()) or "healthy"
+    )
 
 
 def _reasons(node: Node, agent: running.Running | None) -> Mapping[DeviceName, str]:

@@ -241,6 +241,7 @@ def test_devices_say_who_holds_one_that_is_away(knd, journal: Journal) -> None: 
         "held_by": "ml/nic-0",
         "offered": True,
         "why_not": "it is dirty",
+        "health": "dev-0 is no more: VF 0 of PF 0000:3b:00.0 was removed",
     }
 
 

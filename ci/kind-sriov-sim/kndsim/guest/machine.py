@@ -24,6 +24,7 @@ PROJECT_PATH = PurePosixPath("/run/knd-guest/project")
 HOST_LINK = "52:54:00:00:00:f0"
 """MAC address of the link that forwarded ports end at."""
 
+MONITOR = "monitor.sock"
 IGB_PORTS = 4
 IGB_MEMORY_LEAST = 512
 _KERNEL = (
@@ -149,6 +150,7 @@ def command(request: Request, image: Image, folder: Path, project: Path) -> list
         *("-m", str(request.memory)),
         *("-nodefaults", "-no-user-config", "-no-reboot"),
         *("-display", "none"),
+        *("-qmp", f"unix:{_quoted(folder / MONITOR)},server=on,wait=off"),
         *("-kernel", str(image.vmlinuz(request.kernel))),
         *("-initrd", str(folder / "initrd")),
         *("-append", " ".join(filter(None, append))),

@@ -20,11 +20,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from kndsim.agent import dying_with_parent
+from kndsim.guest.cable import set_link
 from kndsim.guest.channel import Channel, Refused
 from kndsim.guest.image import REPOSITORY, Image, image
 from kndsim.guest.inside.agent import LOGS, PIECE
 from kndsim.guest.kernels import Kernel
-from kndsim.guest.machine import Forward, Request, Share, Terminal, Topology, boot_files, command
+from kndsim.guest.machine import MONITOR, Forward, Request, Share, Terminal, Topology, boot_files, command
 from kndsim.place import CommandFailed, Done
 
 BOOT_SECONDS = 60.0
@@ -65,6 +66,10 @@ class Guest:
     def console_socket(self) -> Path:
         """The serial console, if a terminal was asked for."""
         return self._folder / "console.sock"
+
+    def set_cable(self, port: int, *, plugged: bool) -> None:
+        """Pull the cable of an igb port, or plug it in: ports are numbered as machine.Topology lists them."""
+        set_link(self._folder / MONITOR, f"wire{port}", up=plugged)
 
     def run(
         self,

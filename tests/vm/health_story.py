@@ -1,0 +1,241 @@
+"""What happens in the guest: an agent, and what is done to its devices. Prints what was seen, as JSON.
+
+Run in a guest with igb ports as `python -m tests.vm.health_story`. Cables are pulled from outside: what is
+wanted is written to CABLES, a line each, `PORT pull` or `PORT plug`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kndsim.kubelet_health import Health
+from kndsim.node import ClaimSpec, SimNode, SimPod
+from kndsim.runtime_model import RuntimeMode
+from kndsim.waiting import wait_until_async
+from tests.vm.provisioning_story import BUS, FAR, NEAR, START, borrow_udev, name_of, number, sh, write
+
+CABLES = Path("/run/knd-cables")
+PATIENCE = 120.0
+NEAR_PORT = 0
+NEAR_VFS = ("pci-0000-21-10-0", "pci-0000-21-10-2")
+FAR_VFS = ("pci-0000-41-10-0", "pci-0000-41-10-2")
+POLICY = f"""apiVersion: knd.internal/v1alpha1
+kind: NodePolicy
+sriov:
+  - match: {{addresses: ["{NEAR}"]}}
+    vfs: 2
+    vf: {{spoofCheck: false}}
+  - match: {{addresses: ["{FAR}"]}}
+    external: true
+    vfs: 2
+health:
+  noCarrier: {{afterSeconds: 1, untilSeconds: 3}}
+  noDriver: {{afterSeconds: 1, untilSeconds: 1}}
+  gone: {{afterSeconds: 1, untilSeconds: 1}}
+  reset: {{untilSeconds: 1}}
+"""
+
+
+def bind(address: str, *, bound: bool) -> None:
+    act = "bind" if bound else "unbind"
+    (BUS.parent / f"drivers/igbvf/{act}").write_text(address)
+
+
+def address_of(device: str) -> str:
+    domain, bus, slot, function = device.removeprefix("pci-").split("-")
+    return f"{domain}:{bus}:{slot}.{function}"
+
+
+class Story:
+    def __init__(self, node: SimNode) -> None:
+        self.node = node
+        self.seen: dict[str, Any] = {}
+
+    def note(self, key: str, value: Any) -> None:
+        self.seen[key] = value
+        print(f"{time.monotonic():.1f} {key}", file=sys.stderr, flush=True)
+
+    async def until(self, what: str, condition: Callable[[], object]) -> None:
+        try:
+            await wait_until_async(condition, PATIENCE, what)
+        except AssertionError as error:
+            raise AssertionError(
+                f"{error}\n{self.taints()}\n{self.node.kubelet.health(SimNode.driver)}\n"
+                f"{self.node.agent.tail(60)}"
+            ) from error
+
+    # --- looked at ----------------------------------------------------------------------------------
+
+    def taints(self) -> dict[str, list[str]]:
+        """Of every published device, without the driver's name."""
+        slices = self.node.api.slices(SimNode.driver, self.node.name)
+        return {
+            device["name"]: sorted(t["key"].removeprefix("knd.internal/") for t in device.get("taints", ()))
+            for each in slices
+            for device in each["spec"].get("devices", ())
+        }
+
+    def health(self, device: str) -> Health:
+        known = self.node.kubelet.health(SimNode.driver)
+        return known.get((self.node.name, device), Health(status="Unknown"))
+
+    def events(self, kind: str, name: str) -> list[str]:
+        return [
+            each["reason"]
+            for each in self.node.api.events()
+            if (each["involvedObject"]["kind"], each["involvedObject"]["name"]) == (kind, name)
+        ]
+
+    def conditions(self, claim: str) -> dict[str, str]:
+        devices = self.node.api.claim("default", claim).get("status", {}).get("devices", [])
+        return {c["type"]: c["status"] for each in devices for c in each.get("conditions", ())}
+
+    def slice_writes(self) -> int:
+        return sum(1 for each in self.node.api.writes() if each.resource == "resourceslices")
+
+    def links_of(self, pod: SimPod) -> list[str]:
+        """The netdevs in a pod, by the bus address they hang on."""
+        assert pod.sandbox is not None
+        done = subprocess.run(
+            ["nsenter", f"--net={pod.sandbox.netns_path}", "ip", "-j", "-d", "link"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=30,
+        )
+        return [link["parentdev"] for link in json.loads(done.stdout) if link.get("parentdev")]
+
+    def packets(self, device: str) -> int:
+        """Counted of it by the agent's programs."""
+        _, text = self.node.agent.get("/metrics")
+        lines = [line for line in text.splitlines() if line.startswith("knd_pod_network_packets_total{")]
+        return sum(int(float(line.rsplit(" ", 1)[1])) for line in lines if f'device="{device}"' in line)
+
+    # --- chapters -----------------------------------------------------------------------------------
+
+    async def begin(self) -> None:
+        await self.node.start_agent(seconds=START)
+        await self.until("four VFs published", lambda: set(NEAR_VFS + FAR_VFS) <= self.taints().keys())
+        await self.until("all of them well", lambda: not any(self.taints().values()))
+
+    async def pod_with(self, name: str, device: str) -> SimPod:
+        spec = ClaimSpec(name=name, requests={"net": lambda each: each["name"] == device})
+        return self.node.schedule(name, [spec])
+
+    async def cable(self) -> None:
+        """Pulled under a pod, then plugged in again."""
+        pod = await self.node.start_pod(await self.pod_with("wired", NEAR_VFS[0]))
+        await self.until("well before", lambda: self.health(NEAR_VFS[0]).status == "Healthy")
+        before = self.slice_writes()
+        self.pull(plugged=False)
+        await self.until("a taint on the port's VFs", lambda: all(self.taints()[n] for n in NEAR_VFS))
+        await self.until("kubelet knows", lambda: self.health(NEAR_VFS[0]).status == "Unhealthy")
+        await self.until("the claim says so", lambda: self.conditions("wired").get("Healthy") == "False")
+        self.note("pulled", {"taints": self.taints(), "message": self.health(NEAR_VFS[0]).message})
+        self.note("devices while pulled", self.rows())
+        self.pull(plugged=True)
+        await self.until("no taint any more", lambda: not any(self.taints().values()))
+        await self.until("kubelet knows", lambda: self.health(NEAR_VFS[0]).status == "Healthy")
+        await self.until("the claim says so", lambda: self.conditions("wired").get("Healthy") == "True")
+        self.note("slice writes of a flap", self.slice_writes() - before)
+        told = {
+            "node": self.events("Node", self.node.name),
+            "claim": self.events("ResourceClaim", "wired"),
+            "pod": self.events("Pod", "wired"),
+        }
+        self.note("told of the cable", told)
+        self.note("still in the pod", self.links_of(pod))
+        await self.node.delete_pod(pod)
+
+    def rows(self) -> dict[str, Any]:
+        done = self.node.knd("devices", f"--policy={self.node.policy_file}", "-o", "json")
+        return {row["device"]: row for row in json.loads(done.stdout)["rows"]}
+
+    def pull(self, *, plugged: bool) -> None:
+        with CABLES.open("a") as file:
+            file.write(f"{NEAR_PORT} {'plug' if plugged else 'pull'}\n")
+
+    async def unbound_while_prepared(self) -> None:
+        """The driver is taken from a VF that a claim has and no pod yet; the pod then gets it whole."""
+        device = FAR_VFS[0]
+        pod = await self.node.prepare(await self.pod_with("early", device))
+        await asyncio.to_thread(bind, address_of(device), bound=False)
+        await self.until("a taint", lambda: "no-driver" in self.taints()[device])
+        await self.until("kubelet knows", lambda: self.health(device).status == "Unhealthy")
+        self.note("unbound", {"taints": self.taints(), "message": self.health(device).message})
+        await asyncio.to_thread(bind, address_of(device), bound=True)
+        await self.until("no taint any more", lambda: not self.taints()[device])
+        await self.until("kubelet knows", lambda: self.health(device).status == "Healthy")
+        self.note("told of the driver", self.events("ResourceClaim", "early"))
+        pod = await self.node.start_pod(pod)
+        self.note("in the pod after all", self.links_of(pod))
+        await self.until("it is counted", lambda: self.packets(device) > 0)
+        await self.gone_under_a_pod(pod, device)
+
+    async def gone_under_a_pod(self, pod: SimPod, device: str) -> None:
+        """The VFs of a running pod's PF are taken away by hand, and made again."""
+        await asyncio.to_thread(write, FAR, 0)
+        await self.until("a taint", lambda: "gone" in self.taints().get(device, ()))
+        await self.until("kubelet knows", lambda: self.health(device).status == "Unhealthy")
+        self.note("gone", {"taints": self.taints(), "message": self.health(device).message})
+        self.note("nothing is left in the pod", self.links_of(pod))
+        await asyncio.to_thread(write, FAR, 2)
+        await self.until("it is in the pod again", lambda: address_of(device) in self.links_of(pod))
+        await self.until("no taint any more", lambda: not self.taints()[device])
+        await self.until("kubelet knows", lambda: self.health(device).status == "Healthy")
+        counted = self.packets(device)
+        await self.until("it is counted again", lambda: self.packets(device) > counted)
+        self.note("told of the loss", self.events("Pod", "early"))
+        await self.node.delete_pod(pod)
+        await self.until("it is offered again", lambda: not self.taints()[device])
+
+    async def free_one_unbound(self) -> None:
+        device = FAR_VFS[1]
+        await self.until("it is there", lambda: self.taints().get(device) == [])
+        await asyncio.to_thread(bind, address_of(device), bound=False)
+        await self.until("a taint", lambda: self.taints().get(device) == ["no-driver"])
+        await asyncio.to_thread(bind, address_of(device), bound=True)
+        await self.until("offered again", lambda: self.taints().get(device) == [])
+        self.note("told of a free one", self.events("Node", self.node.name))
+
+    async def made_anew_by_others(self) -> None:
+        """Between two looks: the number is the same, the VFs are not."""
+        self.note("made by knd", self.ports()[NEAR]["made_by"])
+        await asyncio.to_thread(lambda: (write(NEAR, 0), write(NEAR, 2)))
+        await self.until("no more claimed", lambda: self.ports()[NEAR]["made_by"] == "others")
+        self.note("made by others", [number(NEAR), self.ports()[NEAR]["why_not"]])
+
+    def ports(self) -> dict[str, Any]:
+        done = self.node.knd("devices", f"--policy={self.node.policy_file}", "-o", "json")
+        return {row["port"]: row for row in json.loads(done.stdout)["ports"]}
+
+
+async def main() -> None:
+    sh("ip", "link", "set", name_of(FAR) or "", "up")
+    write(FAR, 2)
+    sh("udevadm", "settle")
+    async with SimNode(mode=RuntimeMode.POD_RPC, policy=POLICY) as node:
+        borrow_udev(node.root)
+        story = Story(node)
+        try:
+            await story.begin()
+            for chapter in (
+                story.cable,
+                story.unbound_while_prepared,
+                story.free_one_unbound,
+                story.made_anew_by_others,
+            ):
+                await chapter()
+        finally:
+            print(json.dumps(story.seen | {"log": node.agent.tail(400)}))
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
