@@ -120,8 +120,10 @@ class View:
     lost: str = ""
     """Why the pod that had it has it no more, a sentence."""
     quarantine: str = ""
-    reporters: tuple[str, ...] = ()
-    """Of its port's device, those that say error."""
+    reporters: frozenset[str] = frozenset()
+    """Health reporters of the device itself that say error."""
+    port_reporters: frozenset[str] = frozenset()
+    """Of its port's."""
 
     @property
     def port(self) -> PortState | None:
@@ -133,7 +135,7 @@ def seen_now(views: Iterable[View]) -> Mapping[Subject, Troubles]:
     for view in views:
         seen[Subject(view.name)] = device_troubles(view)
         if view.port is not None:
-            seen[Subject(view.port.key)] = port_troubles(view.port, view.reporters)
+            seen[Subject(view.port.key)] = port_troubles(view.port, view.port_reporters)
     return seen
 
 
@@ -143,14 +145,21 @@ def port_troubles(port: PortState, reporters: Collection[str] = ()) -> Troubles:
         why = "has no carrier: look at its cable and its switch" if port.up else "is down: set it up"
         found[Trouble.NO_CARRIER] = f"{port.shown} {why}"
     if reporters:
-        found[Trouble.FIRMWARE] = f"{port.shown}: health reporter {', '.join(sorted(reporters))} says error"
+        found[Trouble.FIRMWARE] = f"{port.shown}: {_says_error(reporters)}"
     return found
+
+
+def _says_error(reporters: Collection[str]) -> str:
+    names = ", ".join(sorted(reporters))
+    return f"health reporter {names} says error: see `devlink health`"
 
 
 def device_troubles(view: View) -> Troubles:
     found: dict[Trouble, str] = {}
     if view.quarantine:
         found[Trouble.QUARANTINED] = f"{view.name} is withheld until it is clean: {view.quarantine}"
+    if view.reporters:
+        found[Trouble.FIRMWARE] = f"{view.name}: {_says_error(view.reporters)}"
     if view.in_hand:
         return found
     if view.lost or (view.attached and view.dead):

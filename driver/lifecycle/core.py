@@ -22,6 +22,7 @@ from driver.lifecycle.ports import ClaimFailed
 from driver.lifecycle.projections import Projections
 from driver.lifecycle.provisioning import Provisioning
 from driver.lifecycle.reconcile import Reconcile
+from driver.lifecycle.reporters import watch_reporters
 from driver.lifecycle.sandboxes import Sandboxes
 from driver.lifecycle.usage import Usage
 from driver.model import Attachment, ClaimRef, ClaimUid, DeviceName, PreparedDevice, Sandbox, SandboxId
@@ -91,10 +92,12 @@ class Lifecycle:
             self._spawn(lambda: _every(VFS_AGAIN_EVERY, self._provisioning.again))
         self._makes_vfs = make_vfs
         # What is unwell now must not be offered as well for a moment.
+        await self._health.ask_reporters()
         await self._health.look()
         await self._reconcile.at_start()
         self._health.nudge()
         self._spawn(self._health.run)
+        self._spawn(lambda: watch_reporters(self._health.ask_reporters))
         await self._context.workers.run([], self._usage.started)
         self._spawn(lambda: _every(PRUNE_EVERY, self._prune, at_once=True))
         self._spawn(lambda: _every(CHECKPOINT_EVERY, self._checkpoint))

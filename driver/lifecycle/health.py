@@ -19,9 +19,11 @@ from driver.lifecycle.context import Context
 from driver.lifecycle.gate import Gate
 from driver.lifecycle.homecoming import Homecoming
 from driver.lifecycle.projections import Projections
+from driver.lifecycle.reporters import Sick, sick_reporters
 from driver.model import (
     Attachment,
     AttachmentState,
+    Device,
     DeviceName,
     EventKind,
     PoolName,
@@ -31,6 +33,7 @@ from driver.model import (
     Sandbox,
 )
 from driver.troubles import DeviceHealth, Trouble
+from hw.model import PciIdentity
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +93,7 @@ class Health:
         self._watch = Watch()
         self._told: Mapping[DeviceName, DeviceHealth] = {}
         self._losses: dict[PreparationKey, Loss] = {}
+        self._sick: Sick = {}
         self._due: float | None = None
         self._asked = False
         self._stir = asyncio.Event()
@@ -100,6 +104,11 @@ class Health:
         """Have it look, soon: something that it looks at has changed. Event loop only."""
         self._asked = True
         self._stir.set()
+
+    async def ask_reporters(self) -> None:
+        """Devlink's health reporters may say something else than before."""
+        self._sick = await self._context.workers.run([], sick_reporters)
+        self.nudge()
 
     async def run(self) -> None:
         while True:
@@ -194,6 +203,8 @@ class Health:
                     attached=name in attached,
                     dead=name in attached and preparation is not None and self._is_dead(preparation),
                     lost=loss.text if loss is not None else "",
+                    reporters=self._reporters(device),
+                    port_reporters=self._port_reporters(device),
                     quarantine=quarantine.reason if quarantine is not None else "",
                 )
             )
@@ -216,6 +227,19 @@ class Health:
         if preparation.state is not PreparationState.PREPARED:
             return True
         return not attached and self._context.workers.is_busy(name)
+
+    def _port_reporters(self, device: Device | None) -> frozenset[str]:
+        port = device.physical_port if device is not None else None
+        # A port of netdevsim is a part of what devlink knows by name.
+        return self._sick.get(port.key.partition("/")[0], frozenset()) if port is not None else frozenset()
+
+    def _reporters(self, device: Device | None) -> frozenset[str]:
+        """Of a function that is not itself its port's."""
+        if device is None or not isinstance(device.identity, PciIdentity):
+            return frozenset()
+        port, address = device.physical_port, device.identity.address
+        own = port is None or port.key != address
+        return self._sick.get(address, frozenset()) if own else frozenset()
 
     def _is_dead(self, preparation: Preparation) -> bool:
         try:

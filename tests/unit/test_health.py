@@ -204,6 +204,7 @@ def test_a_health_reporter_that_says_error_is_named() -> None:
         ({"device": vf(driver=None)}, Trouble.NO_DRIVER, "bind one to it"),
         ({"held": held(), "attached": True, "dead": True}, Trouble.RESET, "is no more"),
         ({"held": held(), "lost": "it was moved out"}, Trouble.RESET, "it was moved out"),
+        ({"reporters": frozenset({"fw_fatal"})}, Trouble.FIRMWARE, "fw_fatal says error"),
         ({"quarantine": "dirty"}, Trouble.QUARANTINED, "dirty"),
         (
             {"held": held(), "device": vf(physical_port=replace(PORT, speed_mbps=10_000))},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import socket
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,8 @@ import pytest
 from bpf.errors import BpfError
 from driver.clock import SystemClock
 from driver.journal import Journal
+from driver.lifecycle import health as module
+from driver.lifecycle import reporters
 from driver.lifecycle.book import Book
 from driver.lifecycle.context import Context
 from driver.lifecycle.gate import Gate
@@ -39,6 +42,7 @@ from driver.model import (
 from driver.policy import NodePolicy
 from driver.policy.health import Effect, HealthPolicy, TroubleRule
 from driver.troubles import DeviceHealth, Trouble
+from hw.errors import Unsupported
 from hw.model import DeviceKind, IfIndex, IfName, PciAddress, PciIdentity, PortState
 from kndsim.waiting import wait_until_async
 from tests.unit.journal_values import BOOT, attachment, preparation
@@ -101,6 +105,7 @@ class World:
             book=self.book,
             workers=self.workers,
             hook="tcx",
+            accounting=SimpleNamespace(limits=SimpleNamespace(detour=lambda slot: 0)),
             devices=SimpleNamespace(
                 current=lambda: self.devices,
                 get=lambda name: self.devices.get(name),
@@ -379,3 +384,72 @@ def test_a_quarantine_is_told_by_who_made_it(world: World) -> None:
 
 def test_a_message_is_all_that_is_wrong() -> None:
     assert DeviceHealth(device=A).message == ""
+
+
+@told
+async def test_a_health_reporter_that_says_error_is_the_trouble_of_its_device_or_its_port(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.look()
+    sick: dict[str, frozenset[str]] = {str(PF): frozenset({"fw_fatal"})}
+    monkeypatch.setattr(module, "sick_reporters", lambda: sick)
+    await world.health.ask_reporters()
+    await world.look()
+    assert world.taints() == {A: ["knd.internal/firmware"], B: ["knd.internal/firmware"]}
+    assert world.said() == [("PortUnhealthy", NodeRef)]
+    sick = {identity(0).address: frozenset({"tx"})}
+    await world.health.ask_reporters()
+    await world.look()
+    await world.look(31.0)
+    assert world.taints() == {A: ["knd.internal/firmware"], B: []}
+
+
+@told
+async def test_reporters_are_asked_at_first_and_each_time_one_of_them_says_something(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours, theirs = socket.socketpair()
+    heard: list[object] = [("an error",), (), None]
+    asked = 0
+
+    class Events:
+        def __enter__(self) -> Events:
+            return self
+
+        def __exit__(self, *rest: object) -> None: ...
+
+        def fileno(self) -> int:
+            return ours.fileno()
+
+        def read(self) -> object:
+            ours.recv(1)
+            return heard.pop(0)
+
+    async def changed() -> None:
+        nonlocal asked
+        asked += 1
+
+    monkeypatch.setattr(reporters, "HealthEvents", Events)
+    with ours, theirs:
+        task = asyncio.get_running_loop().create_task(reporters.watch_reporters(changed))
+        await wait_until_async(lambda: asked == 1, 5.0, "the first look")
+        theirs.send(b"xxx")
+        await wait_until_async(lambda: not heard, 5.0, "all that was said is read")
+        await wait_until_async(lambda: asked == 3, 5.0, "a look for what was said and for what was lost")
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+@told
+async def test_a_kernel_without_devlink_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> None:
+        raise Unsupported("hear of devlink's devices", 95)
+
+    asked = []
+
+    async def changed() -> None:
+        asked.append(1)
+
+    monkeypatch.setattr(reporters, "HealthEvents", none)
+    await reporters.watch_reporters(changed)
+    assert asked == [1]
