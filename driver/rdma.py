@@ -11,6 +11,11 @@ from dataclasses import dataclass
 
 from hw.model import IfName, LinkSettings, RdmaIndex, RdmaName
 
+AT_BOOT = (
+    "boot the node with ib_core.netns_mode={} on the kernel's command line (or as ib_core's module option)"
+)
+"""Where the kernel does not change its mode any more. To be filled in: 1 shares devices, 0 does not."""
+
 
 class RdmaMode(enum.StrEnum):
     """How RDMA devices and network namespaces go together; one mode for the whole node.

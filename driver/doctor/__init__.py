@@ -7,7 +7,7 @@ per subject; a new one is added to SUBJECTS.
 from collections.abc import Iterator
 from typing import Any
 
-from driver.doctor import kernel, kubelet, policy, programs, records, rights, runtime, sriov
+from driver.doctor import kernel, kubelet, policy, programs, rdma, records, rights, runtime, sriov
 from driver.doctor.model import Finding, Place, Subject, Verdict, fail, ok, warn
 
 SUBJECTS: tuple[Subject[Any], ...] = (
@@ -19,6 +19,7 @@ SUBJECTS: tuple[Subject[Any], ...] = (
     kubelet.SUBJECT,
     runtime.SUBJECT,
     sriov.SUBJECT,
+    rdma.SUBJECT,
 )
 """In the order in which one would mend them."""
 

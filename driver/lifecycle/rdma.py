@@ -16,16 +16,13 @@ from driver.execute.rdma import find_at_home
 from driver.execute.target import Target
 from driver.model import Attachment, Device, DeviceName, NicConfig, Preparation
 from driver.policy.rdma import RdmaRules
-from driver.rdma import NO_WISHES, RdmaBinding, RdmaMode, SoftRdma, SysfsProof
+from driver.rdma import AT_BOOT, NO_WISHES, RdmaBinding, RdmaMode, SoftRdma, SysfsProof
 from hw.errors import Busy, HwError, Unsupported
 from hw.model import DeviceKind, RdmaName
 from hw.rdma.netlink import RdmaSocket
 
 log = logging.getLogger(__name__)
 
-AT_BOOT = (
-    "boot the node with ib_core.netns_mode={} on the kernel's command line (or as ib_core's module option)"
-)
 _NAME_MAX = 63
 """IB_DEVICE_NAME_MAX without its end."""
 
