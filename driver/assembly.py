@@ -19,6 +19,7 @@ from driver.clock import Clock
 from driver.errors import DriverError
 from driver.execute.actions import NodeActs
 from driver.execute.engine import Engine, Observer
+from driver.execute.meters import NodeMeters
 from driver.execute.probe import Host
 from driver.execute.shape import Shaper
 from driver.journal.ledger import Ledger
@@ -28,6 +29,7 @@ from driver.lifecycle.book import Book
 from driver.lifecycle.context import Context, Telemetry
 from driver.lifecycle.core import Lifecycle
 from driver.lifecycle.devices import Devices
+from driver.lifecycle.metering import Metering
 from driver.lifecycle.ports import ClaimReader, EventSink, PodDirectory, SlicePublisher, StatusWriter
 from driver.lifecycle.rdma import NodeRdma
 from driver.lifecycle.usage import Usage
@@ -65,6 +67,7 @@ class Assembly:
     lifecycle: Lifecycle
     context: Context
     usage: Usage
+    metering: Metering
     journal: Journal
 
 
@@ -75,10 +78,7 @@ def assemble(
     paths = settings.paths
     boot_id = read_boot_id(paths.proc)
     journal, ledger = open_records(stack, paths, boot_id)
-    programs = ProgramCache(paths.program_cache).ensure()
-    accounting = stack.enter_context(Accounting.open(paths.pins, programs, slots=settings.slots))
-    classes = class_maps(policy_file.current.classes)
-    accounting.set_classes(classes.dscp, classes.pcp)
+    accounting = stack.enter_context(_accounting(settings, policy_file))
     hook = choose_hook(settings.hook, policy_file.current)
     tcx = TcxPrograms(paths.pins, accounting) if hook is Hook.TCX else None
     book = Book(journal, slots=settings.slots)
@@ -86,7 +86,16 @@ def assemble(
     sysfs = Sysfs(paths.sysfs)
     shaper = Shaper(accounting, lambda: policy_file.current.qos)
     host = Host(sysfs, Udev(paths.udev))
-    acts = NodeActs(hook=hook, accounting=accounting, programs=tcx, fold=usage.fold, host=host, shaper=shaper)
+    metering = Metering(book, ledger, clock, NodeMeters(host, boot_id), accounting.read)
+    acts = NodeActs(
+        hook=hook,
+        accounting=accounting,
+        programs=tcx,
+        fold=usage.fold,
+        meters=metering,
+        host=host,
+        shaper=shaper,
+    )
 
     def policy() -> NodePolicy:
         return policy_file.current
@@ -119,9 +128,21 @@ def assemble(
         slices=outside.slices,
         telemetry=outside.telemetry,
     )
-    lifecycle = Lifecycle(context, journal, usage)
+    lifecycle = Lifecycle(context, journal, usage, metering)
     lifecycle.gate.policy_problem = policy_file.problem
-    return Assembly(lifecycle=lifecycle, context=context, usage=usage, journal=journal)
+    return Assembly(lifecycle=lifecycle, context=context, usage=usage, metering=metering, journal=journal)
+
+
+def _accounting(settings: Settings, policy_file: PolicyFile) -> Accounting:
+    """Open, and counting by the policy's classes."""
+    programs = ProgramCache(settings.paths.program_cache).ensure()
+    with ExitStack() as stack:
+        opened = Accounting.open(settings.paths.pins, programs, slots=settings.slots)
+        accounting = stack.enter_context(opened)
+        classes = class_maps(policy_file.current.classes)
+        accounting.set_classes(classes.dscp, classes.pcp)
+        stack.pop_all()
+    return accounting
 
 
 def _usage(

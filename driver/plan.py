@@ -30,6 +30,7 @@ class Act(enum.StrEnum):
     UP = "link-up"
     DOWN = "link-down"
     FOLD = "fold-counters"
+    METER = "begin-meters"
     STRIP = "strip-tenant-state"
     MOVE_HOME = "move-home"
     TIDY = "put-in-order"
@@ -157,7 +158,8 @@ def attach(attachment: Attachment, preparation: Preparation, hook: Hook) -> Plan
     """From home into the pod: only what needs the pod's netns.
 
     The programs are attached before the move (tcx) or before the link is up (clsact), so no packet of
-    the pod passes uncounted; what passed before an undo is folded like everything else.
+    the pod passes uncounted; what passed before an undo is folded like everything else. What the device
+    counts itself is read last: some drivers begin anew when the link is set up.
     """
     steps = [Step(act=Act.ZERO_SLOT, undo=(Act.FOLD,))]
     if preparation.config.by_file:
@@ -165,6 +167,7 @@ def attach(attachment: Attachment, preparation: Preparation, hook: Hook) -> Plan
     else:
         netdev = [] if preparation.rdma_only else _netdev_in(preparation, hook)
         steps += _with_rdma(preparation.rdma, netdev)
+    steps.append(Step(act=Act.METER))
     return Plan(owner=attachment_owner(attachment.id), generation=attachment.generation, steps=tuple(steps))
 
 

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Protocol
 
 from bpf.accounting import Accounting
 from bpf.attach import TcxPrograms
@@ -40,6 +41,16 @@ log = logging.getLogger(__name__)
 
 Fold = Callable[[Attachment, Preparation], None]
 """Put the final counters of an attachment into the ledger, in one transaction."""
+
+
+class Meters(Protocol):
+    """The counters that a device keeps itself. DriverError where the ledger does not take them."""
+
+    def begin(self, target: Target) -> None:
+        """They count for the target's attachment from now on."""
+
+    def leave(self, target: Target) -> None:
+        """They do no more."""
 
 
 _RESTORABLE = (
@@ -76,6 +87,7 @@ class NodeActs:
         accounting: Accounting,
         programs: TcxPrograms | None,
         fold: Fold,
+        meters: Meters,
         host: probe.Host,
         shaper: Shaper,
     ) -> None:
@@ -85,6 +97,7 @@ class NodeActs:
         self._accounting = accounting
         self._programs = programs
         self._fold = fold
+        self._meters = meters
 
     def table(self) -> dict[Act, Callable[[Target], None]]:
         return {
@@ -99,6 +112,7 @@ class NodeActs:
             Act.UP: link_up,
             Act.DOWN: link_down,
             Act.FOLD: self.fold,
+            Act.METER: self.meter,
             Act.STRIP: self.strip,
             Act.MOVE_HOME: move_home,
             Act.RESTORE: self.restore,
@@ -146,10 +160,14 @@ class NodeActs:
             with self._accounting.load(target.preparation.slot, int(direction)) as program:
                 target.pod.add_bpf_filter(link.ifindex, direction, program.fd, "knd")
 
+    def meter(self, target: Target) -> None:
+        self._meters.begin(target)
+
     def fold(self, target: Target) -> None:
         """A slot is zero again once its counts are in the ledger: an attach that is cut off before it has
         zeroed its slot must not be given what the slot's last holder sent."""
         assert target.attachment is not None
+        self._meters.leave(target)
         self._fold(target.attachment, target.preparation)
         self._accounting.zero(target.preparation.slot)
 

@@ -17,6 +17,7 @@ from driver.lifecycle.gate import Gate
 from driver.lifecycle.health import Health, HealthFeed
 from driver.lifecycle.homecoming import Homecoming
 from driver.lifecycle.keeping import Keeping
+from driver.lifecycle.metering import Metering
 from driver.lifecycle.orphans import Orphans
 from driver.lifecycle.ports import ClaimFailed
 from driver.lifecycle.projections import Projections
@@ -41,6 +42,8 @@ PRUNE_EVERY = 86400.0
 """Seconds between looks at the ledger for what is too old."""
 LIMITS_EVERY = 1.0
 """Seconds between looks at whether pods keep to their limits: counters only, unless one does not."""
+METERS_EVERY = 30.0
+"""Seconds between readings of what devices count themselves: a thread in each pod's netns for a moment."""
 LAST_CHECKPOINT = 5.0
 """Seconds for the one at a stop."""
 
@@ -48,7 +51,7 @@ LAST_CHECKPOINT = 5.0
 class Lifecycle:
     """Implements ports.ClaimHandler and ports.SandboxHandler."""
 
-    def __init__(self, context: Context, journal: Journal, usage: Usage) -> None:
+    def __init__(self, context: Context, journal: Journal, usage: Usage, metering: Metering) -> None:
         self._context = context
         self.gate = Gate(journal.state().recovery)
         self.hook = context.hook
@@ -76,6 +79,7 @@ class Lifecycle:
         )
         self.keeping = Keeping(context, self._projections, self._homecoming)
         self._usage = usage
+        self._metering = metering
         self._makes_vfs = False
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -101,6 +105,7 @@ class Lifecycle:
         await self._context.workers.run([], self._usage.started)
         self._spawn(lambda: _every(PRUNE_EVERY, self._prune, at_once=True))
         self._spawn(lambda: _every(CHECKPOINT_EVERY, self._checkpoint))
+        self._spawn(lambda: _every(METERS_EVERY, self._read_meters, at_once=True))
         self._spawn(lambda: _every(AGAIN_EVERY, self._reconcile.again))
         self._spawn(self._keep_limits)
 
@@ -217,6 +222,9 @@ class Lifecycle:
         problem = self._context.rdma.apply(self._context.policy().rdma)
         if problem:
             log.error("%s; until then no RDMA device is given away", problem)
+
+    async def _read_meters(self) -> None:
+        await self._context.workers.run([], lambda: self._metering.settle(self._homecoming.reach))
 
     async def _checkpoint(self) -> None:
         await self._context.workers.run([], self._usage.checkpoint)

@@ -85,6 +85,21 @@ class Homecoming:
             if own is not None:
                 own.close()
 
+    @contextmanager
+    def reach(self, attachment: Attachment) -> Iterator[Target | None]:
+        """The device of a living attachment where it is; None if there is no record of it any more."""
+        context = self._context
+        preparation = context.book.preparation(attachment.preparation)
+        if preparation is None:
+            yield None
+            return
+        hint = context.devices.hint(preparation)
+        with (
+            self.netns_of(attachment) as netns,
+            open_target(preparation, attachment, context.host_netns, netns, hint) as target,
+        ):
+            yield target
+
     def is_alive(self, attachment: Attachment) -> bool:
         with self.netns_of(attachment) as netns:
             return netns is not None

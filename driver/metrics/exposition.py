@@ -89,8 +89,12 @@ _LABELS = ("namespace", "pod", "claim", "device", "interface", "direction", "cla
 
 
 def _label_text(sample: PodSample) -> str:
-    pairs = (f'{name}="{_escaped(value)}"' for name, value in zip(_LABELS, sample[:9], strict=True))
-    return "{" + ",".join(pairs) + "}"
+    return labels(zip(_LABELS, sample[:9], strict=True))
+
+
+def labels(pairs: Iterable[tuple[str, object]]) -> str:
+    """As they stand behind a series' name."""
+    return "{" + ",".join(f'{name}="{_escaped(value)}"' for name, value in pairs) + "}"
 
 
 def _escaped(value: object) -> str:

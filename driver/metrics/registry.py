@@ -13,7 +13,9 @@ import prometheus_client
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from driver.metrics.exposition import PodExposition, SingleFlight, Watched
+from driver.metrics.meters import render_meters, render_unaccounted
 from driver.model import PodSample
+from driver.samples import MeterSample, UnaccountedSample
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +37,8 @@ class Metrics:
         registry = prometheus_client.CollectorRegistry()
         self._registry = registry
         self._pods: PodSamples = tuple
+        self._meters: Callable[[], Sequence[MeterSample]] = tuple
+        self._unaccounted: Callable[[], Sequence[UnaccountedSample]] = tuple
         self._exposition = PodExposition()
         self._flight = SingleFlight(self._render)
         self._hooks = _histogram(registry, "knd_hook", "Runtime hooks, request to answer.", "event")
@@ -78,6 +82,14 @@ class Metrics:
 
     def watch_pods(self, read: PodSamples) -> None:
         self._pods = read
+
+    def watch_meters(
+        self,
+        meters: Callable[[], Sequence[MeterSample]],
+        unaccounted: Callable[[], Sequence[UnaccountedSample]],
+    ) -> None:
+        """What devices count themselves, and what of that BPF did not see."""
+        self._meters, self._unaccounted = meters, unaccounted
 
     def watch_devices(self, read: Callable[[], Mapping[str, int]]) -> None:
         """How many devices are in which state; the states are the caller's closed set."""
@@ -138,12 +150,20 @@ class Metrics:
         return self._flight.get()
 
     def _render(self) -> bytes:
+        # First, so that this scrape shows what of itself failed.
+        parts = [
+            self._part("knd_pod_network", lambda: self._exposition.render(self._pods())),
+            self._part("knd_pod_meters", lambda: render_meters(self._meters())),
+            self._part("knd_pod_unaccounted", lambda: render_unaccounted(self._unaccounted())),
+        ]
+        return b"".join([prometheus_client.generate_latest(self._registry), *parts])
+
+    def _part(self, what: str, make: Callable[[], bytes]) -> bytes:
         try:
-            pods = self._exposition.render(self._pods())
+            return make()
         except Exception as error:  # noqa: BLE001 - whatever the reader of counters meets, the rest is shown
-            self._failed("knd_pod_network", error)
-            pods = b""
-        return prometheus_client.generate_latest(self._registry) + pods
+            self._failed(what, error)
+            return b""
 
     def _failed(self, what: str, error: Exception) -> None:
         _log.warning("%s could not be read for a scrape", what, exc_info=error)

@@ -61,6 +61,7 @@ def device(pod: SimNetns) -> Iterator[tuple[Target, NodeActs]]:
             accounting=None,
             programs=None,
             fold=lambda *a: None,
+            meters=None,
             host=Host(Sysfs(Path("/sys")), Udev(Path("/none"))),
             shaper=SimpleNamespace(shape=None, unshape=None),
         )  # type: ignore[arg-type]

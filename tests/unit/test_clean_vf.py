@@ -135,6 +135,7 @@ def acts(monkeypatch: pytest.MonkeyPatch) -> NodeActs:
         accounting=None,  # type: ignore[arg-type]
         programs=None,
         fold=lambda attachment, preparation: None,
+        meters=None,  # type: ignore[arg-type]
         host=Host(Sysfs(Path("/sys")), Udev(Path("/none"))),
         shaper=SimpleNamespace(shape=None, unshape=None),  # type: ignore[arg-type]
     )

@@ -41,6 +41,7 @@ LOOKS = {Act.VERIFY, Act.VERIFY_VFIO, Act.VERIFY_VF}
 """Changes nothing."""
 GOES_WITH_THE_MOVE = {Act.ADDRESS, Act.FILTER, Act.SHAPE}
 """The kernel drops it when the device leaves the netns."""
+GOES_WITH_THE_FOLD = {Act.METER}
 HOMEWARD = {
     *(Act.DISARM, Act.DOWN, Act.FOLD, Act.STRIP, Act.MOVE_HOME, Act.TIDY, Act.RESTORE),
     *(Act.UNBIND, Act.RESTORE_VF, Act.TO_KERNEL, Act.UNSHAPE),
@@ -83,6 +84,8 @@ def test_every_act_with_an_effect_is_undone_by_the_plan_it_is_in(made: Plan) -> 
             continue
         if step.act in GOES_WITH_THE_MOVE:
             assert Act.MOVE_HOME in undo
+        elif step.act in GOES_WITH_THE_FOLD:
+            assert Act.FOLD in undo
         else:
             assert step.undo, f"{step.act} has no undo"
     if Act.MOVE_IN in acts(made):
@@ -111,7 +114,7 @@ def test_nothing_passes_uncounted_on_the_way_in(hook: Hook) -> None:
     prepared = acts(plan.prepare(WITH_ADDRESSES, hook))
     attached = acts(plan.attach(ATTACHMENT, WITH_ADDRESSES, hook))
     assert attached[0] is Act.ZERO_SLOT
-    assert attached[-1] is Act.UP
+    assert attached[-2:] == [Act.UP, Act.METER]
     if hook is Hook.TCX:
         assert Act.ARM in prepared
         assert Act.FILTER not in attached
@@ -213,7 +216,7 @@ def test_after_a_reboot_the_pf_is_told_again_before_the_next_attach() -> None:
 def test_a_device_given_by_its_files_is_neither_moved_nor_counted(hook: Hook) -> None:
     made = [*acts(plan.prepare(BY_FILE, hook)), *acts(plan.attach(ATTACHMENT, BY_FILE, hook))]
     assert not {Act.ARM, Act.MOVE_IN, Act.FILTER, Act.UP} & set(made)
-    assert made[-1] is Act.VERIFY_VFIO
+    assert made[-2:] == [Act.VERIFY_VFIO, Act.METER]
 
 
 @pytest.mark.parametrize("hook", Hook)

@@ -183,7 +183,7 @@ def test_what_is_an_rdma_device_and_nothing_else_has_a_life_without_a_netdev(
     ]
     assert {step.act for each in plans for step in each.steps} == {
         *(Act.ZERO_SLOT, Act.FOLD, Act.RDMA_IN, Act.RDMA_HOME),
-        *(Act.RDMA_FILES, Act.RDMA_RESTORE, Act.RDMA_VERIFY),
+        *(Act.RDMA_FILES, Act.METER, Act.RDMA_RESTORE, Act.RDMA_VERIFY),
     }
     do(Act.RDMA_IN, stage)
     detach(stage)

@@ -47,7 +47,13 @@ def engine(igb: Igb) -> Engine[Target]:
     nothing: Any = None
     shaper: Any = SimpleNamespace(shape=nothing, unshape=nothing)
     acts = NodeActs(
-        hook=Hook.TCX, accounting=nothing, programs=programs, fold=nothing, host=igb.host, shaper=shaper
+        hook=Hook.TCX,
+        accounting=nothing,
+        programs=programs,
+        fold=nothing,
+        meters=nothing,
+        host=igb.host,
+        shaper=shaper,
     )
     journal: Any = SimpleNamespace(step=lambda *a: None)
     observer: Any = SimpleNamespace(at=lambda *a: None, step_done=lambda *a: None)

@@ -1,0 +1,171 @@
+"""Reading what a device in a pod counted itself: its interface, its VF on the PF, its RDMA ports.
+
+Invariant: reads only, and nothing fails for it: what cannot be read is told with the reason. No socket and
+no descriptor outlives the target's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from driver.execute.probe import Host
+from driver.execute.rdma import find
+from driver.execute.target import Target
+from driver.journal.stretches import COUNTER_MAX, MeterKey, Reading
+from driver.model import BootId
+from driver.rdma import RdmaMode
+from hw.errors import HwError, NotFound, Refused, Unsupported
+from hw.model import NetdevsimIdentity, PciIdentity
+from hw.netns import NetnsHandle
+from hw.rdma.counters import (
+    Family,
+    PortCounters,
+    hardware_counters,
+    hardware_counters_from_sysfs,
+    port_counters,
+)
+from hw.rdma.netlink import RdmaSocket
+from hw.rdma.nldev import NldevDevice
+from hw.sysfs import Sysfs
+from hw.sysfs_of import sysfs_of
+
+INTERFACE = "interface"
+VF = "pf-vf"
+"""What the PF says of its VF: also of one that a pod drives itself."""
+RDMA = frozenset(Family)
+_VF_FAMILIES = (PciIdentity, NetdevsimIdentity)
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What a meter shows. reading None: it is there and cannot be read, and reason says why.
+
+    cross_check: others count the same as well, so that what is missing here is no gap in a bill.
+    """
+
+    meter: MeterKey
+    reading: Reading | None
+    reason: str = ""
+    cross_check: bool = False
+
+
+class NodeMeters:
+    """The meters of this node's devices. Safe on any thread."""
+
+    def __init__(self, host: Host, boot_id: BootId) -> None:
+        self._host = host
+        self._boot = boot_id
+
+    def read(self, target: Target, *, on_pf: bool) -> tuple[Shown, ...]:
+        """All that the target's device has. on_pf: ask its PF too, which asks the hardware for all of its
+        VFs; of a device given by its files it is asked in any case, since nothing else tells."""
+        shown: list[Shown] = []
+        if not target.preparation.by_file:
+            shown += self._interface(target)
+        if on_pf or target.preparation.config.by_file:
+            shown += self._vf(target)
+        if target.preparation.rdma is not None:
+            shown += self._rdma_device(target)
+        return tuple(shown)
+
+    def _interface(self, target: Target) -> Iterator[Shown]:
+        if target.preparation.pod_ifname is None:
+            return
+        meter = MeterKey(target.device, INTERFACE)
+        try:
+            socket, link = target.pod, target.find_in_pod()
+            if socket is None or link is None:
+                # It came home by itself, with its counters: most drivers keep them.
+                socket, link = target.home, target.find_at_home()
+            if link is None:
+                yield Shown(meter, None, f"{target.device} is neither at home nor in its pod")
+                return
+            yield self._shown(meter, socket.statistics(link.ifindex), f"{link.ifindex}")
+        except HwError as error:
+            yield Shown(meter, None, str(error))
+
+    def _vf(self, target: Target) -> Iterator[Shown]:
+        identity = target.preparation.identity
+        if not isinstance(identity, _VF_FAMILIES) or identity.vf_index is None:
+            return
+        meter, cross_check = MeterKey(target.device, VF), not target.preparation.config.by_file
+        try:
+            pf = target.pf()
+            if pf is None:
+                return
+            told = target.home.vf_statistics(pf.ifindex).get(identity.vf_index)
+        except HwError as error:
+            yield Shown(meter, None, str(error), cross_check)
+            return
+        if told is not None:
+            yield replace(self._shown(meter, told, f"pf{pf.ifindex}"), cross_check=cross_check)
+
+    def _shown(
+        self,
+        meter: MeterKey,
+        values: Mapping[str, int],
+        instance: str,
+        wraps: Mapping[str, int] | None = None,
+    ) -> Shown:
+        # What no counter can show is left out, and is a gap if it stays so.
+        sane = {name: value for name, value in values.items() if value <= COUNTER_MAX}
+        return Shown(meter, Reading(f"{self._boot}/{instance}", sane, wraps or {}))
+
+    # --- RDMA ---------------------------------------------------------------------------------------
+
+    def _rdma_device(self, target: Target) -> Iterator[Shown]:
+        binding = target.preparation.rdma
+        assert binding is not None
+        places = [target.pod_netns, None] if binding.mode is RdmaMode.EXCLUSIVE else [None]
+        problem = f"the RDMA device {binding.name} is neither at home nor in its pod"
+        for netns in dict.fromkeys(places):
+            try:
+                with self._host.rdma(netns) as socket:
+                    device = find(socket, target)
+                    if device is None:
+                        continue
+                    ports = [port.number for port in socket.ports(device.index)]
+                    with self._sysfs_in(netns) as sysfs:
+                        for port in ports:
+                            yield from self._port(socket, sysfs, device, MeterKey(binding.name, "", port))
+                    return
+            except HwError as error:
+                problem = str(error)
+        yield Shown(MeterKey(binding.name, Family.HARDWARE, 1), None, problem)
+
+    @contextmanager
+    def _sysfs_in(self, netns: NetnsHandle | None) -> Iterator[Sysfs]:
+        if netns is None:
+            yield self._host.sysfs
+        else:
+            with sysfs_of(netns) as sysfs:
+                yield sysfs
+
+    def _port(self, socket: RdmaSocket, sysfs: Sysfs, device: NldevDevice, port: MeterKey) -> Iterator[Shown]:
+        """Under the name on record: a tenant may call it something else."""
+        reads: dict[Family, Callable[[], PortCounters | None]] = {
+            Family.PORT: lambda: port_counters(sysfs, device.name, port.port),
+            Family.HARDWARE: lambda: _hardware(socket, sysfs, device, port.port),
+        }
+        for family, read in reads.items():
+            meter = replace(port, source=family)
+            try:
+                counters = read()
+            except HwError as error:
+                yield Shown(meter, None, str(error))
+                continue
+            if counters is not None and counters.values:
+                yield self._shown(meter, counters.values, f"rdma{device.index}", counters.wraps)
+
+
+def _hardware(socket: RdmaSocket, sysfs: Sysfs, device: NldevDevice, port: int) -> PortCounters | None:
+    """By netlink, which reaches every namespace; by sysfs where that cannot: some drivers have more than fit
+    in one answer, and old kernels tell none."""
+    try:
+        return hardware_counters(socket.statistics(device.index, port))
+    except NotFound:
+        raise
+    except (Unsupported, Refused):
+        return hardware_counters_from_sysfs(sysfs, device.name, port)

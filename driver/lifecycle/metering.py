@@ -1,0 +1,262 @@
+"""Whose the counters of a device are: from its attachments to the ledger's meters and to a scrape.
+
+Invariant: what a meter counted goes to an attachment only while that alone has the device, else to the
+device. A reading and its entry in the ledger are one under a lock, so that readings come in their order.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from bpf.layout import Cell, Slot
+from driver.clock import Clock
+from driver.errors import DriverError
+from driver.execute.engine import EXPECTED
+from driver.execute.meters import INTERFACE, RDMA, VF, NodeMeters, Shown
+from driver.execute.target import Target
+from driver.journal.ledger import Ledger
+from driver.journal.stretches import Holder, MeterKey, Reading
+from driver.lifecycle.book import Book
+from driver.model import Attachment, AttachmentId, AttachmentState, Preparation
+from driver.samples import MeterSample, UnaccountedSample
+from hw.model import Direction, RdmaIndex
+
+log = logging.getLogger(__name__)
+
+Reach = Callable[[Attachment], AbstractContextManager[Target | None]]
+"""The device of an attachment where it is now; None where there is no record of it any more."""
+
+_HOLDING = frozenset({AttachmentState.ATTACHING, AttachmentState.ATTACHED})
+_FRAME_EXTRA = 8
+"""Bytes of a frame that some interfaces count and BPF does not: its checksum and a VLAN tag that was added
+behind it."""
+
+Totals = Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Missed:
+    """What an interface or a PF counted in one direction and BPF did not, beyond what headers explain."""
+
+    bytes: int
+    packets: int
+
+
+class Metering:
+    """Reads devices' own counters at attach, now and then, and at detach. Safe on any thread."""
+
+    def __init__(
+        self,
+        book: Book,
+        ledger: Ledger,
+        clock: Clock,
+        meters: NodeMeters,
+        cells_of: Callable[[Slot], tuple[Cell, ...]],
+    ) -> None:
+        """cells_of: what BPF has counted in a slot."""
+        self._book = book
+        self._ledger = ledger
+        self._clock = clock
+        self._meters = meters
+        self._cells_of = cells_of
+        self._lock = threading.Lock()
+        self._last: dict[MeterKey, tuple[Holder, Reading]] = {}
+        self._totals: dict[tuple[Holder, MeterKey], Totals] = {}
+        self._missed: dict[tuple[AttachmentId, str, Direction], Missed] = {}
+
+    # --- the life of an attachment ------------------------------------------------------------------
+
+    def begin(self, target: Target) -> None:
+        """The attachment has its device from now on. LedgerWriteFailed: it cannot be counted."""
+        assert target.attachment is not None
+        with self._lock:
+            for shown in self._meters.read(target, on_pf=False):
+                self._take(shown, self._holders(shown, target), late=False)
+            self._refresh({target.attachment.id, None})
+
+    def leave(self, target: Target) -> None:
+        """It gives the device back: read for the last time, and whoever still has it goes on alone.
+        LedgerWriteFailed: to be done again."""
+        leaving = target.attachment
+        assert leaving is not None
+        with self._lock:
+            held = {each.meter: each.holder for each in self._ledger.meters.living()}
+            mine = {meter for meter, holder in held.items() if holder == leaving.id}
+            stay: set[Holder] = {None}
+            for shown in self._meters.read(target, on_pf=any(meter.source == VF for meter in mine)):
+                if held.get(shown.meter, leaving.id) not in (leaving.id, None):
+                    continue
+                mine.discard(shown.meter)
+                rest = self._holders(shown, target, without=leaving.id)
+                self._hand_on(shown, rest)
+                stay.update(rest)
+            for meter in mine:
+                self._release(meter, None, "it was not found when it was given back")
+            self._forget(leaving.id)
+            self._refresh(stay)
+
+    def settle(self, reach: Reach) -> None:
+        """Read what all attachments have, and put right whose it is: what an earlier agent left, and what
+        became of readings that failed."""
+        for attachment in self._book.attachments():
+            if attachment.state is not AttachmentState.ATTACHED:
+                continue
+            try:
+                with reach(attachment) as target:
+                    if target is not None:
+                        self._settle(attachment, target)
+            except EXPECTED as error:
+                log.warning("reading the counters of %s: %s", attachment.preparation.device, error)
+        self._end_of_the_gone()
+
+    def _settle(self, attachment: Attachment, target: Target) -> None:
+        with self._lock:
+            current = self._book.attachment(attachment.id)
+            if current is None or current.state is not AttachmentState.ATTACHED:
+                return
+            changed = False
+            for shown in self._meters.read(target, on_pf=True):
+                changed |= self._take(shown, self._holders(shown, target), late=not shown.cross_check)
+            if changed or (attachment.id, MeterKey(target.device, INTERFACE)) not in self._totals:
+                self._refresh({attachment.id, None})
+            self._compare(attachment.id, target)
+
+    def _end_of_the_gone(self) -> None:
+        """Whoever left without a last reading: with an older agent, or a crash in between."""
+        with self._lock:
+            holders: set[Holder] = set()
+            names: set[str] = set()
+            for attachment in self._book.attachments():
+                preparation = self._book.preparation(attachment.preparation)
+                holders.add(attachment.id)
+                if preparation is not None and preparation.rdma is not None:
+                    names.add(preparation.rdma.name)
+            try:
+                for living in self._ledger.meters.living():
+                    shared = living.holder is None and living.meter.subject in names
+                    if living.holder not in holders and not shared:
+                        self._release(living.meter, None, "nobody read it when it was given back")
+            except DriverError as error:
+                log.error("%s", error)
+
+    # --- whose it is --------------------------------------------------------------------------------
+
+    def _holders(
+        self, shown: Shown, target: Target, without: AttachmentId | None = None
+    ) -> tuple[AttachmentId, ...]:
+        """The attachments that have what the meter counts."""
+        assert target.attachment is not None
+        own = target.attachment.id
+        others: set[AttachmentId] = set()
+        index = _rdma_index(target.preparation, target.attachment)
+        if shown.meter.source in RDMA and index is not None:
+            for other in self._book.attachments():
+                preparation = self._book.preparation(other.preparation)
+                if other.state not in _HOLDING or preparation is None:
+                    continue
+                if _rdma_index(preparation, other) == index:
+                    others.add(other.id)
+        return tuple(sorted((others | {own}) - {without}))
+
+    def _take(self, shown: Shown, holders: tuple[AttachmentId, ...], *, late: bool) -> bool:
+        """Whether anything was written: an idle device costs the disk nothing."""
+        holder = holders[0] if len(holders) == 1 else None
+        if shown.reading is not None and self._last.get(shown.meter) == (holder, shown.reading):
+            return False
+        self._ledger.meters.take(
+            shown.meter, holder, shown.reading, self._clock.wall(), reason=shown.reason, late=late
+        )
+        if shown.reading is not None:
+            self._last[shown.meter] = (holder, shown.reading)
+        else:
+            self._last.pop(shown.meter, None)
+        return True
+
+    def _hand_on(self, shown: Shown, rest: tuple[AttachmentId, ...]) -> None:
+        if rest:
+            self._take(shown, rest, late=False)
+        else:
+            self._release(shown.meter, shown.reading, shown.reason)
+
+    def _release(self, meter: MeterKey, reading: Reading | None, reason: str) -> None:
+        self._ledger.meters.release(meter, reading, self._clock.wall(), reason)
+        self._last.pop(meter, None)
+
+    # --- for a scrape -------------------------------------------------------------------------------
+
+    def _refresh(self, holders: set[Holder]) -> None:
+        found = self._ledger.meters.totals(holders)
+        kept = {key: totals for key, totals in self._totals.items() if key[0] not in holders}
+        self._totals = {**kept, **found}
+
+    def _forget(self, gone: AttachmentId) -> None:
+        self._totals = {key: totals for key, totals in self._totals.items() if key[0] != gone}
+        self._missed = {key: missed for key, missed in self._missed.items() if key[0] != gone}
+
+    def _compare(self, id: AttachmentId, target: Target) -> None:
+        """BPF is read last, so that what passes in between never seems to have passed it by."""
+        if target.preparation.by_file:
+            return
+        cells = self._cells_of(target.preparation.slot)
+        for source in (INTERFACE, VF):
+            totals = self._totals.get((id, MeterKey(target.device, source)))
+            for direction in Direction if totals is not None else ():
+                assert totals is not None
+                key = (id, source, direction)
+                now, before = missed(totals, cells, direction), self._missed.get(key, Missed(0, 0))
+                # What a queue holds or drops makes it smaller again for a while: it was missed all the same.
+                self._missed = {
+                    **self._missed,
+                    key: Missed(max(now.bytes, before.bytes), max(now.packets, before.packets)),
+                }
+
+    def samples(self) -> tuple[MeterSample, ...]:
+        """Each counter of each meter, as last read: of living attachments and of the devices they share."""
+        owners = self._owners()
+        return tuple(
+            MeterSample(*owners[holder], meter.subject, meter.port, meter.source, name, total)
+            for (holder, meter), totals in self._totals.items()
+            if holder in owners
+            for name, total in totals.items()
+        )
+
+    def unaccounted(self) -> tuple[UnaccountedSample, ...]:
+        owners = self._owners()
+        return tuple(
+            UnaccountedSample(*owners[id], direction.name.lower(), source, each.bytes, each.packets)
+            for (id, source, direction), each in self._missed.items()
+            if id in owners
+        )
+
+    def _owners(self) -> dict[Holder, tuple[str, str, str, str, str]]:
+        """Namespace, pod, claim, device and interface; all "" for what is a device's."""
+        found: dict[Holder, tuple[str, str, str, str, str]] = {None: ("", "", "", "", "")}
+        for attachment in self._book.attachments():
+            preparation = self._book.preparation(attachment.preparation)
+            if preparation is not None:
+                pod, claim = attachment.pod, preparation.claim
+                device, interface = preparation.key.device, preparation.pod_ifname or ""
+                found[attachment.id] = (pod.namespace, pod.name, claim.name, device, interface)
+        return found
+
+
+def missed(totals: Totals, cells: tuple[Cell, ...], direction: Direction) -> Missed:
+    """What these totals show beyond BPF's cells. The pod's egress is what its interface sent."""
+    way = "tx" if direction is Direction.EGRESS else "rx"
+    packets = totals.get(f"{way}_packets", 0)
+    counted = [cell for cell in cells if cell.direction == direction]
+    beyond = totals.get(f"{way}_bytes", 0) - sum(cell.bytes for cell in counted) - packets * _FRAME_EXTRA
+    return Missed(max(beyond, 0), max(packets - sum(cell.packets for cell in counted), 0))
+
+
+def _rdma_index(preparation: Preparation, attachment: Attachment) -> RdmaIndex | None:
+    """Of the RDMA device that an attachment has; None where it has none, or one that nobody shares."""
+    if preparation.rdma is None:
+        return None
+    if attachment.rdma is not None:
+        return attachment.rdma.index
+    return preparation.rdma.index
