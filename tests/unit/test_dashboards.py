@@ -29,6 +29,7 @@ def exported() -> Mapping[str, frozenset[str]]:
     metrics = Metrics()
     metrics.watch_pods(lambda: (PodSample("n", "p", "c", "d", "net1", "egress", "bulk", "tcp", "tcx", 1, 1),))
     metrics.watch_devices(lambda: {"offered": 1})
+    metrics.watch_unhealthy(lambda: {"no-carrier": 1})
     metrics.watch_recovery(lambda: "")
     metrics.watch_published(lambda: True)
     metrics.watch_api_requests(lambda: {"get claims": 1})
