@@ -19,7 +19,7 @@ from driver.model import (
 )
 from driver.policy.health import Rule
 from driver.troubles import DeviceHealth, Finding, Trouble
-from hw.model import PciIdentity, PortState
+from hw.model import DeviceKind, PciIdentity, PortState
 from hw.scan import USERSPACE_DRIVERS
 
 Subject = NewType("Subject", str)
@@ -186,7 +186,7 @@ def _gone(name: DeviceName, identity: PciIdentity) -> str:
 def _driver_trouble(device: Device, held: Preparation | None) -> str:
     wanted = ""
     if held is not None:
-        wanted = VfDriver.VFIO.value if held.by_file else held.home_driver
+        wanted = VfDriver.VFIO.value if held.config.by_file else held.home_driver
     again = f"bind it to {wanted!a} again" if wanted else "bind one to it"
     if not device.driver:
         return f"{device.name} has no driver: {again}"
@@ -195,7 +195,8 @@ def _driver_trouble(device: Device, held: Preparation | None) -> str:
     if held is None and device.driver in USERSPACE_DRIVERS:
         # Others have taken it into use: it is theirs, and not offered.
         return ""
-    if not device.has_netdev and not (held is not None and held.by_file):
+    needs_none = device.kind is DeviceKind.RDMA or (held is not None and held.by_file)
+    if not device.has_netdev and not needs_none:
         return f"{device.name} has no netdev: its driver {device.driver!a} made none, see the kernel's log"
     return ""
 

@@ -233,6 +233,11 @@ def test_each_trouble_is_seen_and_told(fields: dict[str, Any], trouble: Trouble,
         {"held": held(), "device": vf(physical_port=replace(PORT, speed_mbps=None))},
         {"held": held(attributes={}), "device": vf(physical_port=replace(PORT, speed_mbps=10))},
         {"dead": True},
+        {"device": vf(kind=DeviceKind.RDMA, driver="mlx5_core", has_netdev=False)},
+        {
+            "held": held(kind=DeviceKind.RDMA, home_driver="mlx5_core"),
+            "device": vf(kind=DeviceKind.RDMA, driver="mlx5_core", has_netdev=False),
+        },
     ],
 )
 def test_what_is_as_it_should_be_or_in_this_drivers_own_hands_is_no_trouble(fields: dict[str, Any]) -> None:
