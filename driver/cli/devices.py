@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from driver import running
-from driver.cli import sriov_ports
+from driver.cli import rdma_ports, sriov_ports
 from driver.cli.output import Row, add_output_argument, print_table, show
 from driver.errors import DriverError
 from driver.health import View, seen_now
@@ -58,11 +59,23 @@ def run(arguments: argparse.Namespace) -> int:
         )
     columns = ["device", "kind", "interface", "held_by", "offered", "why_not", "health"]
     nothing = "this node has no network device that could be offered"
-    show(rows, columns, arguments.output, nothing=nothing, more={"ports": ports})
-    if ports and arguments.output == "table":
-        print()
-        print_table(ports, sriov_ports.COLUMNS)
+    sysfs = Sysfs(paths.sysfs)
+    rdma, problems = rdma_ports.read(sysfs)
+    rdma_rows = rdma_ports.port_rows(rdma, sysfs)
+    more = {"ports": ports, "rdma": rdma_rows, "gids": rdma_ports.gid_rows(rdma)}
+    show(rows, columns, arguments.output, nothing=nothing, more=more)
+    if arguments.output == "table":
+        _print_more((ports, sriov_ports.COLUMNS), (rdma_rows, rdma_ports.COLUMNS))
+    for problem in problems:
+        print(problem, file=sys.stderr)
     return 0
+
+
+def _print_more(*tables: tuple[Sequence[Row], Sequence[str]]) -> None:
+    for rows, columns in tables:
+        if rows:
+            print()
+            print_table(rows, columns)
 
 
 def _health(name: DeviceName, node: Node) -> str:

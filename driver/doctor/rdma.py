@@ -16,6 +16,7 @@ from driver.policy.rdma import RdmaRules
 from driver.rdma import AT_BOOT, RdmaMode
 from driver.running import policy_in_force
 from hw.errors import Unsupported
+from hw.rdma import verbs
 from hw.rdma.netlink import RdmaSocket
 from hw.sysfs import Sysfs
 
@@ -34,6 +35,8 @@ class Rdma:
     devices: tuple[str, ...]
     modules: frozenset[str]
     locked: tuple[tuple[str, int | None], ...]
+    no_verbs: str = ""
+    """Why libibverbs cannot be asked; "" if it can."""
 
 
 def look(place: Place) -> Rdma:
@@ -52,6 +55,7 @@ def look(place: Place) -> Rdma:
         devices=devices,
         modules=frozenset(name for name in wanted if sysfs.names(f"module/{name}") is not None),
         locked=tuple(_locked(paths.proc)),
+        no_verbs=verbs.why_not(),
     )
 
 
@@ -96,6 +100,12 @@ def judge(rdma: Rdma) -> Iterator[Finding]:
             "rdma-modules",
             f"{' and '.join(missing)} not loaded: pods get no RDMA, or no connection manager",
             f"modprobe -a {' '.join(missing)}, and name them in /etc/modules-load.d",
+        )
+    if rdma.devices and rdma.no_verbs:
+        yield warn(
+            "libibverbs",
+            f"{rdma.no_verbs}: `knd devices` reads ports and GIDs from sysfs alone, as the agent does anyway",
+            f"install {verbs.PACKAGE}, if devices do not say all in sysfs",
         )
     yield from _judge_locked(rdma)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from hw.model import (
 )
 from hw.netlink import LinkSocket
 from hw.pf import read_vf
+from hw.rdma import verbs
 from hw.rdma.netlink import rdma_if_any
 from hw.scan import pf_link, scan, uplinks_of
 from hw.sriov import binding
@@ -66,6 +67,7 @@ class Devices:
         self._current = inventory.Inventory()
         self._by_index: Mapping[IfIndex, Device] = {}
         self._held_back: Mapping[PfAddress, str] = {}
+        self._said = False
 
     def current(self) -> Mapping[DeviceName, Device]:
         return self._current.by_name
@@ -113,6 +115,7 @@ class Devices:
         with self._lock, LinkSocket(None) as links, rdma_if_any() as asked:
             eswitches = read_eswitches(self._sysfs)
             seen = scan(self._sysfs, links.dump(), uplinks_of(links), eswitches, asked)
+            self._say_what_is_missing(seen)
             found = [self._checked(each) for each in seen]
             old = self._current
             new = inventory.build(found, self._policy(), old)
@@ -122,6 +125,13 @@ class Devices:
             self._current = new
             self._by_index = {d.ifindex: d for d in new.by_name.values() if d.ifindex is not None}
             return inventory.diff(old, new)
+
+    def _say_what_is_missing(self, seen: Sequence[HwDevice]) -> None:
+        """Once, and only where there is RDMA: the agent needs no more than netlink and sysfs."""
+        if not self._said and any(each.rdma for each in seen):
+            self._said = True
+            if why := verbs.why_not():
+                log.info("RDMA devices are read by netlink and sysfs alone: %s", why)
 
     def _checked(self, device: HwDevice) -> HwDevice:
         reason = "" if device.withheld else self.held_back(device.identity)

@@ -1,76 +1,66 @@
 """What libibverbs says of RDMA devices. The only importer of pyverbs.
 
-Invariant: pyverbs is loaded at the first call and not before, and its absence (or that of RDMA in the
-kernel) is None, never an error: sysfs alone is enough to offer a device. Every context is closed again.
+Invariant: pyverbs is loaded at the first call and not before, and its absence (or that of RDMA in the kernel,
+or of the right to open a device) is never an error: sysfs alone is enough. Every context is closed again.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import ipaddress
 import logging
-from dataclasses import dataclass
+import socket
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from hw.model import IfIndex, RdmaName
+from hw.model import IfName, RdmaName
+from hw.rdma.details import DeviceDetails, PortDetails, Source, guid
+from hw.rdma.gids import GidEntry
+from hw.rdma.nldev import PhysState, PortState
+from hw.rdma.wire import known
 
 log = logging.getLogger(__name__)
 
-_PORT_ACTIVE = 4
-_GID_TYPES = {0: "IB", 1: "RoCE v1", 2: "RoCE v2"}
+PACKAGE = "python3-pyverbs"
+_GID_TYPES = {0: "IB/RoCE v1", 1: "IB/RoCE v1", 2: "RoCE v2"}
+"""enum ibv_gid_type in the words of sysfs, which has one for the first two."""
 _LINK_LAYERS = {1: "InfiniBand", 2: "Ethernet"}
+_WIDTHS = {1: 1, 2: 4, 4: 8, 8: 12, 16: 2}
+_LANE_MBPS = {1: 2500, 2: 5000, 4: 10_000, 8: 10_000, 16: 14_000, 32: 25_000, 64: 50_000, 128: 100_000}
+"""enum ib_port_width and ib_port_speed (SDR, DDR, QDR, FDR10, FDR, EDR, HDR, NDR), as the kernel's sysfs
+counts them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Gid:
-    """An entry of a port's GID table. ifindex is None for InfiniBand."""
-
-    index: int
-    address: str
-    type: str
-    """`IB`, `RoCE v1` or `RoCE v2`."""
-    ifindex: IfIndex | None
+def why_not() -> str:
+    """Why libibverbs cannot be asked, in words; "" if it can. Loads nothing."""
+    if importlib.util.find_spec("pyverbs") is None:
+        return f"pyverbs is not installed (Debian's {PACKAGE})"
+    return ""
 
 
-@dataclass(frozen=True, slots=True)
-class Port:
-    number: int
-    active: bool
-    link_layer: str
-    """`InfiniBand`, `Ethernet`, or "" if unknown."""
-    gids: tuple[Gid, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class VerbsDevice:
-    """An RDMA device as an application of this namespace sees it."""
-
-    name: RdmaName
-    firmware: str
-    ports: tuple[Port, ...]
-
-
-def devices() -> tuple[VerbsDevice, ...] | None:
-    """All devices that can be opened here. None without pyverbs or without RDMA in the kernel.
+def devices() -> Mapping[RdmaName, DeviceDetails]:
+    """All devices that can be opened here; none without pyverbs or without RDMA in the kernel.
 
     Opening a device costs a firmware command: not for the path of a pod.
     """
     verbs = _load()
     if verbs is None:
-        return None
+        return {}
     failed: type[Exception] = verbs.PyverbsError
     try:
         names = [_text(entry.name) for entry in verbs.get_device_list()]
     except failed as error:
         log.debug("libibverbs lists no devices: %s", error)
-        return None
-    found: list[VerbsDevice] = []
+        return {}
+    found: dict[RdmaName, DeviceDetails] = {}
     for name in names:
         try:
-            found.append(_query(verbs, name))
+            found[RdmaName(name)] = _query(verbs, name)
         except failed as error:
-            log.warning("RDMA device %a cannot be asked: %s", name, error)
-    return tuple(found)
+            log.debug("RDMA device %a cannot be opened: %s", name, error)
+    return found
 
 
 def _load() -> ModuleType | None:
@@ -81,7 +71,7 @@ def _load() -> ModuleType | None:
         return None
 
 
-def _query(verbs: ModuleType, name: str) -> VerbsDevice:
+def _query(verbs: ModuleType, name: str) -> DeviceDetails:
     context = verbs.Context(name=name)
     try:
         attributes = context.query_device()
@@ -90,29 +80,48 @@ def _query(verbs: ModuleType, name: str) -> VerbsDevice:
         gids = [(entry.port_num, _gid(entry)) for entry in entries]
     finally:
         context.close()
-    return VerbsDevice(
+    return DeviceDetails(
         name=RdmaName(name),
-        firmware=_text(attributes.fw_version),
+        node_guid=guid(_text(attributes.node_guid)),
+        sys_image_guid=guid(_text(attributes.sys_image_guid)),
+        firmware=_text(attributes.fw_version) or None,
         ports=tuple(
-            Port(
-                number=number,
-                active=port.state == _PORT_ACTIVE,
-                link_layer=_LINK_LAYERS.get(port.link_layer, ""),
-                gids=tuple(gid for owner, gid in gids if owner == number),
-            )
+            _port(number, port, tuple(gid for owner, gid in gids if owner == number))
             for number, port in ports
         ),
+        source=Source.VERBS,
     )
 
 
-def _gid(entry: Any) -> Gid:
-    index = int(entry.ndev_ifindex)
-    return Gid(
+def _port(number: int, port: Any, gids: tuple[GidEntry, ...]) -> PortDetails:
+    lane, lanes = _LANE_MBPS.get(port.active_speed), _WIDTHS.get(port.active_width)
+    return PortDetails(
+        number=number,
+        link_layer=_LINK_LAYERS.get(port.link_layer, ""),
+        state=known(PortState, int(port.state), PortState.UNKNOWN),
+        phys_state=known(PhysState, int(port.phys_state), PhysState.UNKNOWN),
+        rate_mbps=lane * lanes if lane and lanes else None,
+        lid=int(port.lid),
+        sm_lid=int(port.sm_lid),
+        gids=gids,
+    )
+
+
+def _gid(entry: Any) -> GidEntry:
+    return GidEntry(
         index=int(entry.gid_index),
-        address=str(entry.gid_str()),
+        address=ipaddress.IPv6Address(str(entry.gid_str())),
         type=_GID_TYPES.get(int(entry.gid_type), ""),
-        ifindex=IfIndex(index) if index else None,
+        netdev=_netdev(int(entry.ndev_ifindex)),
     )
+
+
+def _netdev(ifindex: int) -> IfName | None:
+    """None for InfiniBand, and for a netdev that is in another namespace."""
+    try:
+        return IfName(socket.if_indextoname(ifindex)) if ifindex else None
+    except OSError:
+        return None
 
 
 def _text(value: bytes | str) -> str:

@@ -44,6 +44,7 @@ def test_a_node_that_can_is_told_so_and_one_without_rdma_is_asked_for_nothing() 
             "rdma-modules",
             "modprobe -a ib_uverbs rdma_ucm rdma_rxe,",
         ),
+        (replace(FINE, no_verbs="pyverbs is not installed"), "libibverbs", "install python3-pyverbs"),
         (replace(FINE, locked=(("crio", 8 << 20),)), "memlock", "LimitMEMLOCK=infinity for crio's service"),
     ],
 )

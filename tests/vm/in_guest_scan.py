@@ -22,6 +22,6 @@ if __name__ == "__main__":
     seen = {
         "devices": [asdict(device) for device in devices],
         "sysfs": {str(one.ports[0].netdev_name): asdict(one) for one in rdma.software},
-        "verbs": [asdict(device) for device in verbs.devices() or ()],
+        "verbs": [asdict(device) for device in verbs.devices().values()],
     }
     print(json.dumps(seen, default=str))
