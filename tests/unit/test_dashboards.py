@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from driver.metrics import Metrics, MetricsServer
 from driver.model import PodSample
+from driver.samples import MeterSample, UnaccountedSample
 
 FOLDER = Path(__file__).parents[2] / "deploy/dashboards"
 _NAME = re.compile(r"\bknd_[a-z_]+\b")
@@ -28,6 +29,16 @@ def exported() -> Mapping[str, frozenset[str]]:
     """Every series that a scrape can have, with its labels."""
     metrics = Metrics()
     metrics.watch_pods(lambda: (PodSample("n", "p", "c", "d", "net1", "egress", "bulk", "tcp", "tcx", 1, 1),))
+    owner = ("n", "p", "c", "d", "net1")
+    metrics.watch_meters(
+        lambda: (
+            MeterSample(*owner, "mlx5_2", 1, "rdma-hw", "rdma_tx_bytes", 1),
+            MeterSample(*owner, "mlx5_2", 1, "rdma-hw", "sent_pkts", 1),
+            MeterSample(*owner, "mlx5_2", 1, "rdma-hw", "out_of_buffer", 1),
+            MeterSample(*owner, "d", 0, "interface", "tx_bytes", 1),
+        ),
+        lambda: (UnaccountedSample(*owner, "egress", "interface", 1, 1),),
+    )
     metrics.watch_devices(lambda: {"offered": 1})
     metrics.watch_unhealthy(lambda: {"no-carrier": 1})
     metrics.watch_recovery(lambda: "")
