@@ -245,21 +245,21 @@ class Claims:
         """config as it was asked for: where a device turns out not to keep rates, and it may be the node's
         kernel that does, it is. Returns the record as it is then."""
         try:
-            self._run(preparation, token)
+            return self._run(preparation, token)
         except Refusal as refusal:
             software = limits.instead(preparation.config, asked=config)
             if software is None:
                 raise
             log.info("%s: its limit is kept by the node's kernel: %s", preparation.key.device, refusal)
             preparation = self._context.book.amend_preparation(replace(preparation, config=software))
-            self._run(preparation, token)
-        return preparation
+            return self._run(preparation, token)
 
-    def _run(self, preparation: Preparation, token: Token) -> None:
+    def _run(self, preparation: Preparation, token: Token) -> Preparation:
         context = self._context
         hint = context.devices.hint(preparation)
         with open_target(preparation, None, context.host_netns, None, hint) as target:
             context.engine.run(plan.prepare(preparation, context.hook), target, token)
+            return replace(preparation, rdma=context.rdma.binding_now(target))
 
     def _check_free(self, device: Device, ref: ClaimRef) -> None:
         """The last guard, whatever the scheduler, taints and tolerations say."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 
 from driver.errors import NotNow, Refusal
 from driver.execute.probe import Host
@@ -117,6 +118,15 @@ class NodeRdma:
         return self._sysfs.names(f"module/{module}") is not None
 
     # --- files that are given -----------------------------------------------------------------------
+
+    def binding_now(self, target: Target) -> RdmaBinding | None:
+        """Of a device that is prepared: its driver may have begun anew with it meanwhile."""
+        binding = target.preparation.rdma
+        if binding is None or binding.software is not None:
+            return binding
+        with self._open(None) as socket:
+            device = find_at_home(socket, target, self._host)
+        return replace(binding, index=device.index) if device is not None else binding
 
     def is_home(self, target: Target) -> bool:
         """Of a device that is nothing else and was in a pod: the kernel tells nobody when it comes back."""

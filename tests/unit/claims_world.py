@@ -154,7 +154,10 @@ class World:
             engine=engine,
             workers=self.workers,
             devices=self.node,
-            rdma=SimpleNamespace(binding=lambda *asked: self.bindings.get(asked[0].name)),
+            rdma=SimpleNamespace(
+                binding=lambda *asked: self.bindings.get(asked[0].name),
+                binding_now=lambda target: target.preparation.rdma,
+            ),
             claims=SimpleNamespace(read_claim=self.read_claim),
             statuses=SimpleNamespace(write_status=lambda ref, rows: self.statuses.append((ref, rows))),
             events=SimpleNamespace(emit=self.events.append),

@@ -21,7 +21,7 @@ from hw.udev import Udev
 from kndsim.sysfs_tree import write_tree
 from tests.unit.claims_world import A, device
 from tests.unit.journal_values import attachment
-from tests.unit.rdma_world import GUID, HCA, Kernel, bound
+from tests.unit.rdma_world import GUID, HCA, Kernel, Stage, bound
 
 TREE = """
 folder module/ib_uverbs
@@ -154,6 +154,22 @@ def test_a_device_that_is_away_is_not_now(kernel: Kernel, sysfs: Path) -> None:
     kernel.known.clear()
     with pytest.raises(NotNow, match="mlx5_2 is not at home"):
         node(kernel, sysfs).binding(with_rdma(), NicConfig(), RdmaRules())
+
+
+def test_one_that_was_registered_anew_while_it_was_prepared_is_on_record_as_it_is_now(
+    kernel: Kernel, sysfs: Path
+) -> None:
+    kernel.known.clear()
+    prepared = bound(kernel)
+    kernel.known.clear()
+    anew = kernel.register("mlx5_7", GUID)
+    now = node(kernel, sysfs).binding_now(Stage(kernel, prepared, sysfs).target)
+    assert prepared.rdma is not None
+    assert now == replace(prepared.rdma, index=anew)
+    kernel.known.clear()
+    assert node(kernel, sysfs).binding_now(Stage(kernel, prepared, sysfs).target) == prepared.rdma
+    software = bound(kernel, software=SoftRdma.RXE)
+    assert node(kernel, sysfs).binding_now(Stage(kernel, software, sysfs).target) == software.rdma
 
 
 def test_names_of_software_devices_are_the_devices_own() -> None:
