@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +15,15 @@ from driver.doctor.model import Finding, Place, Subject, ok, warn
 from driver.policy.rdma import RdmaRules
 from driver.rdma import AT_BOOT, RdmaMode
 from driver.running import policy_in_force
-from hw.errors import Unsupported
+from hw.devlink import Devlink
+from hw.devlink_codec import DevlinkParam
+from hw.errors import HwError, Unsupported
 from hw.rdma import verbs
 from hw.rdma.netlink import RdmaSocket
 from hw.sysfs import Sysfs
 
+OFF_SWITCHES = ("enable_rdma", "enable_roce", "enable_iwarp")
+"""Of devlink, networking/devlink/devlink-params."""
 RUNTIMES = ("containerd", "crio")
 LEAST_LOCKED = 1 << 30
 """Bytes. What a job registers with a device is locked; a small one has buffers of some hundred MiB."""
@@ -37,6 +41,8 @@ class Rdma:
     locked: tuple[tuple[str, int | None], ...]
     no_verbs: str = ""
     """Why libibverbs cannot be asked; "" if it can."""
+    off: tuple[str, ...] = ()
+    """Devices and parameters by which their driver is told to make no RDMA device, as devlink writes them."""
 
 
 def look(place: Place) -> Rdma:
@@ -56,6 +62,25 @@ def look(place: Place) -> Rdma:
         modules=frozenset(name for name in wanted if sysfs.names(f"module/{name}") is not None),
         locked=tuple(_locked(paths.proc)),
         no_verbs=verbs.why_not(),
+        off=_turned_off(),
+    )
+
+
+def _turned_off() -> tuple[str, ...]:
+    # Without devlink in the kernel nothing can be turned off by it.
+    with contextlib.suppress(HwError), Devlink() as devlink:
+        return turned_off(devlink.params())
+    return ()
+
+
+def turned_off(params: Iterable[DevlinkParam]) -> tuple[str, ...]:
+    """`enable_rdma` and its kin are generic parameters: drivers that have them mean the same by them."""
+    return tuple(
+        sorted(
+            f"{each.handle} {each.name}"
+            for each in params
+            if each.name in OFF_SWITCHES and False in each.values.values()
+        )
     )
 
 
@@ -86,6 +111,7 @@ def _locked(proc: Path) -> Iterator[tuple[str, int | None]]:
 
 def judge(rdma: Rdma) -> Iterator[Finding]:
     software = rdma.rules.software.kind
+    yield from _judge_switches(rdma)
     if software is None and not rdma.devices:
         yield ok("rdma", "no RDMA device is here, and the policy makes none")
         return
@@ -108,6 +134,16 @@ def judge(rdma: Rdma) -> Iterator[Finding]:
             f"install {verbs.PACKAGE}, if devices do not say all in sysfs",
         )
     yield from _judge_locked(rdma)
+
+
+def _judge_switches(rdma: Rdma) -> Iterator[Finding]:
+    if rdma.off:
+        yield warn(
+            "rdma-off",
+            f"RDMA is turned off on {len(rdma.off)} devices: {', '.join(rdma.off[:4])}",
+            "if pods are to have it: devlink dev param set DEVICE name NAME value true cmode driverinit, and "
+            "then devlink dev reload DEVICE",
+        )
 
 
 def _judge_mode(rdma: Rdma) -> Iterator[Finding]:

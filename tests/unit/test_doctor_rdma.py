@@ -12,6 +12,7 @@ from driver.doctor.rdma import Rdma
 from driver.paths import Paths
 from driver.policy.rdma import DEFAULT_RDMA, ModeChoice, RdmaRules, SoftChoice
 from driver.rdma import RdmaMode
+from hw.devlink_codec import DevlinkHandle, DevlinkParam, ParamMode
 from tests.unit.rdma_world import GUID, HCA, Kernel
 
 MODULES = frozenset({"ib_uverbs", "rdma_ucm", "rdma_rxe"})
@@ -81,3 +82,17 @@ def test_the_limit_looked_at_is_the_runtimes_and_garbage_costs_nothing(
     kernel.has_rdma = False
     found = rdma.look(Place(paths=paths))
     assert (found.mode, found.devices) == (None, ())
+
+
+def test_devices_whose_rdma_is_turned_off_are_named() -> None:
+    def param(name: str, *values: bool) -> DevlinkParam:
+        handle = DevlinkHandle("pci", "0000:3b:00.0")
+        return DevlinkParam(handle=handle, name=name, values=dict(zip(ParamMode, values, strict=False)))
+
+    params = [param("enable_rdma", False), param("enable_roce", True), param("enable_sriov", False)]
+    off = rdma.turned_off(params)
+    assert off == ("pci/0000:3b:00.0 enable_rdma",)
+    for facts in (replace(FINE, off=off), replace(FINE, devices=(), off=off)):
+        verdict, said = told(facts)["rdma-off"]
+        assert verdict is Verdict.WARN
+        assert "pci/0000:3b:00.0 enable_rdma" in said
