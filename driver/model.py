@@ -154,6 +154,9 @@ class Device:
     """Of a VF whose PF is here, where it was looked at for a claim: a scan does not ask for it."""
     taken: bool = False
     """Withheld since someone has it: the host, others, or a pod."""
+    pf_driver: str | None = None
+    vf_cannot: frozenset[str] = frozenset()
+    """What its PF's driver is known not to be able to set of it."""
     port: PortBaseline | None = None
     """Of a PF with VFs, where it was looked at for a claim."""
     physical_port: PortState | None = None

@@ -356,6 +356,11 @@ class HwDevice:
     has_netdev: bool = True
     """Its driver has made one, in whatever namespace that is."""
     withheld: str = ""
+    pf_driver: str | None = None
+    vf_can: str = ""
+    """Of a VF: what its PF's driver can set of it, as published; "" where that is not known."""
+    vf_cannot: frozenset[str] = frozenset()
+    """What it is known not to be able to set."""
     taken: bool = False
     """Withheld since someone has it: the host, others, or a pod."""
 

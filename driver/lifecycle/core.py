@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 
 from driver.execute.engine import EXPECTED
 from driver.journal.store import Journal
+from driver.lifecycle.abilities import VfAbilities
 from driver.lifecycle.claims import Claims
 from driver.lifecycle.context import Context
 from driver.lifecycle.gate import Gate
@@ -80,6 +81,7 @@ class Lifecycle:
         self.keeping = Keeping(context, self._projections, self._homecoming)
         self._usage = usage
         self._metering = metering
+        self._abilities = VfAbilities(context)
         self._makes_vfs = False
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -95,6 +97,7 @@ class Lifecycle:
             await self._provisioning.at_start(self._spawn(self._provisioning.run))
             self._spawn(lambda: _every(VFS_AGAIN_EVERY, self._provisioning.again))
         self._makes_vfs = make_vfs
+        await self._ask_drivers()
         # What is unwell now must not be offered as well for a moment.
         await self._health.ask_reporters()
         await self._health.look()
@@ -183,10 +186,19 @@ class Lifecycle:
             await context.workers.run([], context.devices.rescan)
             returned = frozenset(self._away())
             self._look_after_vfs()
+            self._spawn(self._ask_abilities)
             # Before it is mended: a pod that lost its device for a moment lost it.
             await self._health.look()
         await self._reconcile.after_change(returned)
         self._health.nudge()
+
+    async def _ask_abilities(self) -> None:
+        if await self._ask_drivers():
+            self._projections.offer()
+
+    async def _ask_drivers(self) -> bool:
+        """Not while it is not known who has what, nor by who only takes devices back."""
+        return self._makes_vfs and not self.gate.recovery and await self._abilities.run()
 
     def _look_after_vfs(self) -> None:
         """In a task of its own: it may take long, and nobody waits for it."""

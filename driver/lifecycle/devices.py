@@ -29,6 +29,7 @@ from hw.model import (
     LinkSettings,
     MacAddress,
     PciAddress,
+    PciIdentity,
     PfAddress,
     PortBaseline,
     PortVf,
@@ -43,6 +44,7 @@ from hw.rdma import verbs
 from hw.rdma.netlink import rdma_if_any
 from hw.scan import pf_link, scan, uplinks_of
 from hw.sriov import binding
+from hw.sriov.abilities import Asked, ask
 from hw.sriov.discovery import DEVICES
 from hw.sysfs import Sysfs
 
@@ -66,6 +68,8 @@ class Devices:
         self._lock = threading.Lock()
         self._current = inventory.Inventory()
         self._by_index: Mapping[IfIndex, Device] = {}
+        self.abilities: Mapping[PciAddress, Asked] = {}
+        """What the drivers of PFs answered about their VFs."""
         self._held_back: Mapping[PfAddress, str] = {}
         self._said = False
 
@@ -134,6 +138,14 @@ class Devices:
                 log.info("RDMA devices are read by netlink and sysfs alone: %s", why)
 
     def _checked(self, device: HwDevice) -> HwDevice:
+        asked = self.abilities.get(pf_address(device.identity) or PciAddress(""))
+        if asked is not None and device.kind is DeviceKind.VF:
+            device = replace(
+                device,
+                pf_driver=asked.driver,
+                vf_can=str(asked.abilities),
+                vf_cannot=frozenset(map(str, asked.abilities.cannot)),
+            )
         reason = "" if device.withheld else self.held_back(device.identity)
         return replace(device, withheld=reason) if reason else device
 
@@ -171,6 +183,27 @@ class Devices:
             withheld = withheld or f"in use by others: it belongs to link {link.master}"
         settings = LinkSettings.of(link, kind=device.kind)
         return replace(device, settings=settings, withheld=withheld, vf=vf, pf_mtu=pf_mtu, port=port)
+
+    def ask_abilities(self, device: Device, *, own: bool) -> bool:
+        """Ask the driver of a VF's PF what it can set of it, if it may have more to say than it said;
+        whether there was an answer. To be called with the VF in hand; own: it may be tried out."""
+        identity = device.identity
+        pf = pf_address(identity)
+        if not isinstance(identity, PciIdentity) or pf is None or identity.vf_index is None:
+            return False
+        driver = binding.driver_of(self._sysfs, pf)
+        with LinkSocket(None) as links:
+            link = pf_link(identity, links.dump())
+            if link is None or driver is None:
+                return False
+            asked = self.abilities.get(pf)
+            if asked is not None and asked.is_enough(driver, own=own, carrier=link.carrier):
+                return False
+            known = asked.abilities if asked is not None and asked.driver == driver else None
+            found = ask(links, link, identity.vf_index, own=own, known=known)
+        answer = Asked(driver=driver, own=own, carrier=link.carrier, abilities=found)
+        self.abilities = {**self.abilities, pf: answer}
+        return True
 
     def who_else_has(self, mac: MacAddress, device: Device) -> str:
         """What in the host's namespace has an address, or is told it by the device's PF, in words; "" if
@@ -214,6 +247,10 @@ class Devices:
                 elif _matters(link, known, policy):
                     rescan = True
         return Look(rescan=rescan, returned=frozenset(returned))
+
+
+def pf_address(identity: Identity) -> PciAddress | None:
+    return identity.pf if isinstance(identity, PciIdentity) else None
 
 
 def _on_pf(identity: Identity, links: LinkSocket) -> tuple[VfSettings | None, int | None]:

@@ -9,6 +9,7 @@ from driver import limits
 from driver.errors import ConfigError, FieldProblem
 from driver.model import VF_FIELDS, Device, NicConfig
 from hw.model import DeviceKind
+from hw.sriov.abilities import ability_for
 
 
 def check_fits(device: Device, config: NicConfig) -> None:
@@ -47,12 +48,31 @@ def check_pf(device: Device, config: NicConfig) -> None:
         # A netdev can be given an address all the same.
         needs_pf = [path for path in asked if not path.startswith("interface.") or config.by_file]
         problems = [FieldProblem(path, absent) for path in needs_pf]
+    problems += _beyond(device, config)
     mtu = config.interface.mtu
     if mtu is not None and device.pf_mtu is not None and mtu > device.pf_mtu:
         reason = f"{device.name} takes up to {device.pf_mtu}, the MTU of its PF, not {mtu}"
         problems.append(FieldProblem("interface.mtu", reason))
     if problems:
         raise ConfigError(problems)
+
+
+def _beyond(device: Device, config: NicConfig) -> list[FieldProblem]:
+    """What the driver of a VF's PF is known not to do. What is so already takes nothing, and a limit that can
+    be kept otherwise is not refused for this."""
+    problems = []
+    for name, value in config.on_pf().items():
+        path = config.field_of(name)
+        as_it_is = device.vf is not None and getattr(device.vf, name) == value
+        cannot = ability_for(name, value) in device.vf_cannot and not path.startswith("qos.")
+        if cannot and value and not as_it_is:
+            shown = f"{value}M" if name in ("min_rate", "max_rate") else str(value)
+            told = (
+                f"{device.name} cannot have {path} {shown}: {device.pf_driver}, which drives its PF, cannot "
+                "do that; leave it out of the claim, or choose another device by its attribute vfSettings"
+            )
+            problems.append(FieldProblem(path, told))
+    return problems
 
 
 def _check_by_file(device: Device, config: NicConfig) -> list[FieldProblem]:

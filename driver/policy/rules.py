@@ -53,6 +53,7 @@ OWN_ATTRIBUTES = frozenset(
         "vendor",
         "vendorName",
         "vfIndex",
+        "vfSettings",
         "virtual",
     }
 )

@@ -136,7 +136,7 @@ def test_a_full_device_keeps_to_the_limit_and_says_what_it_left_out() -> None:
     assert device.attributes["pfName"] == "ens1f0np0"
     assert device.attributes["vfIndex"] == 0
     assert device.attributes["linkSpeed"] == 100_000
-    assert set(OPTIONAL) - set(device.attributes) == {"firmware", "representor"}
+    assert set(OPTIONAL) - set(device.attributes) == {"firmware", "representor", "vfSettings"}
     assert len(device.attributes) == 4 + 3 + 16
     assert device.capacities == {"bandwidth": "100G"}
     (problem,) = inventory.problems
