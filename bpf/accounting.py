@@ -288,15 +288,25 @@ def _make_counters(slots: int) -> sys.MapFd:
 def _open_limits(pins: Path, slots: int) -> Limits:
     with contextlib.ExitStack() as stack:
         rules = stack.enter_context(
-            _reopen(pins / "rules", sys.MapType.ARRAY, layout.RULES_BYTES)
+            _reopen_or_forget(pins / "rules", layout.RULES_BYTES)
             or _pinned(pins / "rules", lambda: _make_rules(slots))
         )
         police = stack.enter_context(
-            _reopen(pins / "police", sys.MapType.ARRAY, layout.POLICE_BYTES)
+            _reopen_or_forget(pins / "police", layout.POLICE_BYTES)
             or _pinned(pins / "police", lambda: _make_police(slots))
         )
         stack.pop_all()
         return Limits(rules, police)
+
+
+def _reopen_or_forget(path: Path, value_size: int) -> sys.MapFd | None:
+    """A map without counts is made anew where another version made it: the programs that use the old one have
+    it until they are loaded anew, as an agent does when it starts."""
+    try:
+        return _reopen(path, sys.MapType.ARRAY, value_size)
+    except LayoutMismatch:
+        path.unlink()
+        return None
 
 
 def _make_rules(slots: int) -> sys.MapFd:

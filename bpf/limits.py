@@ -19,11 +19,16 @@ NO_MARK = 0xFF
 """In place of a DSCP: as the pod had it."""
 COST_SHIFT = 20
 """Costs are in 2**-20 ns per byte, as in c/limit.h."""
-_RULES = struct.Struct("=IIIIII8sQQQQ")
-_POLICE = struct.Struct("=QQQQQQ")
+_RULES = struct.Struct("=IIIIII8s12Q")
+_POLICE = struct.Struct("=14Q")
 _KEY = struct.Struct("=I")
 _NS = 1_000_000_000
 _DEFAULT_MARKS = (NO_MARK,) * layout.CLASSES
+_NOTHING = (0,) * layout.CLASSES
+
+
+def _cost(rate: int) -> int:
+    return max((_NS << COST_SHIFT) // rate, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +44,7 @@ class Police:
 
     @property
     def cost(self) -> int:
-        return max((_NS << COST_SHIFT) // self.rate, 1)
+        return _cost(self.rate)
 
     @property
     def ahead_ns(self) -> int:
@@ -49,13 +54,15 @@ class Police:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
     """Of one slot. queues are handles of HTBs by direction, 0 for none; detour the ifindex of an ifb in the
-    device's netns, 0 for none; marks the DSCP each class leaves with, or NO_MARK."""
+    device's netns, 0 for none; marks the DSCP each class leaves with, or NO_MARK; guaranteed what the police
+    lets each class send whatever the others do, in bytes per second."""
 
     one_class: int | None = None
     queues: tuple[int, int] = (0, 0)
     detour: int = 0
     marks: tuple[int, ...] = _DEFAULT_MARKS
     police: tuple[Police | None, Police | None] = (None, None)
+    guaranteed: tuple[int, ...] = _NOTHING
 
     def pack(self) -> bytes:
         """As struct rules."""
@@ -66,9 +73,9 @@ class Rules:
         flags |= 0 if self.marks == _DEFAULT_MARKS else layout.RULES_MARK
         costs = (each.cost if each else 0 for each in self.police)
         bursts = (each.ahead_ns if each else 0 for each in self.police)
-        return _RULES.pack(
-            flags, self.one_class or 0, *self.queues, self.detour, 0, bytes(self.marks), *costs, *bursts
-        )
+        shares = (_cost(each) if each else 0 for each in self.guaranteed)
+        told = (flags, self.one_class or 0, *self.queues, self.detour, 0, bytes(self.marks))
+        return _RULES.pack(*told, *costs, *bursts, *shares)
 
 
 NO_RULES = Rules()
@@ -120,7 +127,7 @@ class Limits:
                 if error.errno != errno.ENOENT:
                     raise
                 continue
-            _, _, out_bytes, in_bytes, out_packets, in_packets = _POLICE.unpack(value)
+            _, _, out_bytes, in_bytes, out_packets, in_packets, *_ = _POLICE.unpack(value)
             found[slot] = Dropped((out_bytes, in_bytes), (out_packets, in_packets))
         return found
 

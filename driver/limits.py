@@ -31,6 +31,8 @@ _HEADERS = 400
 """The kernel takes off for headers what it may need at most."""
 _BURST_SECONDS = 1000
 """A burst is 1/1000 s: what a timer that is late by that much has to make up for."""
+_BURST_FREE = (65536, 250)
+"""Or 1/250 s, up to what a device sends at once anyway: busy nodes have later timers."""
 _EGRESS_QUEUE_SECONDS = 160
 """6 ms wait at most in a class. The sender is on this node and is told at once."""
 _INGRESS_QUEUE_SECONDS = 50
@@ -176,6 +178,7 @@ def shaping(config: NicConfig, policy: QosPolicy, *, mtu: int) -> Shaping:
             queues=(ROOT_HANDLE if egress else 0, 0),
             marks=_marks(policy),
             police=(backstop, None),
+            guaranteed=_guaranteed(out) if out is not None else Rules().guaranteed,
         ),
         gso_max_size=gso,
         ingress_police=_police(ingress) if ingress else None,
@@ -213,7 +216,7 @@ def _tree(rate: int, classes: Sequence[QosClass], gso: int, queue: int) -> HtbTr
     limit = rate * _MBIT
     return HtbTree(
         rate=limit,
-        burst=max(limit // _BURST_SECONDS, gso),
+        burst=_burst(limit, gso),
         quantum=gso,
         default=Minor(LEAF),
         classes=tuple(
@@ -229,6 +232,11 @@ def _tree(rate: int, classes: Sequence[QosClass], gso: int, queue: int) -> HtbTr
     )
 
 
+def _burst(limit: int, gso: int) -> int:
+    size, seconds = _BURST_FREE
+    return max(limit // _BURST_SECONDS, min(limit // seconds, size), gso)
+
+
 def _gso(rate: int, mtu: int) -> int:
     return min(max(rate * _MBIT // _GSO_SECONDS, _GSO_LEAST * mtu + _HEADERS), _GSO_MOST)
 
@@ -237,6 +245,14 @@ def _backstop(rate: int, burst: int) -> Police:
     most, of = _BACKSTOP
     limit = rate * _MBIT * most // of
     return Police(limit, max(limit // _BACKSTOP_BURST_SECONDS, _BACKSTOP_BURST_LEAST, 2 * burst))
+
+
+def _guaranteed(tree: HtbTree) -> tuple[int, ...]:
+    """By class, as the queue guarantees it."""
+    shares = list(Rules().guaranteed)
+    for each in tree.classes:
+        shares[each.minor - LEAF] = each.rate
+    return tuple(shares)
 
 
 def _police(rate: int) -> Police:

@@ -16,6 +16,7 @@ struct rules {
 	u8 mark[KND_CLASSES]; /* the DSCP that packets of each class leave with; above 63: what they have */
 	u64 cost[KND_DIRECTIONS]; /* 2**-20 ns that a byte takes at the limit; 0: none */
 	u64 burst[KND_DIRECTIONS]; /* how far ahead of time packets may come, in ns */
+	u64 share[KND_CLASSES]; /* as cost, of what a class can always send; 0: nothing */
 };
 
 #define RULES_ANY 1 /* there are some: the others are looked at */
@@ -27,6 +28,7 @@ struct police {
 	u64 due[KND_DIRECTIONS];
 	u64 dropped_bytes[KND_DIRECTIONS];
 	u64 dropped_packets[KND_DIRECTIONS];
+	u64 share_due[KND_CLASSES];
 };
 
 _Static_assert(sizeof(struct rules) == KND_RULES_BYTES, "struct rules differs from bpf/layout.py");
@@ -36,16 +38,15 @@ _Static_assert(RULES_MARK == KND_RULES_MARK && RULES_ONE_CLASS == KND_RULES_ONE_
 
 #define COST_SHIFT 20
 #define TRIES 4
+#define ANY_BURST (~0ULL)
 #define DSCP_MAX 63
 #define IPV6_CLASS_AT_MOST 0x0fc0 /* the DSCP's bits in the first two bytes of an IPv6 header */
 
-/* A virtual clock. Several CPUs charge one clock, so what is too late for one is tried again; whoever was
- * overtaken each time is let through and charged all the same. */
-INLINE bool too_much(struct police *police, const struct rules *rules, enum direction direction, u64 bytes)
+/* A virtual clock that is charged cost, unless it is further ahead of now than burst. Several CPUs charge one
+ * clock, so what is too late for one is tried again; whoever was overtaken each time is let through and charged
+ * all the same. */
+INLINE bool is_late(volatile u64 *due, u64 now, u64 cost, u64 burst)
 {
-	u64 now = bpf_ktime_get_ns(), cost = (bytes * rules->cost[direction]) >> COST_SHIFT;
-	u64 burst = rules->burst[direction];
-	volatile u64 *due = &police->due[direction];
 	u32 i;
 
 #pragma unroll
@@ -61,6 +62,24 @@ INLINE bool too_much(struct police *police, const struct rules *rules, enum dire
 	return false;
 }
 
+/* What a class is guaranteed passes whatever the others send, and is charged to the whole like everything: so the
+ * others have that much less, and the flood of one class costs no other its share. */
+INLINE bool too_much(struct police *police, const struct rules *rules, enum direction direction,
+		     const struct counted *counted)
+{
+	u64 now = bpf_ktime_get_ns(), bytes = counted->bytes;
+	u64 cost = (bytes * rules->cost[direction]) >> COST_SHIFT, burst = rules->burst[direction];
+
+	if (direction == DIRECTION_EGRESS) {
+		u32 class = bounded(counted->class, 7);
+		u64 share = rules->share[class];
+
+		if (share && !is_late(&police->share_due[class], now, (bytes * share) >> COST_SHIFT, burst))
+			burst = ANY_BURST;
+	}
+	return is_late(&police->due[direction], now, cost, burst);
+}
+
 INLINE bool dropped(const struct rules *rules, u32 slot, enum direction direction, const struct counted *counted)
 {
 	struct police *police;
@@ -68,7 +87,7 @@ INLINE bool dropped(const struct rules *rules, u32 slot, enum direction directio
 	if (!rules->cost[direction])
 		return false;
 	police = bpf_map_lookup_elem((void *)bpf_pseudo_fd(KND_PSEUDO_MAP_FD, KND_MAP_POLICE), &slot);
-	if (!police || !too_much(police, rules, direction, counted->bytes))
+	if (!police || !too_much(police, rules, direction, counted))
 		return false;
 	__sync_fetch_and_add(&police->dropped_bytes[direction], counted->bytes);
 	__sync_fetch_and_add(&police->dropped_packets[direction], counted->packets);

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from kndsim.node import private_mounts
-from tests.bench import agent_life, big_node, full_node, hook_latency, per_packet
+from tests.bench import agent_life, big_node, full_node, hook_latency, limits, per_packet
 from tests.bench.outcome import Outcome, as_json, as_table
 
 FULL_NODE = ("memory", "api", "scrape", "idle")
@@ -26,6 +26,7 @@ GROUPS: dict[tuple[str, ...], Work] = {
     ("scan",): big_node.full_scan,
     ("event",): big_node.link_event,
     ("bpf",): per_packet.per_packet,
+    ("limits",): limits.limits,
 }
 """Which families of rows (the part of a name before its dot) each measurement makes."""
 

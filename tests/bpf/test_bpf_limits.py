@@ -13,7 +13,9 @@ from bpf import sys
 from bpf.accounting import Accounting
 from bpf.layout import LEAF, Slot, TrafficKind
 from bpf.limits import NO_MARK, Police, Rules
+from bpf.program import CompiledPrograms
 from tests.bpf import frames as f
+from tests.bpf.bpffs import mounted_bpffs
 
 SLOT, OTHER = Slot(6), Slot(7)
 EGRESS, INGRESS = 0, 1
@@ -166,3 +168,35 @@ def test_new_rules_forget_nothing_that_was_dropped_and_a_new_owner_starts_withou
     assert accounting.limits.dropped([SLOT])[SLOT].packets == (0, 0)
     assert accounting.limits.detour(SLOT) == 0
     assert run(accounting, V4).priority == 0
+
+
+def test_the_flood_of_one_class_costs_no_other_what_it_is_guaranteed(accounting: Accounting) -> None:
+    best_effort = f.ethernet(f.IPV4, f.ipv4(f.UDP, f.udp(9, payload=bytes(100))))
+    guaranteed = (0, 0, 0, 1 << 40, 0, 0, 0, 0)
+    accounting.limits.set(SLOT, Rules(police=(Police(rate=1, burst=1), None), guaranteed=guaranteed))
+    flood = [run(accounting, best_effort).result for _ in range(20)]
+    assert flood == [UNSPEC] + [SHOT] * 19
+    assert [run(accounting, V4).result for _ in range(20)] == [UNSPEC] * 20
+    assert run(accounting, best_effort).result == SHOT
+    assert accounting.limits.dropped([SLOT])[SLOT].packets == (20, 0)
+
+
+def test_beyond_what_it_is_guaranteed_a_class_is_like_the_others(accounting: Accounting) -> None:
+    guaranteed = (0, 0, 0, 1, 0, 0, 0, 0)
+    accounting.limits.set(SLOT, Rules(police=(Police(rate=1, burst=1), None), guaranteed=guaranteed))
+    # The first goes by its share and is charged to the whole, so nothing is left for the second.
+    assert [run(accounting, V4).result for _ in range(5)] == [UNSPEC] + [SHOT] * 4
+
+
+def test_a_map_without_counts_that_another_version_made_is_made_anew(programs: CompiledPrograms) -> None:
+    with mounted_bpffs() as path:
+        pins = path / "knd/v1"
+        with Accounting.open(pins, programs, slots=2) as opened, opened.load(Slot(1), EGRESS) as program:
+            sys.prog_test_run(program, V4)
+        (pins / "rules").unlink()
+        with sys.map_create(sys.MapType.ARRAY, key_size=4, value_size=8, max_entries=2, name="old") as old:
+            sys.obj_pin(old, pins / "rules")
+        with Accounting.open(pins, programs) as opened:
+            assert [cell.packets for cell in opened.read(Slot(1))] == [1]
+            opened.limits.set(Slot(1), Rules(detour=4))
+            assert opened.limits.detour(Slot(1)) == 4

@@ -1,0 +1,77 @@
+"""How near to its limit a pod's traffic comes, and how long a question waits behind it."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from bpf.cache import ProgramCache
+from tests.bench.outcome import Outcome, measured
+from tests.kernel.limit_traffic import TCP_SHARE, Counted, echo, round_trips, tcp, udp
+from tests.kernel.limited_pair import HOST_ADDRESS, Pair, limited_pair
+
+RATES = (100, 1000)
+"""Mb/s. More than that Python does not send on two CPUs."""
+WINDOWS = 5
+SECONDS = 1.0
+QUESTIONS = 100
+TCP_BUDGET, UDP_BUDGET = 5.0, 2.0
+"""Percent."""
+LATENCY_BUDGET = 10.0
+"""ms, at 100 Mb/s."""
+_QUEUES = "HTB on a veth; what is missing of the payload that a limit has room for"
+
+
+def limits() -> list[Outcome]:
+    """Limited traffic of a pod: TCP by 1, 4 and 32 connections, UDP, and a question beside them."""
+    with tempfile.TemporaryDirectory() as folder, limited_pair(ProgramCache(Path(folder)).ensure()) as pair:
+        return [row for rate in RATES for row in _at(pair, rate)]
+
+
+def _at(pair: Pair, rate: int) -> Iterator[Outcome]:
+    pair.limit(egress=rate)
+    for flows in (1, 4, 32):
+        with tcp(pair.pod, pair.host, HOST_ADDRESS, flows) as arriving:
+            missing = [_missing(each, rate * TCP_SHARE) for each in _windows(arriving)]
+            name = f"limits.tcp_{flows}_at_{rate}M"
+            yield measured(name, missing, statistics.median, "%", budget=TCP_BUDGET, note=_QUEUES)
+            if flows == 4:
+                yield _latency(pair, rate)
+    with udp(pair.pod, pair.host, HOST_ADDRESS) as arriving:
+        arriving.rate(SECONDS)
+        off = [abs(_missing(_on_wire(pair, arriving), rate)) for _ in range(WINDOWS)]
+        note = "off the limit, counted at the far end's interface"
+        yield measured(f"limits.udp_at_{rate}M", off, statistics.median, "%", budget=UDP_BUDGET, note=note)
+
+
+def _windows(arriving: Counted) -> list[float]:
+    """Mb/s of several seconds, after one to get going."""
+    arriving.rate(SECONDS)
+    return [arriving.rate(SECONDS) / 1e6 for _ in range(WINDOWS)]
+
+
+def _missing(got: float, wanted: float) -> float:
+    return (wanted - got) / wanted * 100
+
+
+def _latency(pair: Pair, rate: int) -> Outcome:
+    with echo(pair.host, HOST_ADDRESS):
+        waited = [each * 1000 for each in round_trips(pair.pod, HOST_ADDRESS, QUESTIONS)]
+    budget = LATENCY_BUDGET if rate == RATES[0] else None
+    note = "median there and back, in the class of four busy connections"
+    return measured(f"limits.question_at_{rate}M", waited, statistics.median, "ms", budget=budget, note=note)
+
+
+def _on_wire(pair: Pair, arriving: Counted) -> float:
+    """Mb/s that the host's end of the pair takes in, over a second."""
+    started, before = time.monotonic(), _received(pair)
+    arriving.stop.wait(SECONDS)
+    return (_received(pair) - before) * 8 / 1e6 / (time.monotonic() - started)
+
+
+def _received(pair: Pair) -> int:
+    (link,) = pair.host.netlink(lambda ipr: ipr.get_links(pair.wire))
+    return int(link.get_attr("IFLA_STATS64")["rx_bytes"])

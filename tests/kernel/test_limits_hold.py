@@ -1,0 +1,121 @@
+"""Limits on real traffic: never above, both ways, TCP and UDP, whatever the pod does; and all of it counted.
+
+How near a limit traffic comes is for the benchmark to say: here is only what a busy machine cannot spoil.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bpf.cache import ProgramCache
+from hw.qdisc import ROOT_HANDLE
+from kndsim.waiting import wait_until
+from tests.kernel.limit_traffic import TCP_SHARE, UDP_SHARE, Counted, tcp, udp
+from tests.kernel.limited_pair import HOST_ADDRESS, POD_ADDRESS, SLOT, Pair, limited_pair
+
+pytestmark = [pytest.mark.usefixtures("tcx_kernel"), pytest.mark.timeout(120)]
+
+LIMIT = 20
+SECONDS = 1.5
+ABOVE = 1.1
+"""A burst and what the receiver's socket held back come on top."""
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Pair]:
+    with limited_pair(ProgramCache(tmp_path).ensure()) as made:
+        yield made
+
+
+def settled(arriving: Counted) -> float:
+    """Mb/s, once something has come: what waited before there was a limit is not looked at."""
+    wait_until(lambda: arriving.bytes > 0, within=20.0, what="the first byte")
+    arriving.rate(0.5)
+    return arriving.rate(SECONDS) / 1e6
+
+
+@pytest.mark.parametrize("flows", [1, 8])
+@pytest.mark.parametrize("way", ["egress", "ingress"])
+def test_tcp_is_never_above_its_limit_and_goes_on(pair: Pair, way: str, flows: int) -> None:
+    pair.limit(**{way: LIMIT})
+    ends = (pair.pod, pair.host, HOST_ADDRESS) if way == "egress" else (pair.host, pair.pod, POD_ADDRESS)
+    with tcp(*ends, flows) as arriving:
+        assert LIMIT * TCP_SHARE * 0.2 < settled(arriving) < LIMIT * TCP_SHARE * ABOVE
+
+
+@pytest.mark.parametrize("way", ["egress", "ingress"])
+def test_udp_is_never_above_its_limit(pair: Pair, way: str) -> None:
+    pair.limit(**{way: LIMIT})
+    ends = (pair.pod, pair.host, HOST_ADDRESS) if way == "egress" else (pair.host, pair.pod, POD_ADDRESS)
+    with udp(*ends) as arriving:
+        assert 0 < settled(arriving) < LIMIT * UDP_SHARE * ABOVE
+
+
+def test_a_limit_that_changes_does_so_under_traffic_and_one_that_ends_leaves_nothing(pair: Pair) -> None:
+    baseline = pair.target.preparation.baseline
+    with tcp(pair.pod, pair.host, HOST_ADDRESS, 2) as arriving:
+        pair.limit(egress=4 * LIMIT)
+        assert pair.shaper.is_shaped(pair.target)
+        settled(arriving)
+        pair.limit(egress=LIMIT)
+        assert pair.shaper.is_shaped(pair.target)
+        assert settled(arriving) < LIMIT * TCP_SHARE * ABOVE
+        pair.limit()
+        assert settled(arriving) > 2 * LIMIT
+    assert pair.target.pod is not None
+    link = pair.target.pod.by_index(pair.ifindex)
+    root = pair.target.pod.shaping.root(pair.ifindex)
+    assert link is not None
+    assert link.gso_max_size == baseline.gso_max_size
+    assert root is None or root.handle != ROOT_HANDLE
+
+
+def test_a_pod_that_took_its_queue_off_has_a_quarter_more_and_is_seen(pair: Pair) -> None:
+    pair.limit(egress=LIMIT)
+    assert pair.target.pod is not None
+    pair.target.pod.shaping.unshape(pair.ifindex)
+    assert not pair.shaper.is_shaped(pair.target)
+    with udp(pair.pod, pair.host, HOST_ADDRESS) as arriving:
+        assert 0 < settled(arriving) < LIMIT * 1.25 * UDP_SHARE * ABOVE
+        assert pair.accounting.limits.dropped([SLOT])[SLOT].packets[0] > 0
+        pair.shaper.shape(pair.target)
+        assert pair.shaper.is_shaped(pair.target)
+
+
+def test_without_the_link_that_it_waits_on_nothing_comes_in(pair: Pair) -> None:
+    pair.limit(ingress=LIMIT)
+    assert pair.target.pod is not None
+    (detour,) = (link for link in pair.target.pod.dump() if link.kind == "ifb")
+    with udp(pair.host, pair.pod, POD_ADDRESS) as arriving:
+        settled(arriving)
+        pair.target.pod.delete(detour.ifindex)
+        arriving.rate(0.2)
+        assert arriving.rate(0.5) == 0
+        assert not pair.shaper.is_shaped(pair.target)
+        pair.shaper.shape(pair.target)
+        assert settled(arriving) > 0
+
+
+def test_every_byte_is_counted_whatever_becomes_of_it(pair: Pair) -> None:
+    """Sent at once, so that some wait, some find the queue full and some are above the backstop."""
+    pair.limit(egress=1)
+    assert pair.target.pod is not None
+    sender = pair.pod.run(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    sink = pair.host.run(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    with sender, sink:
+        sink.bind((HOST_ADDRESS, 9))
+        sender.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8 << 20)
+        sender.connect((HOST_ADDRESS, 9))
+        # The neighbour is found first, so that nothing waits for it.
+        sender.send(b"0")
+        wait_until(lambda: pair.egress_bytes() > 0, within=20.0, what="the first packet")
+        before = pair.egress_bytes()
+        sent = sum(sender.send(bytes(1000)) + 42 for _ in range(2000))
+    dropped = pair.accounting.limits.dropped([SLOT])[SLOT]
+    assert dropped.packets[0] > 0
+    # ARP and IPv6 say a little of their own meanwhile.
+    assert 0 <= pair.egress_bytes() - before - sent < 2000
