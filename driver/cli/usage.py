@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 
 from driver.cli.output import Row, Value, print_table, printable, show
-from driver.journal.ledger import Bill, Ledger, UsageRow
+from driver.journal.ledger import Bill, CounterRow, Ledger, UsageGap, UsageRow
 from driver.settings import add_place_arguments, paths_from
 
 _AGE = re.compile(r"([0-9]{1,9})([smhdw])")
@@ -38,6 +38,10 @@ _GROUPS: Mapping[str, Callable[[UsageRow], Value]] = {
 }
 _DEFAULT = ("namespace", "pod", "claim", "device", "interface", "direction", "class", "kind", "source")
 _ALWAYS = ("direction", "source")
+_COUNTER_COLUMNS = (
+    *("namespace", "pod", "claim", "device", "counted", "port", "source", "counter", "total"),
+    *("from", "to"),
+)
 
 
 def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -61,22 +65,28 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="one row for each of these, comma-separated: " + ", ".join(_GROUPS) + ", label:NAME; direction "
         "and source stay apart in any case",
     )
+    usage.add_argument(
+        "--counters",
+        action="store_true",
+        help="instead, what devices counted themselves (RDMA, interface, VF on its PF), counter by counter, "
+        "over the whole lives of those who lived in the time; without a pod, what several had together",
+    )
     usage.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     since, until = _range(arguments)
     groups = parse_groups(arguments.by)
+    if arguments.counters:
+        if arguments.by:
+            raise ValueError("--counters goes without --by: counters of different names have no sum")
+        return _run_counters(arguments, since, until)
     with Ledger.open_read_only(paths_from(arguments).ledger) as ledger:
         bill = ledger.bill(since=since, until=until, namespace=arguments.namespace, pod=arguments.pod)
     rows = grouped(bill.rows, groups)
     columns = [*groups, "bytes", "packets"]
     if arguments.output == "csv":
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(
-            ["" if row[column] is None else printable(row[column]) for column in columns] for row in rows
-        )
+        _write_csv(rows, columns)
         return 0
     if arguments.output == "table":
         _show_table(bill, rows, columns)
@@ -84,6 +94,53 @@ def run(arguments: argparse.Namespace) -> int:
     more = {**_uncertain(bill), "totals": totals(rows)}
     show(rows, columns, arguments.output, nothing="nothing was counted", more=more)
     return 0
+
+
+def _run_counters(arguments: argparse.Namespace, since: float | None, until: float | None) -> int:
+    chosen = {"since": since, "until": until, "namespace": arguments.namespace, "pod": arguments.pod}
+    with Ledger.open_read_only(paths_from(arguments).ledger) as ledger:
+        counters = ledger.counters(**chosen)
+        gaps = [gap for gap in ledger.gaps(**chosen) if gap.source]
+    rows = [counter_row(row) for row in counters if row.total]
+    if arguments.output == "csv":
+        _write_csv(rows, _COUNTER_COLUMNS)
+        return 0
+    show(
+        rows,
+        [column for column in _COUNTER_COLUMNS if column not in ("from", "to")],
+        arguments.output,
+        nothing="no device counted anything",
+        more={"gaps": _gap_rows(gaps)},
+    )
+    if arguments.output == "table":
+        _show_gaps(gaps)
+    return 0
+
+
+def counter_row(row: CounterRow) -> Row:
+    """What is not zero of one counter; device is None for what several attachments had together."""
+    owner = row.owner
+    return {
+        "namespace": owner.pod.namespace if owner else None,
+        "pod": owner.pod.name if owner else None,
+        "claim": owner.claim.name if owner else None,
+        "device": owner.device if owner else None,
+        "counted": row.meter.subject,
+        "port": row.meter.port or None,
+        "source": row.meter.source,
+        "counter": row.counter,
+        "total": row.total,
+        "from": row.started,
+        "to": row.checked,
+    }
+
+
+def _write_csv(rows: Sequence[Row], columns: Sequence[str]) -> None:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(
+        ["" if row[column] is None else printable(row[column]) for column in columns] for row in rows
+    )
 
 
 def parse_groups(text: str | None) -> tuple[str, ...]:
@@ -174,10 +231,7 @@ def _shown_time(at: float | None) -> str:
 def _uncertain(bill: Bill) -> dict[str, Sequence[Row]]:
     return {
         "period": [{"from": bill.period.start, "to": bill.period.end}],
-        "gaps": [
-            {"attachment": gap.attachment, "from": gap.start, "to": gap.end, "reason": gap.reason}
-            for gap in bill.gaps
-        ],
+        "gaps": _gap_rows(bill.gaps),
         "late": [
             {"attachment": late.attachment, "source": late.source, "from": late.start, "to": late.end}
             for late in bill.late
@@ -185,6 +239,21 @@ def _uncertain(bill: Bill) -> dict[str, Sequence[Row]]:
         "clock_steps": [{"at": step.at, "seconds": step.seconds} for step in bill.clock_steps],
         "agent_starts": [{"at": at} for at in bill.restarts],
     }
+
+
+def _gap_rows(gaps: Sequence[UsageGap]) -> list[Row]:
+    return [
+        {"attachment": gap.attachment, "from": gap.start, "to": gap.end, "reason": gap.reason} for gap in gaps
+    ]
+
+
+def _show_gaps(gaps: Sequence[UsageGap]) -> None:
+    if not gaps:
+        return
+    print(f"\nnot counted: {len(gaps)} gaps")
+    for gap in gaps:
+        between = f"{_shown_time(gap.start)} to {_shown_time(gap.end)}"
+        print(f"  {gap.attachment or gap.subject or 'all'}, {between}: {printable(gap.reason)}")
 
 
 def _show_table(bill: Bill, rows: Sequence[Row], columns: Sequence[str]) -> None:
@@ -198,11 +267,7 @@ def _show_table(bill: Bill, rows: Sequence[Row], columns: Sequence[str]) -> None
         print_table(rows, columns)
         print("\ntotal")
         print_table(totals(rows), ["source", "direction", "bytes", "packets"])
-    if bill.gaps:
-        print(f"\nnot counted: {len(bill.gaps)} gaps")
-        for gap in bill.gaps:
-            between = f"{_shown_time(gap.start)} to {_shown_time(gap.end)}"
-            print(f"  {gap.attachment or 'all'}, {between}: {printable(gap.reason)}")
+    _show_gaps(bill.gaps)
     for late in bill.late:
         print(
             f"\n{late.attachment} was not read from {_shown_time(late.start)} to {_shown_time(late.end)}: "

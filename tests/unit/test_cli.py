@@ -17,6 +17,7 @@ from driver.cli.output import printable
 from driver.clock import SystemClock
 from driver.journal import Journal, Quarantine
 from driver.journal.ledger import Ledger, UsageOwner
+from driver.journal.stretches import MeterKey, Reading
 from driver.kubelet.plugin import make_plugin_dir
 from driver.kubelet.takeover import TakeoverLock
 from driver.model import AttachmentState, ClaimRef, ClaimUid, PodRef, PodUid, PreparationState, SandboxId
@@ -175,6 +176,28 @@ def test_usage_tells_totals_and_what_was_not_counted(knd, paths: Paths) -> None:
         assert "not counted: 1 gaps" in knd("usage").out
         assert knd("usage", "--namespace", "other", "-o", "json").rows == []
         assert knd("usage", "--since", "1s").out.split("\n\n")[1].startswith("nothing was counted")
+
+
+def test_usage_tells_what_devices_counted_apart_from_the_rest(knd, paths: Paths) -> None:  # type: ignore[no-untyped-def]
+    meter = MeterKey("mlx5_2", "rdma-hw", 1)
+    with Ledger.open(paths.ledger) as ledger:
+        ledger.begin(owner())
+        ledger.meters.take(meter, owner().attachment, Reading("boot", {"sent": 5, "idle": 9}), 1000.0)
+        ledger.meters.take(meter, None, Reading("boot", {"sent": 8, "idle": 9}), 1100.0)
+        ledger.meters.release(meter, Reading("boot", {"sent": 2, "idle": 9}), 1200.0)
+        said = json.loads(knd("usage", "--counters", "-o", "json").out)
+        assert [(row["pod"], row["counted"], row["counter"], row["total"]) for row in said["rows"]] == [
+            (None, "mlx5_2", "sent", 2),
+            ("train-0", "mlx5_2", "sent", 3),
+        ]
+        assert [gap["from"] for gap in said["gaps"]] == [1100.0]
+        mine = knd("usage", "--counters", "--pod", "train-0", "-o", "csv").out
+        assert mine.splitlines()[1:] == ["ml,train-0,nic-0,dev-0,mlx5_2,1,rdma-hw,sent,3,1000.0,1100.0"]
+        table = knd("usage", "--counters").out
+        assert "not counted: 1 gaps" in table
+        assert "mlx5_2, " in table
+        assert knd("usage", "-o", "json").rows == []
+        assert "goes without --by" in knd("usage", "--counters", "--by", "pod").err
 
 
 def test_usage_is_grouped_and_cut_as_asked(knd, paths: Paths) -> None:  # type: ignore[no-untyped-def]
