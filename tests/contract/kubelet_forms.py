@@ -51,11 +51,18 @@ class KubeletPeer(Protocol):
         ...
 
     async def claim(self) -> Claim: ...
-    async def start(self, *claims: Claim) -> Pod: ...
+    async def start(self, *claims: Claim, named: bool = False) -> Pod:
+        """named: its container names the claims, so their CDI devices must exist, if there are any."""
+        ...
+
     async def running(self, pod: Pod) -> bool: ...
 
     async def complaints(self, pod: Pod) -> list[str]:
         """What the pod's events say of its claims."""
+        ...
+
+    async def health(self, pod: Pod) -> str:
+        """What the pod's status says of its device's health, "" if it says nothing."""
         ...
 
     async def delete(self, pod: Pod, *, force: bool = False) -> None: ...
@@ -78,7 +85,8 @@ class SimulatedKubelet:
     async def claim(self) -> Claim:
         return Claim("contract", f"claim-{uuid.uuid4().hex[:8]}", str(uuid.uuid4()))
 
-    async def start(self, *claims: Claim) -> Pod:
+    async def start(self, *claims: Claim, named: bool = False) -> Pod:
+        del named
         pod = Pod(f"pod-{uuid.uuid4().hex[:8]}", str(uuid.uuid4()), claims)
         self._said[pod.uid] = []
         self._tasks[pod.uid] = asyncio.create_task(self._keep_trying(pod))
@@ -98,6 +106,10 @@ class SimulatedKubelet:
 
     async def complaints(self, pod: Pod) -> list[str]:
         return self._said[pod.uid]
+
+    async def health(self, pod: Pod) -> str:
+        known = self.kubelet.health(DRIVER).get(("node-a", "nic-0"))
+        return known.status if known is not None else "Unknown"
 
     async def delete(self, pod: Pod, *, force: bool = False) -> None:
         await self._stop(pod.uid)
@@ -167,13 +179,22 @@ class RealKubelet:
         self._ask(200, "PUT", f"{self._claims}/{name}/status", {**made, "status": status})
         return Claim(self.namespace, name, made["metadata"]["uid"])
 
-    async def start(self, *claims: Claim) -> Pod:
+    async def start(self, *claims: Claim, named: bool = False) -> Pod:
         name = f"pod-{uuid.uuid4().hex[:8]}"
         spec = {
             "nodeName": self.node.name,
             "automountServiceAccountToken": False,
             "terminationGracePeriodSeconds": 1,
-            "containers": [{"name": "main", "image": PAUSE, "imagePullPolicy": "Never"}],
+            "containers": [
+                {
+                    "name": "main",
+                    "image": PAUSE,
+                    "imagePullPolicy": "Never",
+                    "resources": {
+                        "claims": [{"name": f"c{number}"} for number in range(len(claims) if named else 0)]
+                    },
+                }
+            ],
             "resourceClaims": [
                 {"name": f"c{number}", "resourceClaimName": claim.name} for number, claim in enumerate(claims)
             ],
@@ -210,6 +231,16 @@ class RealKubelet:
             fieldSelector=f"involvedObject.uid={pod.uid},reason=FailedPrepareDynamicResources",
         )
         return [each["message"] for each in listed["items"]]
+
+    async def health(self, pod: Pod) -> str:
+        status = self.http("GET", f"{self._pods}/{pod.name}").body.get("status", {})
+        told = [
+            resource["health"]
+            for container in status.get("containerStatuses", [])
+            for each in container.get("allocatedResourcesStatus", [])
+            for resource in each["resources"]
+        ]
+        return told[0] if told else ""
 
     async def delete(self, pod: Pod, *, force: bool = False) -> None:
         grace = {"gracePeriodSeconds": 0} if force else None

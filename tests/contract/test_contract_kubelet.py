@@ -12,7 +12,7 @@ import pytest
 
 from kndsim.waiting import wait_until_async as until
 from tests.contract.kubelet_forms import KubeletPeer, Pod
-from tests.unit.sim_kubelet_fakes import DRIVER, FakePlugin, good, serving
+from tests.unit.sim_kubelet_fakes import DRIVER, FakePlugin, bad, good, serving, told
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -56,8 +56,8 @@ async def holds(condition: Callable[[], Coroutine[Any, Any, object]], what: str)
     raise AssertionError(f"not within {LATE:g} s: {what}")
 
 
-async def started(peer: KubeletPeer, *claims: Any) -> Pod:
-    pod = await peer.start(*claims)
+async def started(peer: KubeletPeer, *claims: Any, named: bool = False) -> Pod:
+    pod = await peer.start(*claims, named=named)
     await holds(lambda: peer.running(pod), "the pod runs")
     return pod
 
@@ -258,5 +258,51 @@ def test_a_restarted_kubelet_registers_again_and_still_knows_what_to_unprepare(k
             assert len(plugin.prepares) == 1
             await peer.delete(pod)
             await unprepared(plugin, claim.uid)
+
+    play(kubelet, case)
+
+
+HEALTH = ("v1.DRAResourceHealth", "v1alpha1.DRAResourceHealth")
+
+
+@pytest.mark.since("1.37", "before 1.36 a gate is off; before 1.37 there is no v1, and all are asked")
+@pytest.mark.parametrize("services", [HEALTH, HEALTH[::-1], HEALTH[1:]])
+def test_a_devices_health_is_asked_for_in_the_best_version_and_shown_while_it_is_told_in_time(
+    kubelet: Opened, services: tuple[str, ...]
+) -> None:
+    async def case(peer: KubeletPeer) -> None:
+        versions = ["v1.DRAPlugin", *services]
+        given = FakePlugin(
+            info={"supported_versions": versions},
+            respond=lambda uids: {uid: bad(uid, cdi_device_ids=[]) for uid in uids},
+        )
+        async with offered(peer, given) as plugin:
+            pod = await started(peer, await peer.claim(), named=True)
+            await until(lambda: bool(plugin.watched), LATE, "kubelet asks for the devices' health")
+            assert plugin.watched[0] == ("v1" if HEALTH[0] in services else "v1alpha1")
+
+            async def shown(status: str) -> None:
+                async def says() -> bool:
+                    return await peer.health(pod) == status
+
+                await holds(says, f"the pod's status says {status}")
+
+            plugin.lists.put_nowait(told("UNHEALTHY", message="no carrier"))
+            await shown("Unhealthy")
+            plugin.lists.put_nowait(told("HEALTHY"))
+            await shown("Healthy")
+            plugin.lists.put_nowait(told("HEALTHY", seconds=1))
+            await shown("Unknown")
+            await peer.delete(pod)
+
+    play(kubelet, case)
+
+
+def test_a_plugin_that_serves_no_health_is_taken_all_the_same(kubelet: Opened) -> None:
+    async def case(peer: KubeletPeer) -> None:
+        async with offered(peer, FakePlugin()) as plugin:
+            pod = await started(peer, await peer.claim())
+            assert plugin.told == [(True, "")]
+            await peer.delete(pod)
 
     play(kubelet, case)

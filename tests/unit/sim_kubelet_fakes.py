@@ -17,6 +17,9 @@ from driver.pb.dra.v1 import api_pb2 as v1
 from driver.pb.dra.v1 import api_pb2_grpc as v1_grpc
 from driver.pb.dra.v1beta1 import api_pb2 as v1beta1
 from driver.pb.dra.v1beta1 import api_pb2_grpc as v1beta1_grpc
+from driver.pb.drahealth.v1 import api_pb2 as health
+from driver.pb.drahealth.v1 import api_pb2_grpc as health_grpc
+from driver.pb.drahealth.v1alpha1 import api_pb2_grpc as health_alpha_grpc
 from driver.pb.pluginregistration.v1 import api_pb2 as registration
 from driver.pb.pluginregistration.v1 import api_pb2_grpc as registration_grpc
 from kndsim.kubelet import (
@@ -52,6 +55,18 @@ def bad(uid: str, **changes: Any) -> v1.NodePrepareResourceResponse:
     return v1.NodePrepareResourceResponse(devices=[device(uid, **changes)])
 
 
+def told(status: str, *, seconds: int = 0, message: str = "") -> health.NodeWatchResourcesResponse:
+    """A list with the health of the one device. seconds: until kubelet takes it for old."""
+    named = health.DeviceIdentifier(pool_name="node-a", device_name="nic-0")
+    return health.NodeWatchResourcesResponse(
+        devices=[
+            health.DeviceHealth(
+                device=named, health=status, health_check_timeout_seconds=seconds, message=message
+            )
+        ]
+    )
+
+
 Respond = Callable[[list[str]], dict[str, v1.NodePrepareResourceResponse]]
 
 
@@ -70,6 +85,17 @@ class FakePlugin:
     prepares: list[tuple[str, list[str]]] = field(default_factory=list)
     unprepares: list[list[str]] = field(default_factory=list)
     endpoint: str = ""
+    lists: asyncio.Queue[health.NodeWatchResourcesResponse] = field(default_factory=asyncio.Queue)
+    """Of devices' health, sent as they come."""
+    watched: list[str] = field(default_factory=list)
+    """The packages of the health services that were asked for."""
+
+    async def NodeWatchResources(
+        self, request: object, context: object
+    ) -> AsyncIterator[health.NodeWatchResourcesResponse]:
+        self.watched.append("v1" if isinstance(request, health.NodeWatchResourcesRequest) else "v1alpha1")
+        while True:
+            yield await self.lists.get()
 
     async def GetInfo(self, request: object, context: object) -> registration.PluginInfo:
         self.infos.append(time.monotonic())
@@ -125,6 +151,8 @@ async def serving(kubelet: SimKubelet, plugin: FakePlugin, name: str = "sim") ->
     v1_grpc.add_DRAPluginServicer_to_server(plugin, server)
     v1beta1_grpc.add_DRAPluginServicer_to_server(plugin, server)
     registration_grpc.add_RegistrationServicer_to_server(plugin, server)
+    health_grpc.add_DRAResourceHealthServicer_to_server(plugin, server)
+    health_alpha_grpc.add_DRAResourceHealthServicer_to_server(plugin, server)
     server.add_insecure_port(f"unix:{path}")
     await server.start()
     try:
