@@ -58,6 +58,8 @@ class Watch:
     entries: Mapping[tuple[Subject, Trouble], Watched] = field(default_factory=dict)
 
     def counted(self, subject: Subject) -> Troubles:
+        if not self.entries:
+            return {}
         return {t: self.entries[subject, t].text for t in Trouble if self._counts(subject, t)}
 
     def pending(self, subject: Subject, trouble: Trouble) -> bool:
@@ -71,26 +73,26 @@ class Watch:
 
 def advance(before: Watch, seen: Mapping[Subject, Troubles], rules: Rules, now: float) -> Watch:
     """seen: every subject there is to look at, with its troubles; those that are not in it are forgotten."""
+    there = {(subject, trouble): text for subject, found in seen.items() for trouble, text in found.items()}
     entries = {}
-    for subject, troubles in seen.items():
-        known = subject in before.subjects
-        for trouble in Trouble:
-            old = before.entries.get((subject, trouble))
-            entry = _next(old, troubles.get(trouble), known, now)
-            if entry is None:
-                continue
-            due = entry.due(rules(trouble))
-            if due is not None and due <= now:
-                entry = replace(entry, counted=entry.present)
-            if entry.present or entry.counted:
-                entries[subject, trouble] = entry
+    for subject, trouble in there.keys() | before.entries.keys():
+        if subject not in seen:
+            continue
+        key = (subject, trouble)
+        entry = _next(before.entries.get(key), there.get(key), subject in before.subjects, now)
+        due = entry.due(rules(trouble))
+        if due is not None and due <= now:
+            entry = replace(entry, counted=entry.present)
+        if entry.present or entry.counted:
+            entries[key] = entry
     return Watch(frozenset(seen), entries)
 
 
-def _next(old: Watched | None, text: str | None, known: bool, now: float) -> Watched | None:
+def _next(old: Watched | None, text: str | None, known: bool, now: float) -> Watched:
+    """One of the two is there."""
     present = text is not None
     if old is None:
-        return Watched(text=text, present=True, since=now, counted=not known) if text is not None else None
+        return Watched(text=text or "", present=True, since=now, counted=not known)
     since = old.since if old.present is present else now
     return replace(old, text=text if text is not None else old.text, present=present, since=since)
 

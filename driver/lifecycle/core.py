@@ -190,7 +190,7 @@ class Lifecycle:
             # Before it is mended: a pod that lost its device for a moment lost it.
             await self._health.look()
         await self._reconcile.after_change(returned)
-        self._health.nudge()
+        self._health.holders_changed()
 
     async def _ask_abilities(self) -> None:
         if await self._ask_drivers():
@@ -252,7 +252,7 @@ class Lifecycle:
         self, claims: Sequence[ClaimRef], deadline: float
     ) -> Mapping[ClaimUid, ClaimFailed | None]:
         answers = await self._claims.unprepare(claims, deadline)
-        self._health.nudge()
+        self._health.holders_changed()
         # Its holder may have been what kept a PF's VFs as they were.
         self._look_after_vfs()
         return answers

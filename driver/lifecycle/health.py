@@ -12,7 +12,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bpf.errors import BpfError
 from driver.execute.engine import EXPECTED
 from driver.health import NOTHING, Subject, Troubles, View, Watch, advance, healths, next_look, seen_now
 from driver.lifecycle.context import Context
@@ -104,6 +103,11 @@ class Health:
         """Have it look, soon: something that it looks at has changed. Event loop only."""
         self._asked = True
         self._stir.set()
+
+    def holders_changed(self) -> None:
+        """A pod or a claim got a device, or gave one back: no news where all are well."""
+        if self._watch.entries or self._losses or self._context.book.quarantines():
+            self.nudge()
 
     async def ask_reporters(self) -> None:
         """Devlink's health reporters may say something else than before."""
@@ -201,7 +205,9 @@ class Health:
                     held=preparation,
                     in_hand=self._in_hand(name, preparation, name in attached),
                     attached=name in attached,
-                    dead=name in attached and preparation is not None and self._is_dead(preparation),
+                    dead=name in attached
+                    and preparation is not None
+                    and self._homecoming.is_dead(preparation),
                     lost=loss.text if loss is not None else "",
                     reporters=self._reporters(device),
                     port_reporters=self._port_reporters(device),
@@ -240,13 +246,6 @@ class Health:
         port, address = device.physical_port, device.identity.address
         own = port is None or port.key != address
         return self._sick.get(address, frozenset()) if own else frozenset()
-
-    def _is_dead(self, preparation: Preparation) -> bool:
-        try:
-            return self._homecoming.is_dead(preparation)
-        except BpfError as error:
-            log.warning("%s: %s", preparation.key.device, error)
-            return False
 
     # --- told -----------------------------------------------------------------------------------------
 

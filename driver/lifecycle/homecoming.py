@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from bpf.errors import BpfError
 from driver import plan
 from driver.errors import DriverError
 from driver.execute.engine import EXPECTED, Problem
@@ -236,7 +237,11 @@ class Homecoming:
         programs = self._context.programs
         if programs is None or preparation.by_file:
             return False
-        pair = programs.state(preparation.key.device)
+        try:
+            pair = programs.state(preparation.key.device)
+        except BpfError as error:
+            log.warning("%s: %s", preparation.key.device, error)
+            return False
         return pair is None or not pair.alive
 
     def _withdraw(self, attachment: Attachment) -> None:

@@ -255,7 +255,7 @@ class Sandboxes:
                 del self._under_way[sandbox.id]
         for uid in {p.key.claim_uid for p in preparations}:
             self._projections.report_claim(uid)
-        self._health.nudge()
+        self._health.holders_changed()
 
     async def _attach_late(self, sandbox: Sandbox) -> None:
         async with self._late_lane:

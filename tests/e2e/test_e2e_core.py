@@ -40,7 +40,10 @@ def test_a_pod_has_its_nic_renamed_and_addressed_before_its_first_act(space: Spa
     assert status["networkData"]["interfaceName"] == "net1"
     assert sorted(status["networkData"]["ips"]) == ["198.18.1.2/24", "2001:db8:1::2/64"]
     assert status["networkData"]["hardwareAddress"] == pod.links()["net1"].mac
-    assert {each["type"]: each["status"] for each in status["conditions"]} == {"Ready": "True"}
+    assert {each["type"]: each["status"] for each in status["conditions"]} == {
+        "Ready": "True",
+        "Healthy": "True",
+    }
 
 
 @pytest.mark.parametrize(

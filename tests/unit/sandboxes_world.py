@@ -143,7 +143,7 @@ class World:
             tell_pod=lambda pod, reason, text: self.told.append((pod, reason)),
         )
         usage = SimpleNamespace(begin=lambda made, of: None)
-        health = SimpleNamespace(nudge=lambda: None)
+        health = SimpleNamespace(holders_changed=lambda: None)
         parts = [cast(Any, part) for part in (context, projections, self.home, self.gate, usage, health)]
         self.sandboxes = Sandboxes(*parts)
 

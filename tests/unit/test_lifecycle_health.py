@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import pytest
 
-from bpf.errors import BpfError
 from driver.clock import SystemClock
 from driver.journal import Journal
 from driver.lifecycle import health as module
@@ -89,7 +88,7 @@ class World:
         self.devices = {each.name: each for each in (vf(0), vf(1))}
         self.policy = NodePolicy()
         self.now = 100.0
-        self.dead: dict[DeviceName, bool | Exception] = {}
+        self.dead: dict[DeviceName, bool] = {}
         self.held_back: set[object] = set()
         self.offers: list[tuple[OfferedDevice, ...]] = []
         self.events: list[DriverEvent] = []
@@ -120,10 +119,7 @@ class World:
         self.health = Health(cast(Context, context), self.projections, cast(Any, homecoming), self.gate)
 
     def is_dead(self, made: Preparation) -> bool:
-        said = self.dead.get(made.key.device, False)
-        if isinstance(said, Exception):
-            raise said
-        return said
+        return self.dead.get(made.key.device, False)
 
     async def look(self, after: float = 0.0) -> None:
         self.now += after
@@ -316,11 +312,14 @@ async def test_what_was_moved_out_of_a_pod_is_not_given_back(world: World) -> No
 
 
 @told
-async def test_programs_that_cannot_be_asked_say_nothing(world: World) -> None:
+async def test_who_comes_and_goes_is_no_reason_to_look_while_all_are_well(world: World) -> None:
     world.attach(0)
-    world.dead[A] = BpfError("the bpffs is gone")
     await world.look()
-    assert all(health.healthy for health in world.health.feed.devices)
+    world.health.holders_changed()
+    assert not world.health._asked
+    world.book.quarantine(A, "dirty", 1.0)
+    world.health.holders_changed()
+    assert world.health._asked
 
 
 @told
