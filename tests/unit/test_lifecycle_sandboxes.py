@@ -273,7 +273,7 @@ def test_a_hook_is_answered_by_its_deadline_and_the_attach_undone_behind_it(  # 
         world.prepare(0)
         go_on = world.stall[Act.UP, A] = threading.Event()
         with pytest.raises(NotNow, match="did not finish"):
-            await world.run(ONE, 0.5)
+            await world.run(ONE, 2.0)
         go_on.set()
         await wait_until_async(lambda: world.states() == {})
         assert world.home.log == [("undo", A)]
