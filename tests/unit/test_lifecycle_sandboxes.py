@@ -271,9 +271,9 @@ def test_a_hook_is_answered_by_its_deadline_and_the_attach_undone_behind_it(  # 
 ) -> None:
     async def story(world: World) -> None:
         world.prepare(0)
-        go_on = world.stall[Act.UP, A] = threading.Event()
+        go_on = world.stall[Act.METER, A] = threading.Event()
         with pytest.raises(NotNow, match="did not finish"):
-            await world.run(ONE, 2.0)
+            await world.run(ONE, 0.5)
         go_on.set()
         await wait_until_async(lambda: world.states() == {})
         assert world.home.log == [("undo", A)]
