@@ -75,17 +75,16 @@ class Paths:
         """Of systemd-networkd, and of udev for .link files."""
         return self.root / "run/systemd/network"
 
-    @property
     def network_managers(self) -> Mapping[str, Path]:
-        """By name: a folder that is there while it runs."""
+        """By name: a folder that is there while it runs. Of the host: not to be seen from the container,
+        nor needed by the agent."""
         return {
             "NetworkManager": self.root / "run/NetworkManager",
             "systemd-networkd": self.root / "run/systemd/netif",
         }
 
-    @property
     def containerd_config(self) -> Path:
-        """Of the host: not to be seen from the agent's container."""
+        """Of the host, as network_managers are."""
         return self.root / "etc/containerd/config.toml"
 
     @property

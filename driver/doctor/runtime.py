@@ -55,7 +55,7 @@ def look(place: Place) -> Runtime:
         helper_there=paths.netns_check.is_file(),
         helper_runs=os.access(paths.netns_check, os.X_OK)
         and not os.statvfs(paths.netns_check).f_flag & os.ST_NOEXEC,
-        containerd=parse(read_if_there(paths.containerd_config) or ""),
+        containerd=parse(read_if_there(paths.containerd_config()) or ""),
     )
 
 

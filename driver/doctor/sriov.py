@@ -87,7 +87,7 @@ def look(place: Place) -> Sriov:
         no_iommu_allowed=policy.vfio.no_iommu,
         devlink=devlink,
         devlink_problem=problem,
-        managers=tuple(name for name, folder in paths.network_managers.items() if folder.exists()),
+        managers=tuple(name for name, folder in paths.network_managers().items() if folder.exists()),
         unmarked=bool(ours) and not hands_off.are_there(paths, ours),
         problems=found.problems,
     )
@@ -153,7 +153,7 @@ def _vfio(sriov: Sriov) -> Iterator[Finding]:
 
 def _managers(sriov: Sriov) -> Iterator[Finding]:
     if not sriov.managers:
-        yield ok("network-managers", "none runs")
+        yield ok("network-managers", "none is to be seen from here")
     elif sriov.unmarked:
         yield warn(
             "network-managers",

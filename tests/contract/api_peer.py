@@ -217,6 +217,70 @@ class ApiPeer:
         """The driver's selector for its slices on a node."""
         return f"spec.driver={DRIVER},spec.nodeName={self.elsewhere}"
 
+    def give(self, claim: str, kind: str) -> str | None:
+        """What the scheduler gives of `node` to a pod that claims a device of this kind; None: nothing."""
+        if self.sim is not None:
+            self.sim.add_claim(self.namespace, claim, driver=DRIVER)
+            wanted = {"string": kind}
+            takes = {"net": lambda device: bool(device["attributes"]["kind"] == wanted)}
+            try:
+                ((_, _, device, _),) = self.sim.allocate(self.namespace, claim, DRIVER, self.node, takes)
+            except LookupError:
+                return None
+            return device
+        self._ask_scheduler(claim, kind)
+        return wait_until(lambda: self._decision(claim), 60.0, f"the scheduler decides on {claim}")[0]
+
+    def _ask_scheduler(self, claim: str, kind: str) -> None:
+        cel = {"expression": f'device.attributes["{DRIVER}"].kind == "{kind}"'}
+        request = {"name": "net", "exactly": {"deviceClassName": self.namespace, "selectors": [{"cel": cel}]}}
+        spec = {"devices": {"requests": [request]}}
+        made = self.http("POST", self.claims, {"metadata": {"name": claim}, "spec": spec})
+        assert made.code == 201, made.said
+        self.pod(
+            claim,
+            nodeName=None,
+            nodeSelector={"kubernetes.io/hostname": self.node},
+            tolerations=[{"operator": "Exists"}],
+            resourceClaims=[{"name": "net", "resourceClaimName": claim}],
+        )
+
+    def _decision(self, claim: str) -> tuple[str | None] | None:
+        """None while there is none."""
+        status = self.http("GET", f"{self.claims}/{claim}").body.get("status") or {}
+        results = ((status.get("allocation") or {}).get("devices") or {}).get("results") or []
+        if results:
+            return (str(results[0]["device"]),)
+        pod = self.http("GET", f"{self.pods}/{claim}").body
+        said = [each.get("reason") for each in (pod.get("status") or {}).get("conditions") or []]
+        return (None,) if "Unschedulable" in said else None
+
+    def take_back(self, claim: str) -> None:
+        """The pod and its claim end, and what it had is free."""
+        if self.sim is not None:
+            self.sim.delete("resourceclaims", claim, self.namespace)
+            return
+        self.http("DELETE", f"{self.pods}/{claim}", {"gracePeriodSeconds": 0})
+        self.http("DELETE", f"{self.claims}/{claim}")
+        wait_until(
+            lambda: self.http("GET", f"{self.claims}/{claim}").code == 404, 90.0, f"claim {claim} is gone"
+        )
+
+    @contextmanager
+    def device_class(self) -> Iterator[None]:
+        """One of the namespace's name for what the driver of the cases offers."""
+        path = f"{RESOURCE}/deviceclasses"
+        selector = {"cel": {"expression": f'device.driver == "{DRIVER}"'}}
+        if self.sim is None:
+            body = {"metadata": {"name": self.namespace}, "spec": {"selectors": [selector]}}
+            made = self.http("POST", path, body)
+            assert made.code == 201, made.said
+        try:
+            yield
+        finally:
+            if self.sim is None:
+                self.http("DELETE", f"{path}/{self.namespace}")
+
     def pod(self, name: str, **spec: Any) -> Json:
         """A pod of node `elsewhere`, which nobody starts."""
         body = {
