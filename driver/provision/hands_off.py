@@ -1,8 +1,9 @@
 """Rules that keep the node's own network managers off the VFs that this driver makes.
 
 Invariant: there before the VFs are, in folders that go at a reboot; they are about VFs of the named PFs and
-nothing else. udev marks such a netdev with a property. NetworkManager reads its own from the same rule,
-systemd-networkd and udev's naming match the property.
+nothing else. udev marks such a netdev with properties, which NetworkManager and systemd-networkd ask it for
+when a netdev appears: a networkd that runs reads no new file until it is told to. Its file is for those that
+do not know that property yet (before systemd 256); udev's naming matches ours.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from hw.model import PfAddress, bus_of
 NOTICE_SECONDS = 3.2
 """udev looks for changed rules when an event comes, but not more often than every three seconds."""
 _PROPERTY = "KND_VF"
+_MANAGER = "internal.knd"
+"""Any but its own name keeps networkd away."""
 _RULE = "10-knd-vf.rules"
 _LINK = "10-knd-vf.link"
 _NETWORK = "10-knd-vf.network"
@@ -68,7 +71,8 @@ def _rule(pf: PfAddress) -> str:
     vf = f'ATTR{{device/physfn/uevent}}=="*PCI_SLOT_NAME={pf}*"'
     if bus_of(pf) == "netdevsim":
         vf = f'KERNELS=="{pf}", ATTR{{phys_port_name}}=="pf*vf*"'
-    return f'SUBSYSTEM=="net", {vf}, ENV{{{_PROPERTY}}}="1", ENV{{NM_UNMANAGED}}="1"\n'
+    marks = f'ENV{{{_PROPERTY}}}="1", ENV{{NM_UNMANAGED}}="1", ENV{{ID_NET_MANAGED_BY}}="{_MANAGER}"'
+    return f'SUBSYSTEM=="net", {vf}, {marks}\n'
 
 
 def _read(path: Path) -> str | None:

@@ -254,6 +254,7 @@ def test_rules_for_network_managers_are_written_once_and_go(node: Node) -> None:
     rules = (node.paths.udev_rules / "10-knd-vf.rules").read_text()
     assert f"PCI_SLOT_NAME={PF}*" in rules
     assert f"PCI_SLOT_NAME={SECOND}*" in rules
+    assert rules.count('ENV{NM_UNMANAGED}="1", ENV{ID_NET_MANAGED_BY}="internal.knd"') == 2
     assert "Unmanaged=yes" in (node.paths.networkd / "10-knd-vf.network").read_text()
     node.paths.udev_control.touch()
     assert node.provision.keep_hands_off(found.plans.values()) == 0.0

@@ -78,6 +78,7 @@ def test_a_vf_has_the_address_its_pf_was_told_and_no_two_share_one(seen: Seen) -
 
 def test_network_managers_are_told_to_leave_these_vfs_alone_and_no_others(seen: Seen) -> None:
     assert (seen["udev"]["KND_VF"], seen["udev"]["NM_UNMANAGED"]) == ("1", "1")
+    assert seen["udev"]["ID_NET_MANAGED_BY"] == "internal.knd"
     assert seen["udev"]["ID_NET_LINK_FILE"].endswith("/10-knd-vf.link")
     assert "KND_VF" not in seen["udev of the PF"]
 
