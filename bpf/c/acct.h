@@ -273,6 +273,9 @@ INLINE void dissect(struct __sk_buff *skb, struct frame *f)
 		proto = ipv4(skb, f);
 	else if (type == ETHERTYPE_IPV6)
 		proto = ipv6(skb, f);
+	f->network = unknown(skb, f->network, 0xff);
+	f->version = unknown(skb, f->version, 7);
+	f->dscp = unknown(skb, f->dscp, 63);
 	if (proto != PROTO_UNREADABLE)
 		transport(skb, f, proto);
 }

@@ -115,15 +115,14 @@ INLINE void mark(struct __sk_buff *skb, const struct frame *f, u32 dscp)
 INLINE int enforce(struct __sk_buff *skb, const struct frame *f, const struct rules *rules, u32 slot,
 		   enum direction direction, const struct counted *counted)
 {
-	if (dropped(rules, slot, direction, counted))
-		return TC_ACT_SHOT;
 	if (rules->queues[direction])
 		skb->priority = rules->queues[direction] | (KND_LEAF + counted->class);
-	if (direction == DIRECTION_INGRESS)
-		return rules->detour ? bpf_redirect(rules->detour, 0) : TC_ACT_UNSPEC;
-	if (rules->flags & RULES_MARK)
+	if (direction == DIRECTION_EGRESS && (rules->flags & RULES_MARK))
 		mark(skb, f, rules->mark[bounded(counted->class, 7)]);
-	return TC_ACT_UNSPEC;
+	/* Last, as it has many ends: the verifier follows each of them through all that comes after. */
+	if (dropped(rules, slot, direction, counted))
+		return TC_ACT_SHOT;
+	return direction == DIRECTION_INGRESS && rules->detour ? bpf_redirect(rules->detour, 0) : TC_ACT_UNSPEC;
 }
 
 INLINE int pass(struct __sk_buff *skb, u32 slot, enum direction direction)

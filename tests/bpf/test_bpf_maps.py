@@ -186,17 +186,18 @@ def test_a_refused_program_shows_the_end_of_the_verifiers_log() -> None:
 def test_programs_load_fast_enough_for_a_pod(accounting: Accounting) -> None:
     """The verifier's work, not the clock's: a change that makes it explode fails here on any machine.
 
-    Kernel 6.1 forgets more where paths meet, and looks at twice as many instructions as 6.12: 13 500.
+    Kernel 6.1 forgets more where paths meet, and looks at up to three times as many instructions as later
+    ones, which look at 8 000.
     """
     with accounting.load(Slot(0), 0) as program:
         verified = struct.unpack_from("=I", sys.prog_info(program), VERIFIED_INSTRUCTIONS_AT)[0]
-    assert 100 < verified < 20_000
+    assert 100 < verified < 40_000
 
 
 def test_programs_that_miscount_are_found_before_anything_is_pinned(
     pins: Path, programs: CompiledPrograms
 ) -> None:
     swapped = replace(programs, programs=programs.programs[::-1])
-    with pytest.raises(BpfError, match="miscount"):
+    with pytest.raises(BpfError, match=r"the count of RoCEv2 over IPv4 is \(Cell\(direction=1"):
         Accounting.open(pins, swapped)
     assert not (pins / "acct").exists()
