@@ -242,6 +242,17 @@ def test_a_driver_without_modes_is_refused_switchdev_and_is_in_legacy_as_it_is()
     assert decided.verdict is Verdict.FINE
 
 
+def test_the_mode_of_a_pf_that_the_host_uses_is_changed_only_where_that_is_allowed() -> None:
+    uplink = port(2, eswitch=LEGACY, in_use="in use by the host: it has an address")
+    rule = PfRule(vfs=2, mode=SWITCHDEV)
+    (decided,) = plan([uplink], [rule], known(making(PfRule(vfs=2)))).values()
+    assert decided.verdict is Verdict.REFUSED
+    assert "allowHostUplink" in decided.why
+    allowed = PfRule(vfs=2, mode=SWITCHDEV, allow_host_uplink=True)
+    (decided,) = plan([uplink], [allowed], known(making(PfRule(vfs=2)))).values()
+    assert decided.verdict is Verdict.MAKE
+
+
 def test_a_record_from_before_there_were_modes_is_still_as_the_rule_says() -> None:
     rule = PfRule(vfs=2)
     (decided,) = plan([port(2, eswitch=LEGACY)], [rule], known(making(rule))).values()
