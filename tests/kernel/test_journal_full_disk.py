@@ -24,7 +24,7 @@ from driver.journal.ledger import Ledger, LedgerUnusable, LedgerWriteFailed, Usa
 from tests.unit.journal_values import BOOT, attachment, preparation
 
 disk, mirror = Path(sys.argv[1]), Path(sys.argv[2])
-subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k,mode=0700", "knd-test", str(disk)], check=True)
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=768k,mode=0700", "knd-test", str(disk)], check=True)
 filler = disk / "filler"
 
 def fill():
