@@ -7,7 +7,10 @@ wanted is written to CABLES, a line each, `PORT pull` or `PORT plug`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +27,7 @@ from tests.vm.provisioning_story import BUS, FAR, NEAR, START, borrow_udev, name
 CABLES = Path("/run/knd-cables")
 PATIENCE = 120.0
 NEAR_PORT = 0
+SIMULATED = 7
 NEAR_VFS = ("pci-0000-21-10-0", "pci-0000-21-10-2")
 FAR_VFS = ("pci-0000-41-10-0", "pci-0000-41-10-2")
 POLICY = f"""apiVersion: knd.internal/v1alpha1
@@ -40,12 +44,25 @@ health:
   noDriver: {{afterSeconds: 1, untilSeconds: 1}}
   gone: {{afterSeconds: 1, untilSeconds: 1}}
   reset: {{untilSeconds: 1}}
+  firmware: {{untilSeconds: 1}}
 """
 
 
 def bind(address: str, *, bound: bool) -> None:
     act = "bind" if bound else "unbind"
     (BUS.parent / f"drivers/igbvf/{act}").write_text(address)
+
+
+def break_reporter(file: Path) -> None:
+    """The kernel refuses the write when the reporter could not be mended at once, as it was told to fail."""
+    with contextlib.suppress(OSError):
+        file.write_text("broken")
+
+
+def simulate() -> None:
+    sh("modprobe", "netdevsim")
+    if not Path("/sys/kernel/debug/netdevsim").is_dir():
+        sh("mount", "-t", "debugfs", "debugfs", "/sys/kernel/debug")
 
 
 def address_of(device: str) -> str:
@@ -98,7 +115,9 @@ class Story:
         return {c["type"]: c["status"] for each in devices for c in each.get("conditions", ())}
 
     def slice_writes(self) -> int:
-        return sum(1 for each in self.node.api.writes() if each.resource == "resourceslices")
+        """Of those with devices in them."""
+        written = (each for each in self.node.api.writes() if each.resource == "resourceslices")
+        return sum(1 for each in written if each.body and each.body["spec"].get("devices"))
 
     def links_of(self, pod: SimPod) -> list[str]:
         """The netdevs in a pod, by the bus address they hang on."""
@@ -144,6 +163,8 @@ class Story:
         await self.until("no taint any more", lambda: not any(self.taints().values()))
         await self.until("kubelet knows", lambda: self.health(NEAR_VFS[0]).status == "Healthy")
         await self.until("the claim says so", lambda: self.conditions("wired").get("Healthy") == "True")
+        about = (("Node", self.node.name), ("ResourceClaim", "wired"), ("Pod", "wired"))
+        await self.until("all are told", lambda: all(len(self.events(*each)) >= 2 for each in about))
         self.note("slice writes of a flap", self.slice_writes() - before)
         told = {
             "node": self.events("Node", self.node.name),
@@ -162,13 +183,29 @@ class Story:
         with CABLES.open("a") as file:
             file.write(f"{NEAR_PORT} {'plug' if plugged else 'pull'}\n")
 
+    async def reporter(self) -> None:
+        """A devlink health reporter says error, and is mended."""
+        device, told = f"nsim-{SIMULATED}-port-1", f"netdevsim/netdevsim{SIMULATED}"
+        health = Path(f"/sys/kernel/debug/netdevsim/netdevsim{SIMULATED}/health")
+        await asyncio.to_thread(Path("/sys/bus/netdevsim/new_device").write_text, f"{SIMULATED} 1")
+        await self.until("the simulated port is offered", lambda: self.taints().get(device) == [])
+        (health / "fail_recover").write_text("Y")
+        await asyncio.to_thread(break_reporter, health / "break_health")
+        await self.until("a taint", lambda: self.taints()[device] == ["firmware"])
+        self.note("reporter", self.rows()[device]["health"])
+        (health / "fail_recover").write_text("N")
+        await asyncio.to_thread(sh, "devlink", "health", "recover", told, "reporter", "dummy")
+        await self.until("no taint any more", lambda: self.taints()[device] == [])
+        await asyncio.to_thread(Path("/sys/bus/netdevsim/del_device").write_text, str(SIMULATED))
+        await self.until("it is offered no more", lambda: device not in self.taints())
+
     async def unbound_while_prepared(self) -> None:
         """The driver is taken from a VF that a claim has and no pod yet; the pod then gets it whole."""
         device = FAR_VFS[0]
         pod = await self.node.prepare(await self.pod_with("early", device))
         await asyncio.to_thread(bind, address_of(device), bound=False)
         await self.until("a taint", lambda: "no-driver" in self.taints()[device])
-        await self.until("kubelet knows", lambda: self.health(device).status == "Unhealthy")
+        await self.until("kubelet knows why", lambda: "igbvf" in self.health(device).message)
         self.note("unbound", {"taints": self.taints(), "message": self.health(device).message})
         await asyncio.to_thread(bind, address_of(device), bound=True)
         await self.until("no taint any more", lambda: not self.taints()[device])
@@ -183,15 +220,14 @@ class Story:
         """The VFs of a running pod's PF are taken away by hand, and made again."""
         await asyncio.to_thread(write, FAR, 0)
         await self.until("a taint", lambda: "gone" in self.taints().get(device, ()))
-        await self.until("kubelet knows", lambda: self.health(device).status == "Unhealthy")
+        await self.until("kubelet knows why", lambda: "was removed" in self.health(device).message)
         self.note("gone", {"taints": self.taints(), "message": self.health(device).message})
         self.note("nothing is left in the pod", self.links_of(pod))
         await asyncio.to_thread(write, FAR, 2)
         await self.until("it is in the pod again", lambda: address_of(device) in self.links_of(pod))
         await self.until("no taint any more", lambda: not self.taints()[device])
         await self.until("kubelet knows", lambda: self.health(device).status == "Healthy")
-        counted = self.packets(device)
-        await self.until("it is counted again", lambda: self.packets(device) > counted)
+        await self.until("it is counted again", lambda: self.packets(device) > 0)
         self.note("told of the loss", self.events("Pod", "early"))
         await self.node.delete_pod(pod)
         await self.until("it is offered again", lambda: not self.taints()[device])
@@ -208,7 +244,11 @@ class Story:
     async def made_anew_by_others(self) -> None:
         """Between two looks: the number is the same, the VFs are not."""
         self.note("made by knd", self.ports()[NEAR]["made_by"])
-        await asyncio.to_thread(lambda: (write(NEAR, 0), write(NEAR, 2)))
+        os.kill(self.node.agent.pid, signal.SIGSTOP)
+        try:
+            await asyncio.to_thread(lambda: (write(NEAR, 0), write(NEAR, 2)))
+        finally:
+            os.kill(self.node.agent.pid, signal.SIGCONT)
         await self.until("no more claimed", lambda: self.ports()[NEAR]["made_by"] == "others")
         self.note("made by others", [number(NEAR), self.ports()[NEAR]["why_not"]])
 
@@ -220,6 +260,7 @@ class Story:
 async def main() -> None:
     sh("ip", "link", "set", name_of(FAR) or "", "up")
     write(FAR, 2)
+    simulate()
     sh("udevadm", "settle")
     async with SimNode(mode=RuntimeMode.POD_RPC, policy=POLICY) as node:
         borrow_udev(node.root)
@@ -228,6 +269,7 @@ async def main() -> None:
             await story.begin()
             for chapter in (
                 story.cable,
+                story.reporter,
                 story.unbound_while_prepared,
                 story.free_one_unbound,
                 story.made_anew_by_others,

@@ -92,6 +92,10 @@ def test_the_command_line_says_what_is_wrong(seen: Seen) -> None:
     assert seen["devices while pulled"][FAR_VFS[0]]["health"] == "healthy"
 
 
+def test_a_health_reporter_that_says_error_is_heard(seen: Seen) -> None:
+    assert "health reporter dummy says error" in seen["reporter"]
+
+
 def test_a_driver_that_was_taken_under_a_claim_is_told_and_its_return_mends_all(seen: Seen) -> None:
     assert "no-driver" in seen["unbound"]["taints"][FAR_VFS[0]]
     assert "bind it to 'igbvf' again" in seen["unbound"]["message"]
