@@ -86,11 +86,7 @@ class Sharing:
         if mine is None:
             return frozenset({name})
         port = port_of(mine)
-        others = (
-            other
-            for other in self.rivals(name)
-            if is_whole(mine) or port is None or other not in self._ports[port]
-        )
+        others = (other for other in self.rivals(name) if port is None or other not in self._ports[port])
         return frozenset({name, *others})
 
     def against(self, name: DeviceName) -> Against | None:
