@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+
 from driver.cli.output import Row
 from hw.errors import HwError
 from hw.rdma import verbs
@@ -55,7 +57,7 @@ def gid_rows(devices: tuple[DeviceDetails, ...]) -> list[Row]:
             "rdma": device.name,
             "port": port.number,
             "index": gid.index,
-            "gid": str(gid.address),
+            "gid": _shown(gid.address),
             "type": gid.type,
             "interface": gid.netdev,
         }
@@ -63,3 +65,8 @@ def gid_rows(devices: tuple[DeviceDetails, ...]) -> list[Row]:
         for port in device.ports
         for gid in port.gids
     ]
+
+
+def _shown(address: ipaddress.IPv6Address) -> str:
+    """With an IPv4 address in its usual form, which only later Pythons write."""
+    return f"::ffff:{address.ipv4_mapped}" if address.ipv4_mapped else str(address)
