@@ -11,6 +11,7 @@ import importlib.util
 import ipaddress
 import logging
 import socket
+import sys
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -82,9 +83,9 @@ def _query(verbs: ModuleType, name: str) -> DeviceDetails:
         context.close()
     return DeviceDetails(
         name=RdmaName(name),
-        node_guid=guid(_text(attributes.node_guid)),
-        sys_image_guid=guid(_text(attributes.sys_image_guid)),
-        firmware=_text(attributes.fw_version) or None,
+        node_guid=_guid(attributes.node_guid),
+        sys_image_guid=_guid(attributes.sys_image_guid),
+        firmware=_firmware(_text(attributes.fw_version)),
         ports=tuple(
             _port(number, port, tuple(gid for owner, gid in gids if owner == number))
             for number, port in ports
@@ -105,6 +106,17 @@ def _port(number: int, port: Any, gids: tuple[GidEntry, ...]) -> PortDetails:
         sm_lid=int(port.sm_lid),
         gids=gids,
     )
+
+
+def _guid(value: int) -> str | None:
+    """pyverbs hands out the eight bytes as they are in memory, which is network order, as a number."""
+    data = value.to_bytes(8, sys.byteorder)
+    return guid(data.hex(":", 2))
+
+
+def _firmware(version: str) -> str | None:
+    """Providers of software write a version of zeroes, sysfs none."""
+    return version if version.strip("0.") else None
 
 
 def _gid(entry: Any) -> GidEntry:

@@ -22,7 +22,8 @@ from hw.sysfs import Sysfs
 from kndsim.sysfs_tree import write_tree
 
 TREES = Path(__file__).parent / "sysfs_trees"
-GUID = "a088:c203:0018:0100"
+RAW = int.from_bytes(bytes.fromhex("a088c20300180100"), sys.byteorder)
+"""The GUID a088:c203:0018:0100 as pyverbs has it."""
 
 
 class PyverbsError(Exception):
@@ -40,7 +41,7 @@ class Context:
         Context.open += 1
 
     def query_device(self) -> Any:
-        return SimpleNamespace(phys_port_cnt=1, fw_version="28.39.3004", node_guid=GUID, sys_image_guid=GUID)
+        return SimpleNamespace(phys_port_cnt=1, fw_version="28.39.3004", node_guid=RAW, sys_image_guid=RAW)
 
     def query_port(self, number: int) -> Any:
         values = {"state": 4, "phys_state": 5, "link_layer": 2, "lid": 0, "sm_lid": 0, "gid_tbl_len": 8}
@@ -106,6 +107,14 @@ def test_verbs_and_sysfs_say_the_same_in_the_same_words(sysfs: Sysfs) -> None:
         (3, "RoCE v2"),
     ]
     assert {gid.netdev for gid in port.gids} == {"enp24s0np0"}
+
+
+@pytest.mark.parametrize("version", ["", "0.0.0"])
+def test_firmware_of_none_is_none(fake: ModuleType, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    values = {"phys_port_cnt": 1, "fw_version": version, "node_guid": 0, "sys_image_guid": RAW}
+    monkeypatch.setattr(Context, "query_device", lambda self: SimpleNamespace(**values))
+    (device,) = verbs.devices().values()
+    assert (device.firmware, device.node_guid) == (None, None)
 
 
 @pytest.mark.usefixtures("fake")
