@@ -268,7 +268,7 @@ def test_an_apply_for_another_uid_or_of_keyless_entries_fails(call: Client, clai
 # --- the scheduler ----------------------------------------------------------------------------------
 
 
-def test_devices_are_given_out_once_and_never_tainted_ones(api: SimApi, call: Client) -> None:
+def test_devices_are_given_out_once_and_tainted_ones_to_the_tolerant_alone(api: SimApi, call: Client) -> None:
     taint = {"key": "k", "effect": "NoSchedule"}
     made(
         call,
@@ -287,6 +287,9 @@ def test_devices_are_given_out_once_and_never_tainted_ones(api: SimApi, call: Cl
         api.allocate("d", "three", DRIVER, NODE, {"net": lambda _: True})
     api.delete("resourceclaims", "one", "d")
     assert api.allocate("d", "three", DRIVER, NODE, {"net": lambda _: True}) == [("net", NODE, "b", None)]
+    api.add_claim("d", "four")
+    every = {"net": lambda _: True}
+    assert api.allocate("d", "four", DRIVER, NODE, every, tolerate=True) == [("net", NODE, "bad", None)]
 
 
 def test_an_incomplete_pool_gives_nothing(api: SimApi, call: Client) -> None:

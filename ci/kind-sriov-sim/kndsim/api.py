@@ -297,12 +297,14 @@ class SimApi(Backend):
         driver: str,
         node: str,
         requests: Mapping[str, Callable[[Json], bool]],
+        *,
+        tolerate: bool = False,
     ) -> list[Device]:
         """Give the claim free devices as the scheduler does: from the node's complete pools of the highest
-        generation, untainted, in order, one per request whose predicate takes the published device.
-        LookupError where there is none."""
+        generation, untainted unless it tolerates all taints, in order, one per request whose predicate takes
+        the published device. LookupError where there is none."""
         in_use = api_alloc.allocated(self.store.list(Kind.CLAIM, "", {}), driver)
-        chosen = api_alloc.choose(self.slices(driver, node), in_use, requests)
+        chosen = api_alloc.choose(self.slices(driver, node), in_use, requests, tolerate=tolerate)
 
         def change(obj: Json) -> Json:
             results = [self._result(driver, device) for device in chosen]

@@ -1,7 +1,7 @@
 """Choosing devices as the scheduler does, from what is published.
 
-Invariant: an incomplete pool, an older generation, a tainted or an allocated device is never given out, nor
-one for which too little is left of a shared counter.
+Invariant: an incomplete pool, an older generation or an allocated device is never given out, nor one for
+which too little is left of a shared counter, and a tainted one only to whoever tolerates all taints.
 """
 
 from __future__ import annotations
@@ -77,7 +77,11 @@ class Counters:
 
 
 def choose(
-    slices: Sequence[Json], in_use: set[tuple[str, str]], requests: Mapping[str, Callable[[Json], bool]]
+    slices: Sequence[Json],
+    in_use: set[tuple[str, str]],
+    requests: Mapping[str, Callable[[Json], bool]],
+    *,
+    tolerate: bool = False,
 ) -> list[tuple[str, str, str, str | None]]:
     """First fit, one device per request. LookupError names the request that finds none."""
     taken, counters = set(in_use), Counters(slices, in_use)
@@ -86,7 +90,8 @@ def choose(
         for pool, device in usable_devices(slices):
             key = (pool, device["name"])
             tainted = any(taint["effect"] in BLOCKING for taint in device.get("taints") or [])
-            if key in taken or tainted or not counters.allow(pool, device) or not takes(device):
+            unfit = tainted and not tolerate
+            if key in taken or unfit or not counters.allow(pool, device) or not takes(device):
                 continue
             taken.add(key)
             counters.take(pool, device)

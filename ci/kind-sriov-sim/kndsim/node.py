@@ -47,11 +47,12 @@ def any_device(device: Mapping[str, Any]) -> bool:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClaimSpec:
     """A claim to be made for a pod. requests: name to what the published device must satisfy; parameters:
-    NetworkDeviceConfig by request name, "" for all."""
+    NetworkDeviceConfig by request name, "" for all; tolerate: all taints."""
 
     name: str
     requests: Mapping[str, Predicate] = field(default_factory=lambda: {"net": any_device})
     parameters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tolerate: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,7 +171,10 @@ class SimNode:
         made = []
         for claim in claims:
             uid = self.api.add_claim(namespace, claim.name)
-            self.api.allocate(namespace, claim.name, self.driver, self.name, dict(claim.requests))
+            requests = dict(claim.requests)
+            self.api.allocate(
+                namespace, claim.name, self.driver, self.name, requests, tolerate=claim.tolerate
+            )
             if claim.parameters:
                 self.configure(namespace, claim)
             made.append(SimClaim(namespace, claim.name, uid))
