@@ -18,7 +18,7 @@ from tests.e2e.e2e_space import LivePod, Space
 
 EXAMPLES = REPOSITORY / "deploy/examples/claims"
 TOOL = "localhost/knd-tool:1"
-ON_ANY_MACHINE = ("one-vf", "two-pods", "shared-claim", "all-containers", "class-decides")
+ON_ANY_MACHINE = ("one-vf", "two-pods", "shared-claim", "all-containers", "class-decides", "limits")
 """The others want NUMA nodes, rails, vfio or a feature gate."""
 
 
