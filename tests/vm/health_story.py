@@ -22,10 +22,12 @@ from kndsim.kubelet_health import Health
 from kndsim.node import ClaimSpec, SimNode, SimPod
 from kndsim.runtime_model import RuntimeMode
 from kndsim.waiting import wait_until_async
-from tests.vm.provisioning_story import BUS, FAR, NEAR, START, borrow_udev, name_of, number, sh, write
+from tests.vm.provisioning_story import BUS, FAR, NEAR, borrow_udev, name_of, number, sh, write
 
 CABLES = Path("/run/knd-cables")
 PATIENCE = 120.0
+START = 400.0
+"""The programs are compiled first."""
 NEAR_PORT = 0
 SIMULATED = 7
 NEAR_VFS = ("pci-0000-21-10-0", "pci-0000-21-10-2")
