@@ -236,7 +236,10 @@ class Lifecycle:
             log.error("%s; until then no RDMA device is given away", problem)
 
     async def _read_meters(self) -> None:
-        await self._context.workers.run([], lambda: self._metering.settle(self._homecoming.reach))
+        settled = self.gate.settled and not self.gate.recovery
+        await self._context.workers.run(
+            [], lambda: self._metering.settle(self._homecoming.reach, all_known=settled)
+        )
 
     async def _checkpoint(self) -> None:
         await self._context.workers.run([], self._usage.checkpoint)

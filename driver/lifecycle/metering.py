@@ -99,9 +99,10 @@ class Metering:
             self._forget(leaving.id)
             self._refresh(stay)
 
-    def settle(self, reach: Reach) -> None:
+    def settle(self, reach: Reach, *, all_known: bool) -> None:
         """Read what all attachments have, and put right whose it is: what an earlier agent left, and what
-        became of readings that failed."""
+        became of readings that failed. all_known: whoever is not on record has no device; not so while a lost
+        journal is being made up for."""
         for attachment in self._book.attachments():
             if attachment.state is not AttachmentState.ATTACHED:
                 continue
@@ -111,7 +112,8 @@ class Metering:
                         self._settle(attachment, target)
             except EXPECTED as error:
                 log.warning("reading the counters of %s: %s", attachment.preparation.device, error)
-        self._end_of_the_gone()
+        if all_known:
+            self._end_of_the_gone()
 
     def _settle(self, attachment: Attachment, target: Target) -> None:
         with self._lock:

@@ -87,12 +87,12 @@ class World:
         self.ledger.fold(held.id, (), source="tcx", class_names=(), ended=self.tick())
         del self.attachments[held.id]
 
-    def settle(self) -> None:
+    def settle(self, *, all_known: bool = True) -> None:
         @contextmanager
         def reach(held: Attachment) -> Iterator[Any]:
             yield self.target(int(held.id.removeprefix("attachment-")))
 
-        self.metering.settle(reach)
+        self.metering.settle(reach, all_known=all_known)
 
     def billed(self) -> dict[tuple[str, str, str], int]:
         return {
@@ -234,6 +234,19 @@ def test_whoever_left_without_a_last_reading_is_not_counted_on(world: World) -> 
     assert world.ledger.meters.living() == ()
     assert world.billed() == {}
     assert len(world.ledger.gaps()) == 1
+
+
+def test_while_a_lost_journal_is_made_up_for_nobody_is_taken_for_gone(world: World) -> None:
+    world.counters[RDMA] = {"sent_pkts": 10}
+    world.attach(1)
+    held = world.attachments.popitem()[1]
+    world.settle(all_known=False)
+    world.attachments[held.id] = held
+    world.counters[RDMA] = {"sent_pkts": 90}
+    world.settle()
+    world.detach(1)
+    assert world.billed() == {("train-1", "rdma-hw", "sent_pkts"): 80}
+    assert world.ledger.gaps() == ()
 
 
 def test_an_idle_device_costs_the_disk_nothing(world: World) -> None:
