@@ -21,6 +21,7 @@ from driver.model import (
     VfConfig,
 )
 from driver.rdma import RdmaConfig, RdmaFile, RdmaMode
+from driver.traffic import Enforcement, QosConfig
 from hw.model import IfName, MacAddress, VfLinkState, VfVlan
 
 DEFAULTS = ClaimLimits()
@@ -334,6 +335,43 @@ def test_rates_of_class_and_claim_that_do_not_fit_together_are_refused() -> None
     found = problems(of_class(vf={"minRate": "2G"}), of_claim(vf={"maxRate": "1G"}))
     assert found == {"vf.minRate": "is 2000M, above vf.maxRate, which is 1000M"}
     resolve(nic(), [of_class(vf={"minRate": "2G"}), of_claim(vf={"maxRate": "0"})], DEFAULTS)
+
+
+# --- traffic ----------------------------------------------------------------------------------------
+
+
+def test_a_section_within_a_section_is_merged_field_by_field() -> None:
+    of = of_class(qos={"egress": {"rate": "2G", "burst": "256Ki"}, "ingress": {"rate": "1G"}})
+    merged = resolve(
+        nic(), [of, of_claim(qos={"egress": {"rate": "1G"}, "enforcement": "software"})], DEFAULTS
+    )
+    assert merged.qos == QosConfig(
+        enforcement=Enforcement.SOFTWARE, egress_rate=1000, egress_burst=256 << 10, ingress_rate=1000
+    )
+
+
+@pytest.mark.parametrize("way", ["egress", "ingress"])
+@pytest.mark.parametrize("rate", ["2G", "0"])
+def test_a_claim_can_lower_a_limit_of_its_class_and_not_raise_it(way: str, rate: str) -> None:
+    found = problems(of_class(qos={way: {"rate": "1G"}}), of_claim(qos={way: {"rate": rate}}))
+    assert found == {f"qos.{way}.rate": "can be lowered by a claim, and is 1000M in the DeviceClass"}
+    resolve(nic(), [of_class(qos={way: {"rate": "1G"}}), of_claim(qos={way: {"rate": "500M"}})], DEFAULTS)
+    resolve(nic(), [of_class(qos={way: {"rate": "0"}}), of_claim(qos={way: {"rate": rate}})], DEFAULTS)
+
+
+def test_limits_that_say_two_things_are_refused() -> None:
+    twice = {"vf": {"maxRate": "1G"}, "qos": {"egress": {"rate": "1G"}}}
+    assert "says the same as vf.maxRate" in problems(of_class(**twice))["qos.egress.rate"]
+    above = {"egress": {"minRate": "2G", "rate": "1G"}}
+    assert problems(of_class(qos=above)) == {
+        "qos.egress.minRate": "is 2000M, above qos.egress.rate, which is 1000M"
+    }
+
+
+def test_a_claim_chooses_no_class_and_takes_no_rate_from_others() -> None:
+    for qos, path in (({"class": "cnp"}, "qos.class"), ({"egress": {"minRate": "1G"}}, "qos.egress.minRate")):
+        assert "cannot be set by a claim on this node" in problems(of_claim(qos=qos))[path]
+        resolve(nic(), [of_claim(qos=qos)], ClaimLimits(allow=(FieldPath(path),)))
 
 
 # --- RDMA -------------------------------------------------------------------------------------------

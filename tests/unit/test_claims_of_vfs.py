@@ -17,6 +17,7 @@ from driver.execute.target import NotClean, Vanished
 from driver.model import PreparationState
 from driver.plan import Act
 from driver.policy import NodePolicy, ResetPolicy
+from driver.traffic import Enforcement
 from hw.errors import Busy, Refused
 from hw.model import DeviceKind, MacAddress, PciAddress, PciIdentity, VfSettings, VfVlan
 from tests.unit.claims_world import FAR, VFIO, A, World, device, play_claims
@@ -291,5 +292,50 @@ def test_a_vf_whose_reset_takes_its_time_is_refused_at_once_until_it_is_clean(pl
         assert await world.workers.idle(world.clock.monotonic() + FAR)
         world.book.release(A)
         assert await world.prepare(following) == [A]
+
+    play(story)
+
+
+# --- limits -------------------------------------------------------------------------------------------
+
+
+REFUSED = Refusal("VfSettingRefused", "dev-a cannot have qos.egress.rate 100M: igb refuses it")
+
+
+def test_where_the_device_refuses_a_limit_the_nodes_kernel_keeps_it_if_it_may(play) -> None:  # type: ignore[no-untyped-def]
+    async def story(world: World) -> None:
+        one_vf(world)
+        world.node.fail[Act.SET_VF, A] = REFUSED
+        ref = world.claim("one", A, parameters=config(qos={"egress": {"rate": "100M"}}))
+        assert await world.prepare(ref) == [A]
+        (made,) = world.book.preparations()
+        assert made.config.qos.enforcement is Enforcement.SOFTWARE
+        assert made.vf_wanted is None
+        # What was set by then is taken back before.
+        assert done(world) == [Act.TIDY, Act.SET_VF, Act.RESTORE_VF, Act.RESTORE, Act.TIDY, Act.ARM]
+        assert await world.unprepare(ref) == ""
+
+    play(story)
+
+
+def test_a_limit_that_only_hardware_may_keep_is_refused_with_the_device(play) -> None:  # type: ignore[no-untyped-def]
+    async def story(world: World) -> None:
+        one_vf(world)
+        world.node.fail[Act.SET_VF, A] = REFUSED
+        asked = {"egress": {"rate": "100M"}, "enforcement": "hardware"}
+        assert "igb refuses it" in await world.prepare(world.claim("one", A, parameters=config(qos=asked)))
+        assert world.book.preparations() == ()
+
+    play(story)
+
+
+def test_a_limit_that_the_device_takes_is_the_devices(play) -> None:  # type: ignore[no-untyped-def]
+    async def story(world: World) -> None:
+        one_vf(world)
+        ref = world.claim("one", A, parameters=config(qos={"egress": {"rate": "100M"}}))
+        assert await world.prepare(ref) == [A]
+        (made,) = world.book.preparations()
+        assert made.vf_wanted is not None
+        assert made.vf_wanted.max_rate == 100
 
     play(story)
