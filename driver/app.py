@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from driver import running
-from driver.assembly import Outside, assemble, make_folders
+from driver.assembly import Outside, assemble, make_folders, set_rdma_mode
 from driver.clock import Clock, SystemClock
 from driver.execute.engine import EXPECTED, Observer, Point
 from driver.kube.hub import KubeHub
@@ -128,6 +128,7 @@ class App:
             telemetry=self._metrics,
             observer=self._observer,
         )
+        set_rdma_mode(self._paths, policy_file.current)
         made = assemble(sync_stack, self._settings, policy_file, self._clock, outside)
         self._metrics.watch_pods(made.usage.samples)
         self._metrics.watch_meters(made.metering.samples, made.metering.unaccounted)

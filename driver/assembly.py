@@ -166,6 +166,11 @@ def _usage(
     )
 
 
+def set_rdma_mode(paths: Paths, policy: NodePolicy) -> None:
+    """Before anything here makes a network namespace, if only for a trial: then the kernel refuses."""
+    NodeRdma(Host(Sysfs(paths.sysfs), Udev(paths.udev))).apply(policy.rdma)
+
+
 def open_records(stack: ExitStack, paths: Paths, boot_id: BootId) -> tuple[Journal, Ledger]:
     with Reserve(paths.reserve):
         journal = stack.enter_context(

@@ -90,8 +90,6 @@ class Lifecycle:
     async def start(self, *, make_vfs: bool = True) -> None:
         """Look at the node, make the VFs that the policy asks for, and settle what an earlier agent left.
         Then the adapters may be started."""
-        # Before anything here makes a network namespace: from then on the kernel refuses.
-        await self._context.workers.run([], self._set_rdma_mode)
         await self._context.workers.run([], self._context.devices.rescan)
         if make_vfs:
             await self._provisioning.at_start(self._spawn(self._provisioning.run))
@@ -218,7 +216,7 @@ class Lifecycle:
         """Offer by the new policy, make VFs by it, and count and limit by it from now on."""
         self._provisioning.policy_changed()
         await self._context.workers.run([], self._set_classes)
-        await self._context.workers.run([], self._set_rdma_mode)
+        await self._context.workers.run([], lambda: self._context.rdma.apply(self._context.policy().rdma))
         await self.keeping.apply_all(report=True)
         await self.links_changed(None)
 
@@ -229,11 +227,6 @@ class Lifecycle:
 
     async def _prune(self) -> None:
         await self._context.workers.run([], self._usage.prune)
-
-    def _set_rdma_mode(self) -> None:
-        problem = self._context.rdma.apply(self._context.policy().rdma)
-        if problem:
-            log.error("%s; until then no RDMA device is given away", problem)
 
     async def _read_meters(self) -> None:
         settled = self.gate.settled and not self.gate.recovery

@@ -38,16 +38,14 @@ class NodeRdma:
 
     # --- the node's mode ----------------------------------------------------------------------------
 
-    def mode(self) -> RdmaMode | None:
-        """None: there is no RDMA in this kernel (yet). One that does not know of modes shares."""
-        try:
-            with self._open(None) as socket:
-                return _mode(socket)
-        except Unsupported:
-            return None
+    def apply(self, rules: RdmaRules) -> None:
+        """Put the node into the policy's mode, or say in the log why the kernel does not take it."""
+        problem = self._set_mode(rules)
+        if problem:
+            log.error("%s; until then no RDMA device is given away", problem)
 
-    def apply(self, rules: RdmaRules) -> str:
-        """Put the node into the policy's mode, if the kernel takes it; a sentence if it does not, or ""."""
+    def _set_mode(self, rules: RdmaRules) -> str:
+        """What stands against it, a sentence, or ""."""
         wanted = rules.mode.mode
         if wanted is None:
             return ""
@@ -62,7 +60,7 @@ class NodeRdma:
                 f"the policy wants rdma.mode {wanted}, which the kernel takes only while there is no network "
                 f"namespace beside the host's: {how}"
             )
-        except HwError as error:
+        except (HwError, OSError) as error:
             return f"the policy wants rdma.mode {wanted}: {error}"
         return ""
 
