@@ -96,6 +96,9 @@ def _vlan(values: dict[int, bytes]) -> VfVlan | None:
     if found is None:
         plain = _unpacked(_PLAIN_VLAN, values.get(_VF_VLAN))
         return VfVlan(id=plain[1], qos=plain[2]) if plain else None
+    if not found[1]:
+        # Without a VLAN some drivers (netdevsim) tell no protocol either, which is no VLAN all the same.
+        return VfVlan(qos=found[2])
     protocol = next((name for name, raw in _PROTOCOLS.items() if raw == found[3]), None)
     return VfVlan(id=found[1], qos=found[2], protocol=protocol) if protocol else None
 

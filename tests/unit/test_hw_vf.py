@@ -60,6 +60,11 @@ def test_a_kernel_without_the_vlan_list_tells_the_plain_vlan() -> None:
     assert vf_settings(listed(old))[0].vlan == VfVlan(id=7, qos=1)
 
 
+def test_no_vlan_is_told_as_none_whatever_its_protocol_so_that_it_can_be_put_back() -> None:
+    nowhere = info(0, "000000000000", attr(12, attr(1, u32(0) + u32(0) + u32(0) + b"\0\0\0\0")))
+    assert vf_settings(listed(nowhere)) == {0: VfSettings(vlan=VfVlan())}
+
+
 def test_a_vlan_protocol_or_link_state_of_the_future_is_not_taken_for_one_of_ours() -> None:
     strange = info(
         0,
