@@ -49,8 +49,8 @@ def ceilings(netns: Path) -> dict[str, int]:
             for link in ipr.get_links():
                 for each in ipr.get_classes(index=link["index"]):
                     if each["parent"] == 0xFFFFFFFF:
-                        parms = each.get_attr("TCA_OPTIONS").get_attr("TCA_HTB_PARMS")
-                        found[link.get_attr("IFLA_IFNAME")] = parms["ceil"] // 125_000
+                        values = each.get_attr("TCA_OPTIONS").get_attr("TCA_HTB_PARMS")
+                        found[link.get_attr("IFLA_IFNAME")] = values["ceil"] // 125_000
             return found
 
     return in_netns(netns, look)
