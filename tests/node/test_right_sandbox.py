@@ -62,7 +62,9 @@ def counted(sim: SimNode, pod: SimPod) -> float:
 
 
 def usage(sim: SimNode, pod: SimPod) -> list[Mapping[str, Any]]:
-    rows = json.loads(sim.knd("usage", "-o", "json", "--pod", pod.spec.name).stdout)["rows"]
+    rows = json.loads(sim.knd("usage", "-o", "json", "--pod", pod.spec.name, "--by", "attachment").stdout)[
+        "rows"
+    ]
     return [row for row in rows if row["direction"] == "egress"]
 
 
