@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from kndsim.agent import dying_with_parent
+from kndsim.guest import programs
 from kndsim.guest.cable import set_link
 from kndsim.guest.channel import Channel, Refused
 from kndsim.guest.image import REPOSITORY, Image, image
@@ -31,6 +32,7 @@ from kndsim.place import CommandFailed, Done
 BOOT_SECONDS = 60.0
 """A guest is up after 10 to 15 s on a quiet machine. The second try has twice as long."""
 
+_CHECKOUT = PurePosixPath("/srv/knd")
 _PREFIX = "knd-vm-"
 _NEW_SECONDS = 30.0
 
@@ -147,9 +149,9 @@ def guest(
     made: Image | None = None,
     boot_seconds: float = BOOT_SECONDS,
 ) -> Iterator[Guest]:
-    """A fresh guest with this checkout below /srv/knd (its own changes stay in it), Python and pytest of the
-    project's lock in PATH. memory in MiB. append: more kernel parameters. made: the image; else the one for
-    this checkout, built if need be.
+    """A fresh guest with this checkout below /srv/knd (its own changes stay in it) and its BPF programs ready
+    to load, Python and pytest of the project's lock in PATH. memory in MiB. append: more kernel parameters.
+    made: the image; else the one for this checkout, built if need be.
 
     Enter it in a thread that outlives it: the kernel ends qemu with the thread that started it.
     """
@@ -166,7 +168,11 @@ def guest(
     )
     found = made or image()
     with contextlib.ExitStack() as stack:
-        yield _up(stack, request, found, boot_seconds)
+        running = _up(stack, request, found, boot_seconds)
+        place = _CHECKOUT / programs.PLACE
+        running.run(["mkdir", "-p", str(place.parent)])
+        running.write(place, programs.compiled(REPOSITORY))
+        yield running
 
 
 def _up(stack: contextlib.ExitStack, request: Request, found: Image, seconds: float) -> Guest:
