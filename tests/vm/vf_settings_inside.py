@@ -49,8 +49,8 @@ class Loop:
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
 
-    def run(self, story: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(story, self._loop).result(5 * PATIENCE)
+    def run(self, story: Coroutine[Any, Any, Any], seconds: float = 5 * PATIENCE) -> Any:
+        return asyncio.run_coroutine_threadsafe(story, self._loop).result(seconds)
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
