@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from driver import plan
 from driver.errors import DriverError, NotNow, OutOfTime, Refusal
 from driver.execute.engine import EXPECTED, Token, UndoFailed
-from driver.execute.target import open_target
+from driver.execute.target import Vanished, open_target
 from driver.lifecycle.context import Context
 from driver.lifecycle.gate import Gate
 from driver.lifecycle.health import Health
@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 LOOK_UP_LIMIT = 0.5
 """Seconds that a hook waits for the API server to say what an unknown pod is."""
 DEVICE_IN_USE = "DeviceInUse"
+DEVICE_GONE = "DeviceGone"
 HOST_NETWORK = "a pod on the host's network cannot be given a network device"
 STOP_LIMIT = 0.45
 """Seconds after which StopPodSandbox is answered; the rest follows."""
@@ -73,8 +74,8 @@ class TurnedAway:
 
     @property
     def may_pass(self) -> bool:
-        """Whether the reason goes away when another pod ends."""
-        return self.refusal.reason == DEVICE_IN_USE
+        """Whether the reason may go away while the sandbox lives: another pod ends, a device is back."""
+        return self.refusal.reason in (DEVICE_IN_USE, DEVICE_GONE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -416,7 +417,11 @@ class Sandboxes:
             return
         problems = self._homecoming.make_ready(preparation)
         if problems:
-            raise NotNow(f"{device} is withheld until it is clean: {problems[-1].error}")
+            error = problems[-1].error
+            if isinstance(error, Vanished):
+                # It may be long in coming back, or never come: no error of the hook, which a runtime keeps.
+                raise Refusal(DEVICE_GONE, f"{device} is no more, or not there now: {error}")
+            raise NotNow(f"{device} is withheld until it is clean: {error}")
         self._context.book.release(device)
 
     def _attach_one(

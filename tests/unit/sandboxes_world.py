@@ -17,6 +17,7 @@ from bpf.layout import Hook
 from driver.clock import SystemClock
 from driver.errors import NotNow
 from driver.execute.engine import Engine
+from driver.execute.target import Vanished
 from driver.journal import Journal
 from driver.lifecycle import sandboxes as sandboxes_module
 from driver.lifecycle.book import Book
@@ -65,6 +66,7 @@ class Home:
     stuck: dict[DeviceName, Exception] = field(default_factory=dict)
     dirty: set[DeviceName] = field(default_factory=set)
     dead: set[DeviceName] = field(default_factory=set)
+    gone: set[DeviceName] = field(default_factory=set)
 
     def hold(self, made: Attachment, of: Preparation, netns: object) -> None: ...
 
@@ -88,10 +90,12 @@ class Home:
         self.book.close_attachment(made)
 
     def is_dead(self, made: Preparation) -> bool:
-        return made.key.device in self.dead
+        return made.key.device in self.dead | self.gone
 
     def make_ready(self, made: Preparation) -> tuple[object, ...]:
         self.log.append(("ready", made.key.device))
+        if made.key.device in self.gone:
+            return (SimpleNamespace(error=Vanished("it did not come home")),)
         self.dead.discard(made.key.device)
         dirty = made.key.device in self.dirty
         return (SimpleNamespace(error=NotNow("it has addresses")),) if dirty else ()

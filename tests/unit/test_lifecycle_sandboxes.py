@@ -282,6 +282,23 @@ def test_a_hook_is_answered_by_its_deadline_and_the_attach_undone_behind_it(  # 
     play(story)
 
 
+def test_a_device_that_is_gone_fails_no_sandbox_and_is_given_when_it_is_back(play, wait_until_async) -> None:  # type: ignore[no-untyped-def]
+    async def story(world: World) -> None:
+        world.prepare(0)
+        world.home.gone.add(A)
+        await world.run(ONE)
+        assert world.states() == {}
+        with pytest.raises(Refusal, match="is no more, or not there now"):
+            await world.container(ONE)
+        world.home.gone.clear()
+        with pytest.raises((Refusal, NotNow)):
+            await world.container(ONE)
+        await wait_until_async(lambda: world.states() == {(ONE.id, A): ATTACHED})
+        await world.container(ONE)
+
+    play(story)
+
+
 def test_a_withheld_device_is_looked_at_before_the_next_sandbox_gets_it(play) -> None:  # type: ignore[no-untyped-def]
     async def story(world: World) -> None:
         world.prepare(0)
