@@ -67,11 +67,6 @@ def _latency(pair: Pair, rate: int) -> Outcome:
 
 def _on_wire(pair: Pair, arriving: Counted) -> float:
     """Mb/s that the host's end of the pair takes in, over a second."""
-    started, before = time.monotonic(), _received(pair)
+    started, before = time.monotonic(), pair.on_wire()
     arriving.stop.wait(SECONDS)
-    return (_received(pair) - before) * 8 / 1e6 / (time.monotonic() - started)
-
-
-def _received(pair: Pair) -> int:
-    (link,) = pair.host.netlink(lambda ipr: ipr.get_links(pair.wire))
-    return int(link.get_attr("IFLA_STATS64")["rx_bytes"])
+    return (pair.on_wire() - before) * 8 / 1e6 / (time.monotonic() - started)

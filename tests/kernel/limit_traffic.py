@@ -25,10 +25,15 @@ UDP_SHARE = UDP_PAYLOAD / (UDP_PAYLOAD + 42)
 
 @dataclass
 class Counted:
-    """What arrived so far."""
+    """What the receiver has read so far. started is when there can have been nothing yet."""
 
     bytes: int = 0
+    started: float = field(default_factory=time.monotonic)
     stop: threading.Event = field(default_factory=threading.Event)
+
+    def overall(self) -> float:
+        """Bits per second since the start: of a receiver that reads in fits and starts no more than came."""
+        return self.bytes * 8 / (time.monotonic() - self.started)
 
     def rate(self, seconds: float) -> float:
         """Bits per second over that long from now."""

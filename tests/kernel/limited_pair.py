@@ -51,6 +51,11 @@ class Pair:
         self.policy = replace(self.policy, limits=PodLimits(egress=egress, ingress=ingress))
         self.shaper.shape(self.target)
 
+    def on_wire(self) -> int:
+        """Bytes that have reached the host's end, whether or not anybody has read them."""
+        (link,) = self.host.netlink(lambda ipr: ipr.get_links(self.wire))
+        return int(link.get_attr("IFLA_STATS64")["rx_bytes"])
+
     def egress_bytes(self) -> int:
         """As counted."""
         return sum(cell.bytes for cell in self.accounting.read(SLOT) if cell.direction == 0)
