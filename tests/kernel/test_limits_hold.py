@@ -8,11 +8,11 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from bpf.cache import ProgramCache
+from bpf.program import CompiledPrograms
 from hw.qdisc import ROOT_HANDLE
 from kndsim.waiting import wait_until
 from tests.kernel.limit_traffic import Counted, tcp, udp
@@ -26,9 +26,14 @@ ABOVE = 1.1
 """A burst comes on top."""
 
 
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> CompiledPrograms:
+    return ProgramCache(tmp_path_factory.mktemp("programs")).ensure()
+
+
 @pytest.fixture
-def pair(tmp_path: Path) -> Iterator[Pair]:
-    with limited_pair(ProgramCache(tmp_path).ensure()) as made:
+def pair(programs: CompiledPrograms) -> Iterator[Pair]:
+    with limited_pair(programs) as made:
         yield made
 
 
