@@ -24,8 +24,8 @@ from kndsim.cluster.node import Node, Programs
 from kndsim.place import Done
 from kndsim.progress import Progress
 
-API_WITHIN = 120.0
-NODES_WITHIN = 120.0
+API_WITHIN = 300.0
+NODES_WITHIN = 300.0
 KUBECTL_PIN = "kubernetes-1.37"
 """kubectl is taken from the newest alone: it serves the older servers too."""
 
