@@ -18,8 +18,13 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import pytest
+from hypothesis import settings
 
 from kndsim import hostguard, waiting
+
+# How long an example takes is the machine's affair: no test fails for a time that it took.
+settings.register_profile("knd", deadline=None)
+settings.load_profile("knd")
 
 T = TypeVar("T")
 
