@@ -78,7 +78,7 @@ def assemble(
     paths = settings.paths
     boot_id = read_boot_id(paths.proc)
     journal, ledger = open_records(stack, paths, boot_id)
-    accounting = stack.enter_context(_accounting(settings, policy_file))
+    accounting = _accounting(stack, settings, policy_file)
     hook = choose_hook(settings.hook, policy_file.current)
     tcx = TcxPrograms(paths.pins, accounting) if hook is Hook.TCX else None
     book = Book(journal, slots=settings.slots)
@@ -133,16 +133,13 @@ def assemble(
     return Assembly(lifecycle=lifecycle, context=context, usage=usage, metering=metering, journal=journal)
 
 
-def _accounting(settings: Settings, policy_file: PolicyFile) -> Accounting:
+def _accounting(stack: ExitStack, settings: Settings, policy_file: PolicyFile) -> Accounting:
     """Open, and counting by the policy's classes."""
     programs = ProgramCache(settings.paths.program_cache).ensure()
-    with ExitStack() as stack:
-        opened = Accounting.open(settings.paths.pins, programs, slots=settings.slots)
-        accounting = stack.enter_context(opened)
-        classes = class_maps(policy_file.current.classes)
-        accounting.set_classes(classes.dscp, classes.pcp)
-        stack.pop_all()
-    return accounting
+    opened = stack.enter_context(Accounting.open(settings.paths.pins, programs, slots=settings.slots))
+    classes = class_maps(policy_file.current.classes)
+    opened.set_classes(classes.dscp, classes.pcp)
+    return opened
 
 
 def _usage(

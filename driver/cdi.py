@@ -21,6 +21,7 @@ from driver.errors import NotNow, Refusal
 from driver.model import ClaimUid, DeviceName, PreparationKey
 from driver.paths import Paths
 from driver.rdma import NO_WISHES, DeviceFile, RdmaConfig, RdmaInPod, SysfsProof
+from driver.whole_file import beside, replace_whole
 from hw.model import IfName, NetnsCookie, PciAddress, check_ifname
 
 CDI_CLASS = "nic"
@@ -173,7 +174,7 @@ class CdiProjection:
         text = json.dumps(spec, indent=1) + "\n"
         with _writing("CDI spec", claim_uid):
             self._paths.cdi.mkdir(mode=0o755, parents=True, exist_ok=True)
-            _replace(self._file(claim_uid), text, 0o644)
+            replace_whole(self._file(claim_uid), text, 0o644)
 
     def _hook(self, claim_uid: ClaimUid) -> dict[str, object]:
         return {
@@ -230,7 +231,7 @@ class LiveFiles:
             self._paths.live.chmod(0o700)
             lines = [str(cookie) for cookie in sorted(set(cookies))]
             lines += [f"{'at' if each.link else 'is'} {each.path} {each.value}" for each in proofs]
-            _replace(file, "".join(f"{line}\n" for line in lines), 0o600)
+            replace_whole(file, "".join(f"{line}\n" for line in lines), 0o600)
 
     def remove(self, claim_uid: ClaimUid) -> None:
         """Only after the claim's CDI spec is gone. Fine where there is no file."""
@@ -252,25 +253,9 @@ def _writing(what: str, claim_uid: ClaimUid) -> Iterator[None]:
         raise NotNow(f"the {what} of claim {claim_uid} cannot be changed: {error}") from error
 
 
-def _beside(file: Path) -> Path:
-    """Where the next content is made. No runtime reads it: it does not end in .json."""
-    return file.with_name(f".{file.name}.new")
-
-
-def _replace(file: Path, text: str, mode: int) -> None:
-    new = _beside(file)
-    # Left by a crash, it could have another mode or owner.
-    new.unlink(missing_ok=True)
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with open(descriptor, "w", encoding="ascii") as stream:
-        stream.write(text)
-        os.fchmod(stream.fileno(), mode)
-    new.replace(file)
-
-
 def _remove(file: Path) -> None:
     file.unlink(missing_ok=True)
-    _beside(file).unlink(missing_ok=True)
+    beside(file).unlink(missing_ok=True)
 
 
 def _claims_in(folder: Path, prefix: str, suffix: str) -> frozenset[ClaimUid]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from driver.errors import DriverError
 from driver.paths import Paths
 from driver.policy import NodePolicy, PolicyFile, load_policy
+from driver.whole_file import replace_whole
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +37,8 @@ class Running:
 def write(paths: Paths, running: Running) -> None:
     """In place of what was there. Nothing depends on it, so that a full disk is only told."""
     path = paths.running
-    new = path.with_name(f".{path.name}.new")
     try:
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with open(descriptor, "w", encoding="utf-8") as file:
-            json.dump(asdict(running), file)
-        new.replace(path)
+        replace_whole(path, json.dumps(asdict(running)), 0o600)
     except OSError as error:
         log.warning("%s cannot be written, and other commands will not know the policy: %s", path, error)
 

@@ -9,6 +9,7 @@ After ROLL_AFTER hours become days, in UTC, so that a year of many pods stays a 
 
 from __future__ import annotations
 
+import math
 import sqlite3
 from dataclasses import dataclass
 
@@ -75,15 +76,13 @@ class Period:
 def widened(since: float | None, until: float | None, now: float) -> Period:
     """A range at whole hours, or days where hours are no longer kept."""
 
-    def down(at: float) -> int:
-        width = DAY if at < now - ROLL_AFTER else HOUR
-        return int(at // width) * width
+    def width(at: float) -> int:
+        return DAY if at < now - ROLL_AFTER else HOUR
 
-    start = None if since is None else down(since)
-    if until is None:
-        return Period(start, None)
-    width = DAY if until < now - ROLL_AFTER else HOUR
-    return Period(start, -int(-until // width) * width)
+    return Period(
+        start=None if since is None else math.floor(since / width(since)) * width(since),
+        end=None if until is None else math.ceil(until / width(until)) * width(until),
+    )
 
 
 def note_reading(

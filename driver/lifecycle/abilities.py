@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from functools import partial
 
@@ -17,6 +16,7 @@ from driver.lifecycle.context import Context
 from driver.model import Device, DeviceName
 from driver.provision.plan import Maker
 from driver.provision.survey import held_devices
+from driver.whole_file import replace_whole
 from hw.model import DeviceKind, PciAddress, PciIdentity
 from hw.sriov.abilities import Abilities, Ability, Asked
 
@@ -97,12 +97,8 @@ class VfAbilities:
             }
             for pf, asked in self._context.devices.abilities.items()
         }
-        new = self._path.with_name(f".{self._path.name}.new")
         try:
-            descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            with open(descriptor, "w", encoding="utf-8") as file:
-                json.dump(tree, file)
-            new.replace(self._path)
+            replace_whole(self._path, json.dumps(tree), 0o600)
         except OSError as error:
             log.warning("%s cannot be written: the next agent asks again: %s", self._path, error)
 

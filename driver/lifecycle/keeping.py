@@ -18,6 +18,7 @@ from driver.lifecycle.context import Context
 from driver.lifecycle.homecoming import Homecoming
 from driver.lifecycle.projections import Projections
 from driver.limits import Kept, KeptBy
+from driver.limits import kept as kept_limits
 from driver.model import Attachment, AttachmentId, AttachmentState, Preparation
 from driver.plan import Act
 from hw.model import Direction
@@ -116,7 +117,8 @@ class Keeping:
         return tuple(suspects)
 
     def _queued(self, preparation: Preparation) -> Kept | None:
-        found = self._projections.limits_of(preparation)
+        """From record and policy alone: whether there is a detour is ingress's affair, and a call each."""
+        found = kept_limits(preparation.config, self._context.policy().qos, detour=False)
         return next((kept for kept in found if kept.by is KeptBy.QUEUE), None)
 
     def _apply(self, id: AttachmentId) -> None:

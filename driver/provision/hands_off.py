@@ -9,12 +9,12 @@ do not know that property yet (before systemd 256); udev's naming matches ours.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from driver.errors import NotNow
 from driver.paths import Paths
+from driver.whole_file import replace_whole
 from hw.model import PfAddress, bus_of
 
 NOTICE_SECONDS = 3.2
@@ -34,7 +34,8 @@ def write(paths: Paths, pfs: Iterable[PfAddress]) -> bool:
     for path, text in _files(paths, sorted(pfs)).items():
         try:
             if _read(path) != text:
-                _replace(path, text)
+                path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+                replace_whole(path, text, 0o644)
                 changed = True
         except OSError as error:
             raise NotNow(
@@ -80,15 +81,3 @@ def _read(path: Path) -> str | None:
         return path.read_text(encoding="ascii", errors="replace")
     except FileNotFoundError:
         return None
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    # The managers read what ends with their suffix, so not this one.
-    new = path.with_name(f".{path.name}.new")
-    with contextlib.suppress(FileNotFoundError):
-        new.unlink()
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    with open(descriptor, "w", encoding="ascii") as file:
-        file.write(text)
-    os.rename(new, path)
