@@ -6,6 +6,7 @@ import ipaddress
 from pathlib import Path
 
 from bpf.layout import Slot
+from driver.journal.ledger import UsageOwner
 from driver.model import (
     Attachment,
     AttachmentId,
@@ -120,4 +121,19 @@ def attachment(
         boot_id=BOOT,
         state=state,
         generation=generation,
+    )
+
+
+def owner(number: int, started: float = 0.0, labels: tuple[tuple[str, str], ...] = ()) -> UsageOwner:
+    """Of the account of attachment(number)."""
+    held, made = attachment(number), preparation(number)
+    return UsageOwner(
+        attachment=held.id,
+        pod=held.pod,
+        claim=made.claim,
+        device=made.key.device,
+        interface=made.ifname,
+        sandbox=held.sandbox,
+        started=started,
+        labels=labels,
     )

@@ -28,7 +28,7 @@ from driver.journal.ledger import (
 )
 from driver.model import AttachmentId, PodRef, PodUid
 from hw.model import Direction
-from tests.unit.journal_values import attachment, preparation
+from tests.unit.journal_values import owner
 
 NAMES = ("best-effort", "bulk")
 
@@ -42,19 +42,6 @@ def path(tmp_path: Path) -> Path:
 def ledger(path: Path) -> Iterator[Ledger]:
     with Ledger.open(path) as made:
         yield made
-
-
-def owner(number: int, started: float = 0.0) -> UsageOwner:
-    held, made = attachment(number), preparation(number)
-    return UsageOwner(
-        attachment=held.id,
-        pod=held.pod,
-        claim=made.claim,
-        device=made.key.device,
-        interface=made.ifname,
-        sandbox=held.sandbox,
-        started=started,
-    )
 
 
 ONE = owner(1).attachment

@@ -20,7 +20,7 @@ from driver.journal.buckets import DAY, HOUR, ROLL_AFTER
 from driver.journal.database import Schema
 from driver.journal.ledger import Ledger, LedgerUnusable, UsageOwner
 from driver.model import AttachmentId
-from tests.unit.journal_values import attachment, preparation
+from tests.unit import journal_values
 
 NAMES = ("best-effort", "bulk")
 NOON = float(int(time.time() // DAY) * DAY - 3 * DAY + 12 * HOUR)
@@ -28,17 +28,7 @@ NOON = float(int(time.time() // DAY) * DAY - 3 * DAY + 12 * HOUR)
 
 
 def owner(number: int, *labels: tuple[str, str]) -> UsageOwner:
-    held, made = attachment(number), preparation(number)
-    return UsageOwner(
-        attachment=held.id,
-        pod=held.pod,
-        claim=made.claim,
-        device=made.key.device,
-        interface=made.ifname,
-        sandbox=held.sandbox,
-        started=NOON,
-        labels=labels,
-    )
+    return journal_values.owner(number, NOON, labels)
 
 
 ONE = owner(1).attachment

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from bpf.layout import Cell, TrafficKind
 from driver.journal import accounts
 from driver.journal.database import Schema
-from driver.journal.ledger import Ledger, UsageOwner
+from driver.journal.ledger import Ledger
 from driver.journal.stretches import Holder, MeterKey, Reading
-from tests.unit.journal_values import attachment, preparation
+from tests.unit.journal_values import owner
 
 METER = MeterKey("mlx5_2", "rdma-hw", 1)
 
@@ -32,19 +32,6 @@ def ledger(path: Path) -> Iterator[Ledger]:
         for number in (1, 2):
             made.begin(owner(number))
         yield made
-
-
-def owner(number: int) -> UsageOwner:
-    held, made = attachment(number), preparation(number)
-    return UsageOwner(
-        attachment=held.id,
-        pod=held.pod,
-        claim=made.claim,
-        device=made.key.device,
-        interface=made.ifname,
-        sandbox=held.sandbox,
-        started=0.0,
-    )
 
 
 ONE, TWO = owner(1).attachment, owner(2).attachment
