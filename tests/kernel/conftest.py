@@ -1,14 +1,19 @@
-"""What a kernel must have for some of the tests.
+"""What a kernel must have for some of the tests, and what several of them use.
 
 Invariant: on a kernel that has it nothing is left out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from bpf.attach import probe_tcx
+from bpf.cache import ProgramCache
 from bpf.layout import Hook
+from bpf.program import CompiledPrograms
+from tests.kernel.limited_pair import Pair, limited_pair
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +21,15 @@ def tcx_kernel() -> None:
     """For tests of tcx itself; what is counted is tested on every kernel."""
     if probe_tcx() is not Hook.TCX:
         pytest.skip("this kernel has no tcx, which came with 6.6")
+
+
+@pytest.fixture(scope="session")
+def limit_programs(tmp_path_factory: pytest.TempPathFactory) -> CompiledPrograms:
+    return ProgramCache(tmp_path_factory.mktemp("programs")).ensure()
+
+
+@pytest.fixture
+def pair(limit_programs: CompiledPrograms) -> Iterator[Pair]:
+    """Two ends of a wire, the pod's with programs that limit it."""
+    with limited_pair(limit_programs) as made:
+        yield made

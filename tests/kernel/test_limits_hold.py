@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterator
 
 import pytest
 
-from bpf.cache import ProgramCache
-from bpf.program import CompiledPrograms
 from hw.qdisc import ROOT_HANDLE
 from kndsim.waiting import wait_until
 from tests.kernel.limit_traffic import Counted, tcp, udp
-from tests.kernel.limited_pair import HOST_ADDRESS, POD_ADDRESS, SLOT, Pair, limited_pair
+from tests.kernel.limited_pair import HOST_ADDRESS, POD_ADDRESS, SLOT, Pair
 
 pytestmark = [pytest.mark.usefixtures("tcx_kernel"), pytest.mark.timeout(120)]
 
@@ -24,17 +21,6 @@ LIMIT = 10
 SECONDS = 1.5
 ABOVE = 1.1
 """A burst comes on top."""
-
-
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> CompiledPrograms:
-    return ProgramCache(tmp_path_factory.mktemp("programs")).ensure()
-
-
-@pytest.fixture
-def pair(programs: CompiledPrograms) -> Iterator[Pair]:
-    with limited_pair(programs) as made:
-        yield made
 
 
 def goes_on(arriving: Counted) -> None:

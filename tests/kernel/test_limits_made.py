@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from bpf.cache import ProgramCache
-from bpf.program import CompiledPrograms
 from hw.model import LinkInfo
 from hw.qdisc import ROOT_HANDLE
-from tests.kernel.limited_pair import SLOT, Pair, limited_pair
+from tests.kernel.limited_pair import SLOT, Pair
 
 pytestmark = [pytest.mark.usefixtures("tcx_kernel"), pytest.mark.timeout(120)]
-
-
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> CompiledPrograms:
-    return ProgramCache(tmp_path_factory.mktemp("programs")).ensure()
-
-
-@pytest.fixture
-def pair(programs: CompiledPrograms) -> Iterator[Pair]:
-    with limited_pair(programs) as made:
-        yield made
 
 
 def link(pair: Pair) -> LinkInfo:

@@ -13,8 +13,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from kndsim.node import ClaimSpec, SimNode, SimPod, interface
 from kndsim.runtime_model import RuntimeMode
 from kndsim.waiting import wait_until_async
 from tests.vm.provisioning_story import BUS, FAR, NEAR, borrow_udev, name_of, number, sh, write
+from tests.vm.story import Told
 
 CABLES = Path("/run/knd-cables")
 PATIENCE = 120.0
@@ -81,15 +80,7 @@ def address_of(device: str) -> str:
     return f"{domain}:{bus}:{slot}.{function}"
 
 
-class Story:
-    def __init__(self, node: SimNode) -> None:
-        self.node = node
-        self.seen: dict[str, Any] = {}
-
-    def note(self, key: str, value: Any) -> None:
-        self.seen[key] = value
-        print(f"{time.monotonic():.1f} {key}", file=sys.stderr, flush=True)
-
+class Story(Told):
     async def until(self, what: str, condition: Callable[[], object]) -> None:
         try:
             await wait_until_async(condition, PATIENCE, what)

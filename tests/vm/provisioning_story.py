@@ -10,7 +10,6 @@ import asyncio
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from kndsim.node import ClaimSpec, SimNode, SimPod
 from kndsim.runtime_model import RuntimeMode
 from kndsim.waiting import wait_until, wait_until_async
+from tests.vm.story import Told
 
 BUS = Path("/sys/bus/pci/devices")
 NEAR, HOST, FAR, FOREIGN = "0000:21:00.0", "0000:21:00.1", "0000:41:00.0", "0000:42:00.0"
@@ -107,15 +107,7 @@ def rules() -> list[str]:
     return [str(path) for folder in folders for path in folder.glob("*knd*")]
 
 
-class Story:
-    def __init__(self, node: SimNode) -> None:
-        self.node = node
-        self.seen: dict[str, Any] = {}
-
-    def note(self, key: str, value: Any) -> None:
-        self.seen[key] = value
-        print(f"{time.monotonic():.1f} {key}", file=sys.stderr, flush=True)
-
+class Story(Told):
     def published(self) -> list[str]:
         slices = self.node.api.slices(SimNode.driver, self.node.name)
         return sorted(device["name"] for each in slices for device in each["spec"].get("devices", ()))

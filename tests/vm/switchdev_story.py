@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from kndsim.node import ClaimSpec, SimNode, SimPod
 from kndsim.runtime_model import RuntimeMode
 from kndsim.waiting import wait_until, wait_until_async
 from tests.vm.provisioning_story import borrow_udev, properties, rules, sh
+from tests.vm.story import Told
 
 CARD = "netdevsim10"
 HANDLE = f"netdevsim/{CARD}"
@@ -101,15 +101,7 @@ def picture() -> dict[str, Any]:
     }
 
 
-class Story:
-    def __init__(self, node: SimNode) -> None:
-        self.node = node
-        self.seen: dict[str, Any] = {}
-
-    def note(self, key: str, value: Any) -> None:
-        self.seen[key] = value
-        print(f"{time.monotonic():.1f} {key}", file=sys.stderr, flush=True)
-
+class Story(Told):
     def offered(self) -> dict[str, Any]:
         slices = self.node.api.slices(SimNode.driver, self.node.name)
         devices = [device for each in slices for device in each["spec"].get("devices", ())]

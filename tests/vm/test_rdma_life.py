@@ -3,35 +3,26 @@ network namespaces: see rdma_inside, which is run there once; each of its tests 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
 from kndsim.guest import guest
+from tests.vm.inside import Outcomes, names_in, run_inside
 
 pytestmark = pytest.mark.timeout(1500)
 
-INSIDE = Path(__file__).with_name("rdma_inside.py")
-NAMES = re.findall(r"^def (test_\w+)", INSIDE.read_text(), re.MULTILINE)
+INSIDE = ("rdma_inside",)
 SECONDS = 1200.0
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> Iterator[tuple[Mapping[str, set[str]], str]]:
-    """Test name to how it ended, for all sets of its parameters; and all that was said."""
+def outcomes() -> Iterator[Outcomes]:
     with guest(name="rdma", append="ib_core.netns_mode=0") as vm:
         vm.run(["modprobe", "-a", "rdma_rxe", "ib_uverbs", "rdma_ucm"])
-        argv = ["python", "-m", "pytest", "-v", "-rA", "--tb=long", f"/srv/knd/tests/vm/{INSIDE.name}"]
-        done = vm.run(["sh", "-c", f"cd /srv/knd && exec {' '.join(argv)}"], check=False, timeout=SECONDS)
-        found: dict[str, set[str]] = {}
-        for name, outcome in re.findall(r"::(test_\w+)\S* (PASSED|FAILED|ERROR|SKIPPED)", done.out):
-            found.setdefault(name, set()).add(outcome)
-        yield found, done.out + done.err + vm.console[-2000:]
+        yield run_inside(vm, INSIDE, SECONDS)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_in_a_guest(outcomes: tuple[Mapping[str, set[str]], str], name: str) -> None:
-    ended, said = outcomes
-    assert ended.get(name, {"NOT RUN"}) == {"PASSED"}, said
+@pytest.mark.parametrize("name", names_in(*INSIDE))
+def test_in_a_guest(outcomes: Outcomes, name: str) -> None:
+    outcomes.check(name)

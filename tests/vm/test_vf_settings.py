@@ -3,35 +3,26 @@ each of its tests is one here."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
 from kndsim.guest import guest
+from tests.vm.inside import Outcomes, names_in, run_inside
 
 pytestmark = pytest.mark.timeout(1500)
 
-INSIDE = Path(__file__).with_name("vf_settings_inside.py")
-NAMES = re.findall(r"^def (test_\w+)", INSIDE.read_text(), re.MULTILINE)
+INSIDE = ("vf_settings_inside",)
 SECONDS = 1200.0
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> Iterator[tuple[Mapping[str, list[str]], str]]:
-    """Test name to how it ended, once per set of its parameters; and all that was said."""
+def outcomes() -> Iterator[Outcomes]:
     with guest(name="vf-settings") as vm:
         vm.run(["modprobe", "-a", "netdevsim", "vfio-pci"])
-        argv = ["python", "-m", "pytest", "-v", "-rA", "--tb=long", f"/srv/knd/tests/vm/{INSIDE.name}"]
-        done = vm.run(["sh", "-c", f"cd /srv/knd && exec {' '.join(argv)}"], check=False, timeout=SECONDS)
-        found: dict[str, list[str]] = {}
-        for name, outcome in re.findall(r"::(test_\w+)\S* (PASSED|FAILED|ERROR|SKIPPED)", done.out):
-            found.setdefault(name, []).append(outcome)
-        yield found, done.out + done.err + vm.console[-2000:]
+        yield run_inside(vm, INSIDE, SECONDS)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_in_a_guest(outcomes: tuple[Mapping[str, list[str]], str], name: str) -> None:
-    ended, said = outcomes
-    assert set(ended.get(name, ["NOT RUN"])) == {"PASSED"}, said
+@pytest.mark.parametrize("name", names_in(*INSIDE))
+def test_in_a_guest(outcomes: Outcomes, name: str) -> None:
+    outcomes.check(name)
