@@ -18,8 +18,15 @@ _HINTS = {
     errno_names.EPERM: "the agent needs CAP_BPF, CAP_NET_ADMIN and CAP_SYS_ADMIN",
     errno_names.ENOSYS: "this kernel is built without CONFIG_BPF_SYSCALL",
 }
+_FIGURES = ("processed ", "verification time ", "stack depth ")
 LOG_TAIL = 2000
 """Characters of a verifier log or compiler output that go into a message."""
+
+
+def verdict(log: str) -> str:
+    """The verifier's reason: its last line but those with figures, which all logs end with. "" without a log."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if not line.startswith(_FIGURES)), "")
 
 
 class BpfError(Exception):
@@ -34,7 +41,7 @@ class CallRefused(BpfError):
         self.errno = errno
         self.log = log
         name = errno_names.errorcode.get(errno, str(errno))
-        hint = _HINTS.get(errno, "")
+        hint = verdict(log) or _HINTS.get(errno, "")
         text = f"{what}: {name} ({os.strerror(errno)})" + (f"; {hint}" if hint else "")
         super().__init__(text + (f"\n{log[-LOG_TAIL:]}" if log else ""))
 

@@ -322,7 +322,10 @@ INLINE void account(struct __sk_buff *skb, const struct frame *f, u32 slot, enum
 	record = bpf_map_lookup_elem((void *)bpf_pseudo_fd(KND_PSEUDO_MAP_FD, KND_MAP_ACCT), &slot);
 	if (!record)
 		return;
-	cell = &record->cells[(direction * KND_CLASSES + counted->class) * KND_KINDS + bounded(f->kind, 3)];
+	/* The whole index is masked: kernels before 6.2 know nothing of the sum of two bounded numbers that the
+	 * compiler made an OR of. */
+	cell = &record->cells[bounded((direction * KND_CLASSES + counted->class) * KND_KINDS + f->kind,
+				      KND_DIRECTIONS * KND_CLASSES * KND_KINDS - 1)];
 	cell->bytes += counted->bytes;
 	cell->packets += counted->packets;
 }
