@@ -19,14 +19,16 @@ _HINTS = {
     errno_names.ENOSYS: "this kernel is built without CONFIG_BPF_SYSCALL",
 }
 _FIGURES = ("processed ", "verification time ", "stack depth ")
+_REASON = 200
+"""Characters of it; a line of state can be much longer."""
 LOG_TAIL = 2000
 """Characters of a verifier log or compiler output that go into a message."""
 
 
 def verdict(log: str) -> str:
-    """The verifier's reason: its last line but those with figures, which all logs end with. "" without a log."""
+    """The verifier's reason: its last line but the figures that all logs end with. "" without a log."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if not line.startswith(_FIGURES)), "")
+    return next((line[:_REASON] for line in reversed(lines) if not line.startswith(_FIGURES)), "")
 
 
 class BpfError(Exception):
@@ -41,8 +43,8 @@ class CallRefused(BpfError):
         self.errno = errno
         self.log = log
         name = errno_names.errorcode.get(errno, str(errno))
-        hint = verdict(log) or _HINTS.get(errno, "")
-        text = f"{what}: {name} ({os.strerror(errno)})" + (f"; {hint}" if hint else "")
+        parts = (f"{what}: {name} ({os.strerror(errno)})", verdict(log), _HINTS.get(errno, ""))
+        text = "; ".join(part for part in parts if part)
         super().__init__(text + (f"\n{log[-LOG_TAIL:]}" if log else ""))
 
 

@@ -86,7 +86,9 @@ _KINDS = {RdmaFile.UMAD: CharacterDeviceKind.UMAD, RdmaFile.ISSM: CharacterDevic
 def _gid(
     target: Target, host: Host, device: NldevDevice, port: int, link: LinkInfo | None, seconds: float
 ) -> GidEntry | None:
-    """The RoCE v2 entry of the pod's address. None for what has no such table: InfiniBand, iWARP."""
+    """The RoCE v2 entry of the pod's first address; of a later one if that has none within seconds. The
+    kernel writes them one by one, and a job that starts anew must find the same one. None for what has no
+    such table: InfiniBand, iWARP."""
     if link is None or device.protocol not in (None, "roce"):
         return None
     addresses = target.preparation.config.interface.addresses
@@ -97,13 +99,14 @@ def _gid(
             sysfs = stack.enter_context(sysfs_of(target.pod_netns))
         while True:
             try:
-                entry = roce_v2(gid_table(sysfs, device.name, port), link.name, addresses)
+                table = gid_table(sysfs, device.name, port)
             except HwError as error:
                 log.warning("the GID table of %s cannot be read: %s", target.device, error)
                 return None
-            if entry is not None or time.monotonic() > give_up:
+            if roce_v2(table, link.name, addresses[:1]) or time.monotonic() > give_up:
                 break
             time.sleep(_PAUSE)
+    entry = roce_v2(table, link.name, addresses)
     if entry is None:
         text = "%s: the kernel has not put the pod's address into the GID table of %s yet"
         log.warning(text, target.device, device.name)

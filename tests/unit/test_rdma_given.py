@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from driver.errors import NotNow, Refusal
 from driver.execute import rdma_given
-from driver.model import NicConfig, Preparation
+from driver.model import InterfaceConfig, NicConfig, Preparation
 from driver.rdma import DeviceFile, RdmaConfig, RdmaFile, RdmaMode
 from hw.model import IfName, RdmaName
 from hw.rdma.gids import gid_table, roce_v2
@@ -100,7 +102,24 @@ def test_a_table_that_is_late_is_waited_for_and_one_that_stays_empty_is_told_and
     assert (given.gid_index, given.gid) == (None, "")
     assert given.files
     assert "has not put the pod's address into the GID table of mlx5_2" in caplog.text
-    monkeypatch.setattr(rdma_given.time, "sleep", lambda seconds: write_gids(sysfs))
+    wait_by(monkeypatch, lambda: write_gids(sysfs))
+    assert rdma_given.look(stage.target, stage.host, gid_seconds=20.0).gid_index == 5
+
+
+def wait_by(monkeypatch: pytest.MonkeyPatch, change: Callable[[], None]) -> None:
+    """In that module alone: other threads sleep too."""
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: change())
+    monkeypatch.setattr(rdma_given, "time", clock)
+
+
+def test_the_first_address_is_waited_for_though_the_second_is_there(
+    kernel: Kernel, sysfs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = NicConfig(interface=InterfaceConfig(addresses=(V4, V6)))
+    stage = in_pod(kernel, sysfs, bound(kernel, config=config))
+    write_gids(sysfs, entries=TABLE[-1:])
+    assert rdma_given.look(stage.target, stage.host, gid_seconds=0.0).gid_index == 9
+    wait_by(monkeypatch, lambda: write_gids(sysfs))
     assert rdma_given.look(stage.target, stage.host, gid_seconds=20.0).gid_index == 5
 
 
