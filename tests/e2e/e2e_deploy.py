@@ -17,7 +17,7 @@ import pytest
 from kndsim.cluster import Cluster
 from tests.e2e.e2e_agents import CONTAINER, DAEMONSET, NAMESPACE
 from tests.e2e.e2e_api import Api
-from tests.e2e.e2e_ground import Ground
+from tests.e2e.e2e_ground import DeviceKind, Ground
 from tests.e2e.e2e_objects import Json
 
 VARIABLE = "KND_E2E_SABOTAGE"
@@ -44,10 +44,11 @@ def asked_for() -> Sabotage | None:
 @contextlib.contextmanager
 def deployed(cluster: Cluster, ground: Ground, api: Api) -> Iterator[None]:
     """The cluster's agents; they are gone with the cluster."""
-    from kndsim.deployed import READY_WITHIN, deploy_agent
+    from kndsim.deployed import GUEST_OVERLAY, OVERLAY, READY_WITHIN, deploy_agent
 
     how = asked_for()
-    deploy_agent(cluster, within=READY_WITHIN * ground.pace)
+    overlay = GUEST_OVERLAY if ground.kind is DeviceKind.VF else OVERLAY
+    deploy_agent(cluster, overlay, within=READY_WITHIN * ground.pace)
     with sabotaged(api, how) if how else contextlib.nullcontext():
         yield
 

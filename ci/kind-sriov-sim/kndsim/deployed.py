@@ -17,6 +17,7 @@ NAMESPACE = "knd-system"
 DAEMONSET = "knd-agent"
 MANIFESTS = REPOSITORY / "deploy/manifests"
 OVERLAY = REPOSITORY / "ci/kind-sriov-sim/overlays/test"
+GUEST_OVERLAY = REPOSITORY / "ci/kind-sriov-sim/overlays/guest"
 READY_WITHIN = 120.0
 
 
