@@ -96,15 +96,18 @@ def note_reading(
         )
 
 
-def read_late(connection: sqlite3.Connection, period: Period) -> tuple[LateReading, ...]:
-    """The late readings that make an end of a period unsharp: they begin before it and end after it."""
-    edges = [edge for edge in (period.start, period.end) if edge is not None]
-    if not edges:
-        return ()
-    crossing = " OR ".join("(started < ? AND ended >= ?)" for _ in edges)
+def read_late(
+    connection: sqlite3.Connection, period: Period, *, namespace: str | None, pod: str | None
+) -> tuple[LateReading, ...]:
+    """The late readings that make an end of a period unsharp: they begin before it and end after it. Of one
+    namespace, and of pods of one name, or of all."""
     rows = connection.execute(
-        f"SELECT attachment, source, started, ended FROM late WHERE {crossing} ORDER BY ended",  # noqa: S608 - constants
-        [edge for edge in edges for _ in range(2)],
+        "SELECT l.attachment, l.source, l.started, l.ended FROM late l"
+        " JOIN attachments a ON a.id = l.attachment"
+        " WHERE ((l.started < :start AND l.ended >= :start) OR (l.started < :end AND l.ended >= :end))"
+        " AND (:namespace IS NULL OR a.pod_namespace = :namespace) AND (:pod IS NULL OR a.pod_name = :pod)"
+        " ORDER BY l.ended",
+        {"start": period.start, "end": period.end, "namespace": namespace, "pod": pod},
     ).fetchall()
     return tuple(LateReading(AttachmentId(row[0]), *row[1:]) for row in rows)
 

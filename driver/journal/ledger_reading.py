@@ -122,7 +122,7 @@ class Reading(database.Closes):
                 period=period,
                 rows=read_period(self._connection, selection, period),
                 gaps=read_gaps(self._connection, selection),
-                late=buckets.read_late(self._connection, period),
+                late=buckets.read_late(self._connection, period, namespace=namespace, pod=pod),
                 clock_steps=read_clock_steps(self._connection, period),
                 restarts=read_restarts(self._connection, period),
             )

@@ -13,6 +13,7 @@ from bpf.attach import probe_tcx
 from bpf.cache import ProgramCache
 from bpf.layout import Hook
 from bpf.program import CompiledPrograms
+from tests.kernel.counted_wire import Wire, counted_wire
 from tests.kernel.limited_pair import Pair, limited_pair
 
 
@@ -24,12 +25,19 @@ def tcx_kernel() -> None:
 
 
 @pytest.fixture(scope="session")
-def limit_programs(tmp_path_factory: pytest.TempPathFactory) -> CompiledPrograms:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> CompiledPrograms:
     return ProgramCache(tmp_path_factory.mktemp("programs")).ensure()
 
 
 @pytest.fixture
-def pair(limit_programs: CompiledPrograms) -> Iterator[Pair]:
+def pair(compiled: CompiledPrograms) -> Iterator[Pair]:
     """Two ends of a wire, the pod's with programs that limit it."""
-    with limited_pair(limit_programs) as made:
+    with limited_pair(compiled) as made:
+        yield made
+
+
+@pytest.fixture
+def wire(compiled: CompiledPrograms) -> Iterator[Wire]:
+    """A counted device and its peer."""
+    with counted_wire(compiled) as made:
         yield made

@@ -8,129 +8,33 @@ import struct
 import subprocess
 import sys as python
 import threading
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from pyroute2 import IPRoute
 
 from bpf import sys
-from bpf.accounting import Accounting
-from bpf.attach import TcxPrograms, probe_tcx
-from bpf.cache import ProgramCache
-from bpf.layout import Cell, Hook, Slot, TrafficKind
-from kndsim.links import SimNetns, netns, private_host, veth_pair
+from bpf.layout import Cell, Slot, TrafficKind
+from kndsim.links import netns
 from tests.bpf import frames as f
-from tests.bpf.bpffs import mounted_bpffs
 from tests.kernel.bpf_traffic import Sender, virtio_header
+from tests.kernel.counted_wire import (
+    NOBODY,
+    NOBODY6,
+    PEER,
+    PEER6,
+    SLOT,
+    UDP_SEGMENT,
+    Wire,
+    attach_filters,
+    family_of,
+    standing_still,
+    udp_socket,
+)
 
 BLAST = Path(__file__).resolve().parent.parent / "bench/blast.py"
-SLOT = Slot(2)
-POD, PEER, NOBODY = "10.77.0.1", "10.77.0.2", "10.77.0.99"
-POD6, PEER6, NOBODY6 = "fd77::1", "fd77::2", "fd77::99"
-NOBODYS_MAC = "02:00:00:00:00:99"
-MTU = 9000
-UDP_SEGMENT = 103
 OTHER, IP, TCP, ROCE = TrafficKind
 _BPF_FUNC_SKB_VLAN_PUSH = 18
-
-
-@dataclass(slots=True)
-class Wire:
-    """The pod's device here, its peer in a netns of its own, both with addresses of both kinds."""
-
-    pod: SimNetns
-    peer: SimNetns
-    device: int
-    peer_device: int
-    accounting: Accounting
-
-    def cells(self) -> dict[tuple[int, int, TrafficKind], tuple[int, int]]:
-        """(bytes, packets) by (direction, class, kind)."""
-        return {
-            (cell.direction, cell.traffic_class, cell.kind): (cell.bytes, cell.packets)
-            for cell in self.accounting.read(SLOT)
-        }
-
-    def settled(self, *, direction: int, packets: int, traffic_class: int, kind: TrafficKind) -> Cell:
-        """Wait until so many have arrived, then give the cell, which may hold more."""
-        deadline = time.monotonic() + 10
-        while True:
-            size, count = self.cells().get((direction, traffic_class, kind), (0, 0))
-            if count >= packets or time.monotonic() > deadline:
-                return Cell(direction, traffic_class, kind, size, count)
-            time.sleep(0.01)
-
-
-def set_up(where: SimNetns, ifindex: int, address: str, address6: str) -> None:
-    def work(ipr: IPRoute) -> None:
-        ipr.link("set", index=ifindex, mtu=MTU, state="up")
-        ipr.addr("add", index=ifindex, address=address, prefixlen=24)
-        ipr.addr("add", index=ifindex, address=address6, prefixlen=64, flags=0x02)
-        for nobody in (NOBODY, NOBODY6):
-            ipr.neigh("add", dst=nobody, lladdr=NOBODYS_MAC, ifindex=ifindex, state=0x80)
-
-    where.netlink(work)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> ProgramCache:
-    folder = tmp_path_factory.mktemp("programs")
-    return ProgramCache(folder, prebuilt=folder / "none")
-
-
-def attach_filters(where: SimNetns, accounting: Accounting, ifindex: int, slot: Slot) -> None:
-    """Both programs at the hooks that kernels without tcx have."""
-
-    def attach(ipr: IPRoute) -> None:
-        ipr.tc("add", "clsact", index=ifindex)
-        for direction, parent in enumerate((0xFFFFFFF3, 0xFFFFFFF2)):
-            with accounting.load(slot, direction) as program:
-                ipr.tc(
-                    "add-filter",
-                    "bpf",
-                    index=ifindex,
-                    fd=program.fd,
-                    name="knd",
-                    parent=parent,
-                    classid=0x10001,
-                    direct_action=True,
-                    handle=1,
-                )
-
-    where.netlink(attach)
-
-
-@pytest.fixture
-def wire(cache: ProgramCache) -> Iterator[Wire]:
-    programs = cache.ensure()
-    with (
-        private_host() as host,
-        netns() as peer,
-        mounted_bpffs() as bpffs,
-        veth_pair("kdev", "kwire", peer_where=peer) as (device, peer_device),
-        Accounting.open(bpffs / "knd/v1", programs, slots=4) as accounting,
-    ):
-        if probe_tcx() is Hook.TCX:
-            TcxPrograms(bpffs / "knd/v1", accounting).attach("dev", device, SLOT)
-        else:
-            attach_filters(host, accounting, device, SLOT)
-        set_up(host, device, POD, POD6)
-        set_up(peer, peer_device, PEER, PEER6)
-        yield Wire(host, peer, device, peer_device, accounting)
-
-
-def udp_socket(address: str, port: int, dscp: int) -> socket.socket:
-    six = ":" in address
-    made = socket.socket(socket.AF_INET6 if six else socket.AF_INET, socket.SOCK_DGRAM)
-    if six:
-        made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_TCLASS, dscp << 2)
-    else:
-        made.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, dscp << 2)
-    made.connect((address, port))
-    return made
 
 
 @pytest.mark.parametrize("address", [NOBODY, NOBODY6])
@@ -173,14 +77,6 @@ def test_udp_segmentation_is_counted_as_packets_of_the_wire(wire: Wire, directio
     assert (cell.packets, cell.bytes) == (50 * 11, 50 * (10_000 + 11 * (14 + 20 + 8)))
 
 
-def statistics(where: SimNetns, ifindex: int) -> dict[str, int]:
-    def read(ipr: IPRoute) -> dict[str, int]:
-        (link,) = ipr.get_links(ifindex)
-        return dict(link.get_attr("IFLA_STATS64"))
-
-    return where.netlink(read)
-
-
 def exchange(wire: Wire, address: str, size: int) -> None:
     """Send size bytes by TCP from the pod to the peer, and wait until they were read."""
     listener = wire.peer.run(lambda: socket.create_server((address, 5001), family=family_of(address)))
@@ -204,10 +100,6 @@ def exchange(wire: Wire, address: str, size: int) -> None:
         assert received == size // (1 << 16) * (1 << 16)
 
 
-def family_of(address: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in address else socket.AF_INET
-
-
 @pytest.mark.parametrize(("address", "header"), [(PEER, 14 + 20 + 32), (PEER6, 14 + 40 + 32)])
 def test_tcp_adds_up_with_the_interfaces_statistics(wire: Wire, address: str, header: int) -> None:
     """The interface counts what it was handed, unsegmented. Every further segment has one more header, so
@@ -229,15 +121,6 @@ def test_tcp_adds_up_with_the_interfaces_statistics(wire: Wire, address: str, he
         if direction == 0:
             assert extra > 1000, "the test needs segmentation to say anything"
     assert cells[0, 0, TCP][0] > 64 << 20
-
-
-def standing_still(wire: Wire) -> tuple[dict[str, int], dict[tuple[int, int, TrafficKind], tuple[int, int]]]:
-    """The interface's statistics and ours, read while no packet came between."""
-    time_limit = time.monotonic() + 10
-    while True:
-        before, cells = statistics(wire.pod, wire.device), wire.cells()
-        if before == statistics(wire.pod, wire.device) or time.monotonic() > time_limit:
-            return before, cells
 
 
 # --- frames as they are -----------------------------------------------------------------------------

@@ -148,6 +148,18 @@ def test_what_was_read_late_is_told_where_it_blurs_an_end_of_the_range(ledger: L
     assert ledger.bill(NOON - 5 * HOUR).late == ()
 
 
+def test_who_asks_for_a_pod_is_not_told_what_was_read_late_of_others(ledger: Ledger) -> None:
+    ledger.begin(owner(2))
+    for attachment in (ONE, TWO):
+        note(ledger, NOON - 600, cell(1), to=attachment)
+        note(ledger, NOON + 600, cell(9), to=attachment)
+    pod = owner(2).pod
+    assert {late.attachment for late in ledger.bill(NOON).late} == {ONE, TWO}
+    (late,) = ledger.bill(NOON, namespace=pod.namespace, pod=pod.name).late
+    assert late.attachment == TWO
+    assert ledger.bill(NOON, namespace="another").late == ()
+
+
 def test_a_ledger_of_the_release_before_is_taken_over_with_what_it_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
