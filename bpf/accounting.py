@@ -9,28 +9,26 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import re
 import struct
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from bpf import layout, selftest, sys
+from bpf import layout, loaded, selftest, sys
 from bpf.errors import BpffsMissing, CallRefused, LayoutMismatch
 from bpf.layout import Cell, Slot, TrafficKind
-from bpf.limits import Limits
+from bpf.limits import Limits, Rules
+from bpf.loaded import Place
 from bpf.program import CompiledPrograms
 
 DEFAULT_SLOTS = 512
-PROGRAM_NAMES = ("knd_eg", "knd_in")
-"""As the kernel shows them, per direction, followed by `_` and the slot: who counts where can be told from
-the kernel alone."""
 BATCH_BYTES = 4 << 20
 """Most that one batch call copies: one call for 512 slots on 8 possible CPUs."""
 
-_COUNTS_INTO = re.compile(r"knd_(?:eg|in)_([0-9]{1,5})")
 _KEY = struct.Struct("=I")
+_FIRST = Slot(0)
 _LANES = struct.Struct(f"={layout.VALUE_BYTES // 8}Q")
 _ZEROS = bytes(layout.VALUE_BYTES)
 _DSCP_DEFAULT = tuple(dscp >> 3 for dscp in range(layout.DSCPS))
@@ -137,18 +135,7 @@ class Accounting:
     def busy_slots() -> frozenset[Slot]:
         """Slots that any living program counts into, whoever has it attached; also those of another agent
         on this machine, which does no harm."""
-        found = set()
-        number = sys.prog_get_next_id(0)
-        while number is not None:
-            try:
-                with sys.prog_get_fd_by_id(number) as program:
-                    found.add(slot_of(program))
-            except CallRefused as error:
-                # Gone meanwhile.
-                if error.errno != errno.ENOENT:
-                    raise
-            number = sys.prog_get_next_id(number)
-        return frozenset(slot for slot in found if slot is not None)
+        return frozenset(place.slot for place, _ in loaded.programs())
 
     def set_classes(self, dscp: Sequence[int], pcp: Sequence[int], *, pcp_wins: bool = True) -> None:
         """Which class each DSCP (64) and VLAN priority (8) is counted in; counts already made stay.
@@ -182,38 +169,59 @@ def _load(
 ) -> sys.ProgramFd:
     maps: Mapping[str, int] = {"acct": counters.fd, "classes": classes.fd, **limits.fds}
     code = programs.programs[direction].specialise(slot, maps)
-    return sys.prog_load(sys.ProgramType.SCHED_CLS, code, name=f"{PROGRAM_NAMES[direction]}_{slot}")
+    return sys.prog_load(sys.ProgramType.SCHED_CLS, code, name=loaded.name_of(Place(slot, direction)))
 
 
-def slot_of(program: sys.ProgramFd) -> Slot | None:
-    """The slot that a program of ours counts into; None for a program of others."""
-    found = _COUNTS_INTO.fullmatch(sys.prog_name(program))
-    return None if found is None else Slot(int(found[1]))
+@dataclass(frozen=True, slots=True)
+class Scratch:
+    """Both programs on maps of their own, in the directions' order: no device is touched, no pod's count."""
+
+    programs: tuple[sys.ProgramFd, ...]
+    _counters: sys.MapFd
+    _limits: Limits
+
+    def set_rules(self, rules: Rules) -> None:
+        self._limits.set(_FIRST, rules)
+
+    def counts(self) -> tuple[Cell, ...]:
+        """Since they were asked for last."""
+        values = bytearray(layout.VALUE_BYTES * sys.possible_cpus())
+        sys.map_lookup_elem(self._counters, _KEY.pack(_FIRST), values)
+        sys.map_update_elem(self._counters, _KEY.pack(_FIRST), bytes(len(values)))
+        return _cells(values, 0, sys.possible_cpus())
 
 
-def _try_out(programs: CompiledPrograms) -> None:
-    """Run both programs on maps of their own, before any pod depends on them: a few milliseconds."""
-    slot, cpus = Slot(0), sys.possible_cpus()
+@contextlib.contextmanager
+def scratch(programs: CompiledPrograms) -> Iterator[Scratch]:
+    """Loaded for the time of the context: a few milliseconds. CallRefused with the verifier's reason."""
     with contextlib.ExitStack() as stack:
         counters = stack.enter_context(_make_counters(1))
         classes = stack.enter_context(_make_classes())
         limits = stack.enter_context(contextlib.closing(Limits(_make_rules(1), _make_police(1))))
-        loaded = [
-            stack.enter_context(_load(programs, slot, direction, counters, classes, limits))
+        tried = tuple(
+            stack.enter_context(_load(programs, _FIRST, direction, counters, classes, limits))
             for direction in range(layout.DIRECTIONS)
-        ]
-
-        def counts() -> tuple[Cell, ...]:
-            values = bytearray(layout.VALUE_BYTES * cpus)
-            sys.map_lookup_elem(counters, _KEY.pack(slot), values)
-            sys.map_update_elem(counters, _KEY.pack(slot), bytes(len(values)))
-            return _cells(values, 0, cpus)
-
-        selftest.check(
-            lambda direction, frame: sys.prog_test_run(loaded[direction], frame),
-            lambda rules: limits.set(slot, rules),
-            counts,
         )
+        yield Scratch(tried, counters, limits)
+
+
+def _try_out(programs: CompiledPrograms) -> None:
+    """Before any pod depends on them."""
+    with scratch(programs) as tried:
+        selftest.check(
+            lambda direction, frame: sys.prog_test_run(tried.programs[direction], frame),
+            tried.set_rules,
+            tried.counts,
+        )
+
+
+def pinned_counters(pins: Path) -> frozenset[sys.MapId]:
+    """The maps that programs of this node count into; empty where there are none."""
+    found = _reopen(pins / "acct", sys.MapType.PERCPU_ARRAY, layout.VALUE_BYTES)
+    if found is None:
+        return frozenset()
+    with found:
+        return frozenset({sys.map_info(found).id})
 
 
 def make_pin_directory(path: Path) -> None:

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bpf import sys
-from bpf.accounting import Accounting, make_pin_directory, slot_of
+from bpf.accounting import Accounting, make_pin_directory
 from bpf.errors import BpfError, CallRefused
 from bpf.layout import Hook, Slot
+from bpf.loaded import place_of
 
 _SUFFIXES = ("-eg", "-in")
 _HOOKS = (sys.AttachType.TCX_EGRESS, sys.AttachType.TCX_INGRESS)
@@ -30,7 +31,7 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,200}")
 _CLONE_NEWNET = 0x40000000
 _LOOPBACK = 1
 """ifindex of `lo` in a new netns."""
-_RETURN_UNSPEC = struct.pack("=BBhiBBhi", 0xB7, 0, 0, -1, 0x95, 0, 0, 0)
+RETURN_UNSPEC = struct.pack("=BBhiBBhi", 0xB7, 0, 0, -1, 0x95, 0, 0, 0)
 """A whole program: return -1, the next one decides."""
 
 
@@ -117,7 +118,8 @@ class TcxPrograms:
                 return None
             raise
         with sys.prog_get_fd_by_id(info.program) as program:
-            return slot_of(program)
+            place = place_of(program)
+        return None if place is None else place.slot
 
     def names(self) -> frozenset[str]:
         """Every name with at least one pin."""
@@ -216,7 +218,7 @@ def probe_tcx() -> Hook:
 
 
 def _try_tcx() -> Hook:
-    with sys.prog_load(sys.ProgramType.SCHED_CLS, _RETURN_UNSPEC, name="knd_probe") as program:
+    with sys.prog_load(sys.ProgramType.SCHED_CLS, RETURN_UNSPEC, name="knd_probe") as program:
         try:
             sys.link_create(program, _LOOPBACK, sys.AttachType.TCX_INGRESS).close()
         except CallRefused as error:

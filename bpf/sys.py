@@ -19,17 +19,22 @@ from typing import NewType, Self, TypeAlias
 from bpf.errors import BpfError, CallRefused
 
 LinkId = NewType("LinkId", int)
+MapId = NewType("MapId", int)
 ProgramId = NewType("ProgramId", int)
 
 _SYSCALL_NUMBERS = {"x86_64": 321, "aarch64": 280}
 _LOG_BYTES = 1 << 20
 _LOAD_TRIES = 5
+"""BPF_PROG_LOAD gives EAGAIN when a signal is pending."""
 _SK_BUFF_BYTES = 256
 """More than struct __sk_buff of uapi linux/bpf.h has on any kernel; the rest stays 0."""
 _SK_BUFF_PRIORITY_AT = 32
 _TEST_RUN_GROWS = 256
 """More bytes than a program could add to a packet here."""
-"""BPF_PROG_LOAD gives EAGAIN when a signal is pending."""
+_PROG_INFO_BYTES = 232
+"""Of struct bpf_prog_info; a kernel that has less leaves zeros."""
+_MAPS_AT_MOST = 64
+"""What the verifier lets one program use (MAX_USED_MAPS)."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
@@ -56,6 +61,7 @@ class Command(enum.IntEnum):
     LINK_UPDATE = 29
     LINK_GET_FD_BY_ID = 30
     LINK_GET_NEXT_ID = 31
+    ENABLE_STATS = 32
     LINK_DETACH = 34
 
 
@@ -131,8 +137,13 @@ class LinkFd(Fd):
     """An attachment. Unless it is pinned, closing the last descriptor detaches."""
 
 
+class StatsFd(Fd):
+    """While it is open, the kernel times every run of every program of the machine."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MapInfo:
+    id: MapId
     type: int
     key_size: int
     value_size: int
@@ -279,6 +290,14 @@ def _prog_load(kind: ProgramType, instructions: bytes, name: str, log: bytearray
 
 
 @dataclass(frozen=True, slots=True)
+class Runs:
+    """Of one program, while the kernel timed them; nanoseconds of all together."""
+
+    count: int
+    nanoseconds: int
+
+
+@dataclass(frozen=True, slots=True)
 class TestRun:
     """result is the program's return value, nanoseconds the mean of all repeats; packet and priority are what
     the last of them left."""
@@ -304,6 +323,11 @@ def prog_test_run(program: ProgramFd, packet: bytes, *, context: bytes = b"", re
     (nanoseconds,) = struct.unpack_from("=I", raw, 36)
     (priority,) = struct.unpack_from("=I", left_ctx, _SK_BUFF_PRIORITY_AT)
     return TestRun(result, nanoseconds, bytes(left[:size]), priority)
+
+
+def enable_stats() -> StatsFd:
+    """Have runs timed until the descriptor is closed, by whatever end of its process too."""
+    return StatsFd(_call(Command.ENABLE_STATS, "having the kernel time BPF programs", "=I", 0)[0])
 
 
 def prog_get_fd_by_id(program: ProgramId) -> ProgramFd:
@@ -400,22 +424,24 @@ def obj_get_link(path: Path) -> LinkFd:
     return LinkFd(_obj_get(path))
 
 
-def _info(thing: Fd, size: int) -> bytes:
-    out = bytearray(size)
+def _info(thing: Fd, out: bytearray) -> bytes:
+    """out says how much is asked for, and where more is to be written."""
     buffer = _Buffer(out)
-    args = (thing.fd, size, buffer.address)
+    args = (thing.fd, len(out), buffer.address)
     _call(Command.OBJ_GET_INFO_BY_FD, "asking what a BPF object is", "=IIQ", *args)
     return bytes(out)
 
 
 def map_info(map_fd: MapFd) -> MapInfo:
-    kind, _, key_size, value_size, max_entries = struct.unpack_from("=5I", _info(map_fd, 64))
-    return MapInfo(type=kind, key_size=key_size, value_size=value_size, max_entries=max_entries)
+    kind, number, key_size, value_size, max_entries = struct.unpack_from("=5I", _info(map_fd, bytearray(64)))
+    return MapInfo(
+        id=MapId(number), type=kind, key_size=key_size, value_size=value_size, max_entries=max_entries
+    )
 
 
 def prog_info(program: ProgramFd) -> bytes:
     """The start of struct bpf_prog_info, as the kernel fills it; zeros where it knows less."""
-    return _info(program, 232)
+    return _info(program, bytearray(_PROG_INFO_BYTES))
 
 
 def prog_id(program: ProgramFd) -> ProgramId:
@@ -427,8 +453,30 @@ def prog_name(program: ProgramFd) -> str:
     return prog_info(program)[64:80].split(b"\0", 1)[0].decode("ascii", "replace")
 
 
+def prog_runs(program: ProgramFd) -> Runs:
+    """Since it was loaded; only what ran while somebody had statistics enabled."""
+    nanoseconds, count = struct.unpack_from("=QQ", prog_info(program), 192)
+    return Runs(count, nanoseconds)
+
+
+def prog_is_jited(program: ProgramFd) -> bool:
+    """Whether it runs as machine code; else the kernel interprets it."""
+    return bool(struct.unpack_from("=I", prog_info(program), 16)[0])
+
+
+def prog_maps(program: ProgramFd) -> frozenset[MapId]:
+    """The maps that it uses."""
+    room = _MAPS_AT_MOST
+    ids = bytearray(4 * room)
+    buffer = _Buffer(ids)
+    asked = bytearray(struct.pack("=52xIQ", room, buffer.address).ljust(_PROG_INFO_BYTES, b"\0"))
+    answer = _info(program, asked)
+    count = min(struct.unpack_from("=I", answer, 52)[0], room)
+    return frozenset(MapId(each) for each in struct.unpack_from(f"={count}I", ids))
+
+
 def link_info(link: LinkFd) -> LinkInfo:
-    kind, number, program, _, ifindex = struct.unpack_from("=5I", _info(link, 48))
+    kind, number, program, _, ifindex = struct.unpack_from("=5I", _info(link, bytearray(48)))
     on_device = kind in (LinkType.XDP, LinkType.TCX)
     return LinkInfo(LinkId(number), kind, ProgramId(program), ifindex if on_device else None)
 

@@ -1,4 +1,5 @@
-"""The BPF programs: whether they can be had without delay, and where they are pinned."""
+"""The BPF programs: whether they can be had without delay, where they are pinned, how they run and what they
+cost."""
 
 from __future__ import annotations
 
@@ -7,9 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from bpf import cost
 from bpf.cache import ProgramCache
+from bpf.cost import Trial
+from bpf.errors import BpfError
+from bpf.program import CompiledPrograms
 from bpf.source import compiler_version
 from bpf.sys import is_bpffs
+from driver import running
 from driver.doctor.model import Finding, Place, Subject, fail, ok, warn
 
 
@@ -22,19 +28,39 @@ class Programs:
     compiled: bool
     compiler: str | None
     """bcc's version."""
+    hook: str
+    """Where the agent that runs or ran here counts; "" if none did."""
+    trial: Trial | None
+    trial_error: str
+    """Why compiled programs could not be tried."""
 
 
 def look(place: Place) -> Programs:
     bpffs = place.paths.bpffs
     there = bpffs.is_dir()
+    compiled = ProgramCache(place.paths.program_cache).find()
+    trial, trial_error = _try(compiled)
+    agent = running.read(place.paths)
     return Programs(
         bpffs=bpffs,
         there=there,
         is_bpffs=there and is_bpffs(bpffs),
         writable=os.access(bpffs, os.W_OK),
-        compiled=ProgramCache(place.paths.program_cache).find() is not None,
+        compiled=compiled is not None,
         compiler=compiler_version(),
+        hook=agent.hook if agent is not None else "",
+        trial=trial,
+        trial_error=trial_error,
     )
+
+
+def _try(compiled: CompiledPrograms | None) -> tuple[Trial | None, str]:
+    if compiled is None:
+        return None, ""
+    try:
+        return cost.trial(compiled), ""
+    except (BpfError, OSError) as error:
+        return None, str(error)
 
 
 def judge(programs: Programs) -> Iterator[Finding]:
@@ -60,6 +86,33 @@ def judge(programs: Programs) -> Iterator[Finding]:
             "are not compiled, and there is no bcc to do it with",
             "use the image that has them, or install the Debian package python3-bpfcc",
         )
+    yield from _how_they_run(programs)
+
+
+def _how_they_run(programs: Programs) -> Iterator[Finding]:
+    if programs.hook:
+        yield ok("hook", f"the agent counts at {programs.hook}")
+    if programs.trial_error:
+        yield fail(
+            "mode",
+            f"they cannot be loaded: {programs.trial_error}",
+            "run as root with CAP_BPF and CAP_NET_ADMIN; what the kernel says of a program is for its makers",
+        )
+    if programs.trial is None:
+        return
+    if programs.trial.jited:
+        yield ok("mode", "they run as machine code")
+    else:
+        yield warn(
+            "mode",
+            "the kernel interprets them, which costs several times as much per packet",
+            "switch its compiler on: sysctl net.core.bpf_jit_enable=1, then start the agent anew",
+        )
+    yield ok(
+        "cost",
+        f"a packet costs {programs.trial.counting:.0f} ns in a trial, where a program that does nothing "
+        f"costs {programs.trial.empty:.0f}; `knd doctor --measure` tells it of the traffic that pods have",
+    )
 
 
 SUBJECT = Subject("programs", look, judge)

@@ -408,3 +408,20 @@ def test_a_file_that_cannot_be_read_is_one_sentence(  # type: ignore[no-untyped-
     assert said.err.startswith(f"knd: {file}")
     assert sentence in said.err
     assert "Errno" not in said.err
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "3601", "1.5", "\u0663", "soon"])
+def test_a_time_that_cannot_be_measured_for_is_refused(
+    paths: Paths, capsys: pytest.CaptureFixture[str], seconds: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", "--root", str(paths.root), f"--measure={seconds}"])
+    assert ended.value.code == 2
+    assert "from 1 to 3600" in capsys.readouterr().err
+
+
+def test_measuring_where_no_agent_ran_is_one_sentence(
+    paths: Paths, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", "--root", str(paths.root), "--measure", "1"]) == 1
+    assert "no agent has run here yet" in capsys.readouterr().err

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bpf.cost import Trial
 from bpf.layout import Hook
 from driver import doctor, running
 from driver.doctor import Finding, Place, Verdict, kernel, kubelet, policy, programs, records, runtime, sriov
@@ -61,7 +62,15 @@ def test_kernel(change: dict[str, object], check: str, verdict: Verdict, words: 
 
 
 GOOD_PROGRAMS = programs.Programs(
-    bpffs=Path("/sys/fs/bpf"), there=True, is_bpffs=True, writable=True, compiled=True, compiler=None
+    bpffs=Path("/sys/fs/bpf"),
+    there=True,
+    is_bpffs=True,
+    writable=True,
+    compiled=True,
+    compiler=None,
+    hook="tcx",
+    trial=Trial(counting=18.4, empty=8.0, jited=True),
+    trial_error="",
 )
 
 
@@ -74,6 +83,11 @@ GOOD_PROGRAMS = programs.Programs(
         ({"writable": False}, "bpffs", Verdict.FAIL, "cannot be written"),
         ({"compiled": False, "compiler": "0.26"}, "programs", Verdict.WARN, "when it starts"),
         ({"compiled": False}, "programs", Verdict.FAIL, "no bcc"),
+        ({}, "hook", Verdict.OK, "counts at tcx"),
+        ({}, "mode", Verdict.OK, "machine code"),
+        ({"trial": Trial(counting=200.0, empty=50.0, jited=False)}, "mode", Verdict.WARN, "interprets"),
+        ({"trial": None, "trial_error": "EPERM"}, "mode", Verdict.FAIL, "EPERM"),
+        ({}, "cost", Verdict.OK, "18 ns"),
     ],
 )
 def test_programs(change: dict[str, object], check: str, verdict: Verdict, words: str) -> None:
