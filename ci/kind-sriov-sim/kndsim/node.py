@@ -21,6 +21,7 @@ from typing import Any
 
 from kndsim.agent import AGENT, AgentProcess
 from kndsim.api import SimApi
+from kndsim.compiled import kept_programs, put_netns_check
 from kndsim.kubelet import SimKubelet
 from kndsim.kubelet_model import PrepareFailed, SimClaim, SimDevice
 from kndsim.runtime import (
@@ -132,7 +133,8 @@ class SimNode:
             (self.root / "run/udev").mkdir(parents=True)
             for name in ("control", "data"):
                 (self.root / "run/udev" / name).symlink_to(f"/run/udev/{name}")
-        build_netns_check(self.root / "var/lib/knd/bin/knd-netns-check")
+        stack.enter_context(kept_programs(self.root / "var/lib/knd/programs"))
+        put_netns_check(self.root / "var/lib/knd/bin/knd-netns-check")
         self.policy_file = self.root / "policy.yaml"
         self.policy_file.write_text(self._policy)
         self.api = stack.enter_context(SimApi())
@@ -286,13 +288,6 @@ def private_mounts() -> None:
     clone_newns, rec_private = 0x20000, 0x44000
     _check(_libc.unshare(clone_newns), "unshare(CLONE_NEWNS)")
     _check(_libc.mount(b"none", b"/", None, rec_private, None), "making mounts private")
-
-
-def build_netns_check(to: Path) -> None:
-    """The createRuntime helper, built from source as the image does."""
-    to.parent.mkdir(parents=True, exist_ok=True)
-    folder = REPOSITORY / "deploy/netns-check"
-    subprocess.run(["make", "-s", "-C", str(folder), f"OUT={to}"], check=True, stdout=subprocess.DEVNULL)
 
 
 def _check(result: int, what: str) -> None:
