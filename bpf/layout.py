@@ -27,9 +27,9 @@ CLASSES_BYTES = DSCPS + PCPS + 4
 PCP_WINS = 1
 """Flag: a VLAN-tagged packet's class is its priority's, whatever its DSCP."""
 
-RULES_BYTES = 128
+RULES_BYTES = 192
 """struct rules of c/limit.h, one per slot of map `rules`."""
-POLICE_BYTES = 112
+POLICE_BYTES = 176
 """struct police of c/limit.h, one per slot of map `police`."""
 RULES_ANY = 1
 RULES_ONE_CLASS = 2

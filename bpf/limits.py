@@ -19,12 +19,12 @@ NO_MARK = 0xFF
 """In place of a DSCP: as the pod had it."""
 COST_SHIFT = 20
 """Costs are in 2**-20 ns per byte, as in c/limit.h."""
-_RULES = struct.Struct("=IIIIII8s12Q")
-_POLICE = struct.Struct("=14Q")
+_RULES = struct.Struct("=IIIIII8s20Q")
+_POLICE = struct.Struct("=22Q")
 _KEY = struct.Struct("=I")
 _NS = 1_000_000_000
 _DEFAULT_MARKS = (NO_MARK,) * layout.CLASSES
-_NOTHING = (0,) * layout.CLASSES
+_NOTHING = ((0,) * layout.CLASSES,) * layout.DIRECTIONS
 
 
 def _cost(rate: int) -> int:
@@ -55,14 +55,14 @@ class Police:
 class Rules:
     """Of one slot. queues are handles of HTBs by direction, 0 for none; detour the ifindex of an ifb in the
     device's netns, 0 for none; marks the DSCP each class leaves with, or NO_MARK; guaranteed what the police
-    lets each class send whatever the others do, in bytes per second."""
+    lets each class have whatever the others do, by direction and class in bytes per second."""
 
     one_class: int | None = None
     queues: tuple[int, int] = (0, 0)
     detour: int = 0
     marks: tuple[int, ...] = _DEFAULT_MARKS
     police: tuple[Police | None, Police | None] = (None, None)
-    guaranteed: tuple[int, ...] = _NOTHING
+    guaranteed: tuple[tuple[int, ...], ...] = _NOTHING
 
     def pack(self) -> bytes:
         """As struct rules."""
@@ -73,7 +73,7 @@ class Rules:
         flags |= 0 if self.marks == _DEFAULT_MARKS else layout.RULES_MARK
         costs = (each.cost if each else 0 for each in self.police)
         bursts = (each.ahead_ns if each else 0 for each in self.police)
-        shares = (_cost(each) if each else 0 for each in self.guaranteed)
+        shares = (_cost(each) if each else 0 for way in self.guaranteed for each in way)
         told = (flags, self.one_class or 0, *self.queues, self.detour, 0, bytes(self.marks))
         return _RULES.pack(*told, *costs, *bursts, *shares)
 

@@ -11,8 +11,8 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from bpf.layout import LEAF
-from bpf.limits import NO_MARK, Police, Rules
+from bpf.layout import CLASSES, LEAF
+from bpf.limits import NO_MARK, NO_RULES, Police, Rules
 from driver.errors import ConfigError, FieldProblem
 from driver.model import Device, NicConfig
 from driver.qos import PodMarks, QosClass, QosPolicy
@@ -39,7 +39,8 @@ _INGRESS_QUEUE_SECONDS = 50
 """20 ms: senders are elsewhere, and learn of a drop a round trip later."""
 _INGRESS_QUEUE_LEAST = 4 * _GSO_MOST
 _BACKSTOP = (5, 4)
-"""Of the limit: what a pod can have that took its queue off."""
+"""Of the limit: what a pod can have that took a queue off. Bursts are larger than any queue, so that nothing
+is dropped that a queue in place would have taken."""
 _BACKSTOP_BURST_SECONDS = 10
 _BACKSTOP_BURST_LEAST = 4 * _GSO_MOST
 _POLICE_BURST_SECONDS = 20
@@ -58,7 +59,7 @@ class KeptBy(enum.StrEnum):
     @property
     def cooperative(self) -> bool:
         """Whether a pod with NET_ADMIN can disturb it: what it has then is a quarter more."""
-        return self is KeptBy.QUEUE
+        return self in (KeptBy.QUEUE, KeptBy.DETOUR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +77,8 @@ class Kept:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shaping:
-    """What is to be done to an interface. rules lack the detour, whose index is known once it is made, and
-    with it the queue there. gso_max_size None: as the device has it. ingress_police: where there can be no
-    detour."""
+    """What is to be done to an interface. rules are those of a detour, but for its index, which is known once
+    there is one. gso_max_size None: as the device has it. ingress_police: where there can be no detour."""
 
     egress: HtbTree | None
     ingress: HtbTree | None
@@ -90,9 +90,14 @@ class Shaping:
         """detour 0: the kernel has none."""
         if self.ingress is None:
             return self.rules
-        if not detour:
-            return replace(self.rules, police=(self.rules.police[0], self.ingress_police))
-        return replace(self.rules, queues=(self.rules.queues[0], ROOT_HANDLE), detour=detour)
+        if detour:
+            return replace(self.rules, detour=detour)
+        return replace(
+            self.rules,
+            queues=(self.rules.queues[0], 0),
+            police=(self.rules.police[0], self.ingress_police),
+            guaranteed=(self.rules.guaranteed[0], NO_RULES.guaranteed[1]),
+        )
 
 
 def check(device: Device, config: NicConfig, policy: QosPolicy) -> None:
@@ -169,16 +174,19 @@ def shaping(config: NicConfig, policy: QosPolicy, *, mtu: int) -> Shaping:
     if out is not None and qos.egress_burst is not None:
         out = replace(out, burst=max(qos.egress_burst, 2 * mtu))
     queue = max(ingress * _MBIT // _INGRESS_QUEUE_SECONDS, _INGRESS_QUEUE_LEAST)
-    backstop = _backstop(egress, out.burst) if out is not None else None
+    into = _tree(ingress, classes, _GSO_MOST, queue) if ingress else None
     return Shaping(
         egress=out,
-        ingress=_tree(ingress, classes, _GSO_MOST, queue) if ingress else None,
+        ingress=into,
         rules=Rules(
             one_class=_one_class(qos, policy),
-            queues=(ROOT_HANDLE if egress else 0, 0),
+            queues=(ROOT_HANDLE if egress else 0, ROOT_HANDLE if ingress else 0),
             marks=_marks(policy),
-            police=(backstop, None),
-            guaranteed=_guaranteed(out) if out is not None else Rules().guaranteed,
+            police=(
+                _backstop(egress, out.burst) if out is not None else None,
+                _backstop(ingress, queue) if into is not None else None,
+            ),
+            guaranteed=(_guaranteed(out), _guaranteed(into)),
         ),
         gso_max_size=gso,
         ingress_police=_police(ingress) if ingress else None,
@@ -247,10 +255,10 @@ def _backstop(rate: int, burst: int) -> Police:
     return Police(limit, max(limit // _BACKSTOP_BURST_SECONDS, _BACKSTOP_BURST_LEAST, 2 * burst))
 
 
-def _guaranteed(tree: HtbTree) -> tuple[int, ...]:
+def _guaranteed(tree: HtbTree | None) -> tuple[int, ...]:
     """By class, as the queue guarantees it."""
-    shares = list(Rules().guaranteed)
-    for each in tree.classes:
+    shares = [0] * CLASSES
+    for each in tree.classes if tree is not None else ():
         shares[each.minor - LEAF] = each.rate
     return tuple(shares)
 

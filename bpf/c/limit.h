@@ -16,7 +16,7 @@ struct rules {
 	u8 mark[KND_CLASSES]; /* the DSCP that packets of each class leave with; above 63: what they have */
 	u64 cost[KND_DIRECTIONS]; /* 2**-20 ns that a byte takes at the limit; 0: none */
 	u64 burst[KND_DIRECTIONS]; /* how far ahead of time packets may come, in ns */
-	u64 share[KND_CLASSES]; /* as cost, of what a class can always send; 0: nothing */
+	u64 share[KND_DIRECTIONS][KND_CLASSES]; /* as cost, of what a class can always have; 0: nothing */
 };
 
 #define RULES_ANY 1 /* there are some: the others are looked at */
@@ -28,7 +28,7 @@ struct police {
 	u64 due[KND_DIRECTIONS];
 	u64 dropped_bytes[KND_DIRECTIONS];
 	u64 dropped_packets[KND_DIRECTIONS];
-	u64 share_due[KND_CLASSES];
+	u64 share_due[KND_DIRECTIONS][KND_CLASSES];
 };
 
 _Static_assert(sizeof(struct rules) == KND_RULES_BYTES, "struct rules differs from bpf/layout.py");
@@ -69,14 +69,11 @@ INLINE bool too_much(struct police *police, const struct rules *rules, enum dire
 {
 	u64 now = bpf_ktime_get_ns(), bytes = counted->bytes;
 	u64 cost = (bytes * rules->cost[direction]) >> COST_SHIFT, burst = rules->burst[direction];
+	u32 class = bounded(counted->class, 7);
+	u64 share = rules->share[direction][class];
 
-	if (direction == DIRECTION_EGRESS) {
-		u32 class = bounded(counted->class, 7);
-		u64 share = rules->share[class];
-
-		if (share && !is_late(&police->share_due[class], now, (bytes * share) >> COST_SHIFT, burst))
-			burst = ANY_BURST;
-	}
+	if (share && !is_late(&police->share_due[direction][class], now, (bytes * share) >> COST_SHIFT, burst))
+		burst = ANY_BURST;
 	return is_late(&police->due[direction], now, cost, burst);
 }
 

@@ -24,6 +24,7 @@ from hw.qdisc import HtbTree, NoFairQueues
 log = logging.getLogger(__name__)
 
 _IFB = "ifb"
+_NAMES = 4
 
 
 class Shaper:
@@ -95,7 +96,7 @@ class Shaper:
         detour = before
         if detour is None:
             try:
-                detour = _make_detour(pod, IfName(f"knd-in{link.ifindex}"))
+                detour = _make_detour(pod, link.ifindex)
             except Unsupported as error:
                 log.warning("what comes in is policed, which TCP does badly with: %s", error)
                 return None
@@ -105,17 +106,20 @@ class Shaper:
         return detour
 
 
-def _make_detour(pod: LinkSocket, name: IfName) -> LinkInfo:
-    try:
-        pod.shaping.add_ifb(name)
-    except Refused as error:
-        # Ours, of an attempt that was cut off before the rules named it.
-        if error.errno != errno.EEXIST:
-            raise
-    made = next((link for link in pod.dump() if link.kind == _IFB and link.name == name), None)
-    if made is None:
-        raise NotFound(f"the ifb link {name!a} that was made in the pod is not there (any more)")
-    return made
+def _make_detour(pod: LinkSocket, ifindex: IfIndex) -> LinkInfo:
+    """Under another name where a pod has something else by the first."""
+    for attempt in range(_NAMES):
+        name = IfName(f"knd-in{ifindex}" + (f"-{attempt}" if attempt else ""))
+        try:
+            pod.shaping.add_ifb(name)
+        except Refused as error:
+            if error.errno != errno.EEXIST:
+                raise
+        # One that was there is ours, of an attempt that was cut off before the rules named it.
+        made = next((link for link in pod.dump() if link.kind == _IFB and link.name == name), None)
+        if made is not None:
+            return made
+    raise NotFound(f"no ifb link could be made in the pod: it has others by the name knd-in{ifindex}")
 
 
 def _detour_of(pod: LinkSocket, ifindex: int) -> LinkInfo | None:

@@ -30,6 +30,9 @@ _MBIT = 125_000
 _ABOVE = 1.02
 """What a pod hands over in a second is at most its limit, but for what waits in its queue."""
 _WAITING_SECONDS = 0.02
+_ALL_EVERY = 30
+"""Passes of watch from one look at everybody to the next: of who sends little, only a look tells."""
+_QUEUES = {Direction.EGRESS: KeptBy.QUEUE, Direction.INGRESS: KeptBy.DETOUR}
 
 Labels = tuple[str, ...]
 """namespace, pod, claim, device, interface, direction, and for a limit by what it is kept."""
@@ -37,10 +40,10 @@ Labels = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class _Moment:
-    """Of one attachment: monotonic time, and what the pod had sent and lost by then."""
+    """Of one attachment and direction: monotonic time, and the bytes counted and packets dropped by then."""
 
     at: float
-    sent: int
+    counted: int
     dropped: int
 
 
@@ -51,7 +54,9 @@ class Keeping:
         self._context = context
         self._projections = projections
         self._homecoming = homecoming
-        self._before: dict[AttachmentId, _Moment] = {}
+        self._before: dict[tuple[AttachmentId, Direction], _Moment] = {}
+        self._passes = 0
+        self._hidden: set[AttachmentId] = set()
 
     async def apply_all(self, *, report: bool) -> None:
         """Make every attached device's limits what they are to be by now, and say so in the statuses."""
@@ -66,11 +71,17 @@ class Keeping:
                 self._projections.report_claim(uid)
 
     async def watch(self) -> None:
-        """Look at the queues of the pods that send more than their queue would let through."""
+        """Look at the queues of pods that send or get more than a queue would let through; now and then at
+        those of all."""
         for id in await self._context.workers.run([], self._suspects):
             attachment = self._context.book.attachment(id)
-            if attachment is not None:
-                await self._context.workers.run([attachment.preparation.device], partial(self._look, id))
+            if attachment is None:
+                continue
+            device = attachment.preparation.device
+            try:
+                await self._context.workers.run([device], partial(self._look, id))
+            except EXPECTED as error:
+                log.error("whether %s is kept to its limits is not known: %s", device, error)
 
     def limits(self) -> Mapping[Labels, float]:
         """Bits per second of every limit that is in force."""
@@ -94,32 +105,37 @@ class Keeping:
     # --- in a worker ----------------------------------------------------------------------------------
 
     def _suspects(self) -> tuple[AttachmentId, ...]:
-        """Who has sent more since the last time than a queue in place lets through, or was dropped of."""
-        limited = [
-            (attachment, preparation, kept)
+        """Who has more counted since the last time than a queue in place lets through, or was dropped of; or
+        everybody who has a queue."""
+        queued = [
+            (attachment, preparation.slot, kept)
             for attachment, preparation in self._attached()
-            if (kept := self._queued(preparation)) is not None
+            for kept in self._queued(preparation)
         ]
-        slots = [preparation.slot for _, preparation, _ in limited]
-        sent = self._context.accounting.read_slots(slots) if slots else {}
+        slots = sorted({slot for _, slot, _ in queued})
+        counted = self._context.accounting.read_slots(slots) if slots else {}
         dropped = self._context.accounting.limits.dropped(slots)
         now = self._context.clock.monotonic()
         before, self._before = self._before, {}
-        suspects = []
-        for attachment, preparation, kept in limited:
-            cells = sent[preparation.slot]
-            total = sum(cell.bytes for cell in cells if cell.direction == Direction.EGRESS)
-            moment = _Moment(now, total, dropped[preparation.slot].packets[Direction.EGRESS])
-            self._before[attachment.id] = moment
-            last = before.get(attachment.id)
-            if last is not None and _is_too_much(last, moment, kept):
-                suspects.append(attachment.id)
+        self._hidden &= {attachment.id for attachment, _, _ in queued}
+        self._passes += 1
+        everybody = self._passes % _ALL_EVERY == 0
+        suspects: dict[AttachmentId, None] = {}
+        for attachment, slot, kept in queued:
+            total = sum(cell.bytes for cell in counted[slot] if cell.direction == kept.direction)
+            moment = _Moment(now, total, dropped[slot].packets[kept.direction])
+            key = (attachment.id, kept.direction)
+            self._before[key] = moment
+            last = before.get(key)
+            if everybody or (last is not None and _is_too_much(last, moment, kept)):
+                suspects[attachment.id] = None
         return tuple(suspects)
 
-    def _queued(self, preparation: Preparation) -> Kept | None:
-        """From record and policy alone: whether there is a detour is ingress's affair, and a call each."""
-        found = kept_limits(preparation.config, self._context.policy().qos, detour=False)
-        return next((kept for kept in found if kept.by is KeptBy.QUEUE), None)
+    def _queued(self, preparation: Preparation) -> list[Kept]:
+        """What queues keep, each way."""
+        detour = bool(self._context.accounting.limits.detour(preparation.slot))
+        found = kept_limits(preparation.config, self._context.policy().qos, detour=detour)
+        return [kept for kept in found if kept.by is _QUEUES[kept.direction]]
 
     def _apply(self, id: AttachmentId) -> None:
         with self._target(id) as target:
@@ -129,26 +145,48 @@ class Keeping:
 
     def _look(self, id: AttachmentId) -> None:
         with self._target(id) as target:
-            if target is None or self._context.shaper.is_shaped(target):
+            if target is None:
+                self._look_for(id)
+                return
+            self._hidden.discard(id)
+            if self._context.shaper.is_shaped(target):
                 return
             assert target.attachment is not None
-            what = (
-                f"the limit of {target.preparation.ifname} was changed from inside of the pod; it is put "
-                "back, and the program on the interface let no more than a quarter above it through meanwhile"
+            self._tell(
+                target.attachment,
+                f"the limit of {target.preparation.pod_ifname} was changed from inside of the pod; it is put "
+                "back, and the program on the interface let at most a quarter above it through meanwhile",
             )
-            log.warning("pod %s/%s: %s", target.attachment.pod.namespace, target.attachment.pod.name, what)
-            self._projections.tell_pod(target.attachment.pod, LIMIT_REMOVED, what)
             self._context.engine.project(str(id), Act.SHAPE, partial(self._context.shaper.shape, target))
+
+    def _look_for(self, id: AttachmentId) -> None:
+        """It is not where it was put. At home, or gone, it is others' affair; where its pod hid it there is
+        none of its queues, and none can be made."""
+        found = self._records(id)
+        if found is None or id in self._hidden:
+            return
+        attachment, preparation = found
+        if not self._homecoming.is_hidden(preparation):
+            return
+        self._hidden.add(id)
+        self._tell(
+            attachment,
+            f"{preparation.pod_ifname} was taken to another network namespace from inside of the pod, where "
+            "it has no queue: the program on the interface lets at most a quarter above its limits through",
+        )
+
+    def _tell(self, attachment: Attachment, what: str) -> None:
+        log.warning("pod %s/%s: %s", attachment.pod.namespace, attachment.pod.name, what)
+        self._projections.tell_pod(attachment.pod, LIMIT_REMOVED, what)
 
     @contextmanager
     def _target(self, id: AttachmentId) -> Iterator[Target | None]:
         """The device in its pod; None if it is there no longer."""
-        context = self._context
-        attachment = context.book.attachment(id)
-        preparation = context.book.preparation(attachment.preparation) if attachment is not None else None
-        if attachment is None or preparation is None or attachment.state is not AttachmentState.ATTACHED:
+        context, found = self._context, self._records(id)
+        if found is None:
             yield None
             return
+        attachment, preparation = found
         with self._homecoming.netns_of(attachment) as netns:
             if netns is None:
                 yield None
@@ -156,6 +194,13 @@ class Keeping:
             hint = context.devices.hint(preparation)
             with open_target(preparation, attachment, context.host_netns, netns, hint) as target:
                 yield target if target.find_in_pod() is not None else None
+
+    def _records(self, id: AttachmentId) -> tuple[Attachment, Preparation] | None:
+        attachment = self._context.book.attachment(id)
+        if attachment is None or attachment.state is not AttachmentState.ATTACHED:
+            return None
+        preparation = self._context.book.preparation(attachment.preparation)
+        return (attachment, preparation) if preparation is not None else None
 
     def _attached(self) -> list[tuple[Attachment, Preparation]]:
         """Those whose traffic the node's kernel sees, and those whose limit is the device's."""
@@ -170,7 +215,7 @@ class Keeping:
 
 def _is_too_much(last: _Moment, now: _Moment, kept: Kept) -> bool:
     allowed = kept.rate * _MBIT * ((now.at - last.at) * _ABOVE + _WAITING_SECONDS)
-    return now.dropped != last.dropped or now.sent - last.sent > allowed
+    return now.dropped != last.dropped or now.counted - last.counted > allowed
 
 
 def _labels(attachment: Attachment, preparation: Preparation, direction: Direction) -> Labels:

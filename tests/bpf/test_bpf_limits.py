@@ -172,17 +172,20 @@ def test_new_rules_forget_nothing_that_was_dropped_and_a_new_owner_starts_withou
 
 def test_the_flood_of_one_class_costs_no_other_what_it_is_guaranteed(accounting: Accounting) -> None:
     best_effort = f.ethernet(f.IPV4, f.ipv4(f.UDP, f.udp(9, payload=bytes(100))))
+    police, nothing = Police(rate=1, burst=1), (0,) * 8
     guaranteed = (0, 0, 0, 1 << 40, 0, 0, 0, 0)
-    accounting.limits.set(SLOT, Rules(police=(Police(rate=1, burst=1), None), guaranteed=guaranteed))
-    flood = [run(accounting, best_effort).result for _ in range(20)]
-    assert flood == [UNSPEC] + [SHOT] * 19
-    assert [run(accounting, V4).result for _ in range(20)] == [UNSPEC] * 20
-    assert run(accounting, best_effort).result == SHOT
-    assert accounting.limits.dropped([SLOT])[SLOT].packets == (20, 0)
+    for direction in (EGRESS, INGRESS):
+        ways = (guaranteed, nothing) if direction == EGRESS else (nothing, guaranteed)
+        accounting.limits.set(SLOT, Rules(police=(police, police), guaranteed=ways))
+        flood = [run(accounting, best_effort, direction).result for _ in range(20)]
+        assert flood == [UNSPEC] + [SHOT] * 19
+        assert [run(accounting, V4, direction).result for _ in range(20)] == [UNSPEC] * 20
+        assert run(accounting, best_effort, direction).result == SHOT
+        assert accounting.limits.dropped([SLOT])[SLOT].packets[direction] == 20
 
 
 def test_beyond_what_it_is_guaranteed_a_class_is_like_the_others(accounting: Accounting) -> None:
-    guaranteed = (0, 0, 0, 1, 0, 0, 0, 0)
+    guaranteed = ((0, 0, 0, 1, 0, 0, 0, 0), (0,) * 8)
     accounting.limits.set(SLOT, Rules(police=(Police(rate=1, burst=1), None), guaranteed=guaranteed))
     # The first goes by its share and is charged to the whole, so nothing is left for the second.
     assert [run(accounting, V4).result for _ in range(5)] == [UNSPEC] + [SHOT] * 4

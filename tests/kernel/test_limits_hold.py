@@ -91,6 +91,35 @@ def test_a_pod_that_took_its_queue_off_has_a_quarter_more_and_is_seen(pair: Pair
         assert pair.shaper.is_shaped(pair.target)
 
 
+def test_a_pod_that_took_the_queue_of_what_comes_in_off_gets_a_quarter_more_and_is_seen(pair: Pair) -> None:
+    pair.limit(ingress=LIMIT)
+    assert pair.target.pod is not None
+    (detour,) = (link for link in pair.target.pod.dump() if link.kind == "ifb")
+    pair.target.pod.shaping.unshape(detour.ifindex)
+    assert not pair.shaper.is_shaped(pair.target)
+    with udp(pair.host, pair.pod, POD_ADDRESS) as arriving:
+        goes_on(arriving)
+        assert 0 < arriving.rate(SECONDS) < LIMIT * 1e6 * 1.25 * ABOVE
+        assert pair.accounting.limits.dropped([SLOT])[SLOT].packets[1] > 0
+        pair.shaper.shape(pair.target)
+        assert pair.shaper.is_shaped(pair.target)
+
+
+def test_a_pod_with_a_link_of_our_name_is_limited_all_the_same(pair: Pair) -> None:
+    pair.limit(ingress=LIMIT)
+    assert pair.target.pod is not None
+    (detour,) = (link for link in pair.target.pod.dump() if link.kind == "ifb")
+    pair.target.pod.delete(detour.ifindex)
+    pair.pod.netlink(lambda ipr: ipr.link("add", ifname=detour.name, kind="bridge", index=detour.ifindex))
+    assert not pair.shaper.is_shaped(pair.target)
+    pair.shaper.shape(pair.target)
+    assert pair.shaper.is_shaped(pair.target)
+    with udp(pair.host, pair.pod, POD_ADDRESS) as arriving:
+        goes_on(arriving)
+    pair.limit()
+    assert not [link for link in pair.target.pod.dump() if link.kind == "ifb"]
+
+
 def test_without_the_link_that_it_waits_on_nothing_comes_in(pair: Pair) -> None:
     pair.limit(ingress=LIMIT)
     assert pair.target.pod is not None

@@ -74,7 +74,10 @@ def test_limits_are_kept_in_the_pod_told_in_the_status_and_gone_with_the_pod(hoo
         # The other link is what comes in waits in.
         assert list(kept.values()) == [200]
         message = await told(sim, "p-nic")
-        assert "egress at most 100 Mb/s (htb, cooperative); ingress at most 200 Mb/s (ifb)" in message
+        assert (
+            "egress at most 100 Mb/s (htb, cooperative); ingress at most 200 Mb/s (ifb, cooperative)"
+            in message
+        )
         await sim.kill_agent()
         assert await asyncio.to_thread(ceilings, netns) == {"net1": 100} | kept
         await sim.start_agent()

@@ -123,19 +123,24 @@ def test_a_tree_is_one_that_the_kernel_takes_and_that_keeps_its_word(
             assert leaf.ceil <= tree.rate
             assert leaf.queue >= 4 * mtu
         assert sum(leaf.rate for leaf in tree.classes) <= tree.rate * 1.01
-    backstop = made.rules.police[0]
-    assert backstop is not None
-    assert backstop.rate == tree.rate * 5 // 4
-    assert backstop.burst >= 2 * 65536
+        (queue,) = {leaf.queue for leaf in tree.classes}
+        backstop = made.rules.police[tree is made.ingress]
+        assert backstop is not None
+        assert backstop.rate == tree.rate * 5 // 4
+        assert backstop.burst >= max(2 * 65536, queue + tree.burst)
+        shares = made.rules.guaranteed[tree is made.ingress]
+        assert shares == (*[leaf.rate for leaf in tree.classes], *[0] * 6)
 
 
 def test_what_comes_in_is_policed_where_there_is_no_detour() -> None:
     made = limits.shaping(asked(ingress_rate=100), POLICY, mtu=1500)
     by_detour, without = made.rules_with(7), made.rules_with(0)
-    assert (by_detour.detour, by_detour.queues, by_detour.police) == (7, (0, ROOT_HANDLE), (None, None))
+    assert (by_detour.detour, by_detour.queues) == (7, (0, ROOT_HANDLE))
     assert (without.detour, without.queues) == (0, (0, 0))
-    assert without.police[1] is not None
-    assert without.police[1].rate == 12_500_000
+    told = [each.police[1].rate for each in (by_detour, without) if each.police[1] is not None]
+    assert told == [15_625_000, 12_500_000]
+    assert any(by_detour.guaranteed[1])
+    assert not any(without.guaranteed[1])
 
 
 def test_marks_and_the_class_follow_config_and_policy() -> None:
