@@ -28,6 +28,8 @@ CDI_CLASS = "nic"
 CDI_VERSION = "0.5.0"
 """The oldest that allows device names to start with a digit, as claim UIDs may."""
 HOOK_NAME = "knd-netns-check"
+RDMA_DEVICE = "RDMA_DEVICE"
+"""What of env_name a container has that names the claim of an RDMA device, and no other."""
 _HOOK_SECONDS = 10
 _COOKIE_MAX = 2**64 - 1
 
@@ -53,6 +55,13 @@ def _device_name(key: PreparationKey) -> str:
     if key.share_id is not None:
         parts.append(_checked(_UID, key.share_id, "share id"))
     return "-".join(parts)
+
+
+def env_name(what: str, key: PreparationKey) -> str:
+    """The variable that tells a container of a device, which it may have many of:
+    `KND_INTERFACE_PCI_0000_3B_00_2`."""
+    name = key.device if key.share_id is None else f"{key.device}_{key.share_id}"
+    return f"KND_{what}_{re.sub('[^A-Z0-9]', '_', name.upper())}"
 
 
 def cdi_id(driver: str, key: PreparationKey) -> str:
@@ -81,17 +90,17 @@ class CdiEntry:
     def edits(self) -> dict[str, object]:
         """What a container that names the claim gets: environment and device nodes.
 
-        The environment is keyed by device, since one container may have many:
-        `KND_INTERFACE_PCI_0000_3B_00_2=net1`, `KND_PCI_ADDRESS_PCI_0000_3B_00_2=0000:3b:00.2`.
+        The environment is keyed by device: `KND_INTERFACE_PCI_0000_3B_00_2=net1`,
+        `KND_PCI_ADDRESS_PCI_0000_3B_00_2=0000:3b:00.2`.
         """
-        name = self.key.device if self.key.share_id is None else f"{self.key.device}_{self.key.share_id}"
-        suffix = re.sub("[^A-Z0-9]", "_", name.upper())
         values: dict[str, object] = {"INTERFACE": self.ifname, "PCI_ADDRESS": self.pci_address}
         if self.rdma is not None:
-            values["RDMA_DEVICE"], values["RDMA_PORT"] = self.rdma.name, self.rdma.port
+            values[RDMA_DEVICE], values["RDMA_PORT"] = self.rdma.name, self.rdma.port
             values["RDMA_GID_INDEX"] = self.rdma.gid_index
         edits: dict[str, object] = {
-            "env": [f"KND_{key}_{suffix}={value}" for key, value in values.items() if value is not None]
+            "env": [
+                f"{env_name(what, self.key)}={value}" for what, value in values.items() if value is not None
+            ]
         }
         nodes: list[dict[str, object]] = [
             {"path": str(file), "type": "c", "permissions": "rw"} for file in self.files

@@ -334,6 +334,24 @@ class Sandbox:
     static: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Container:
+    """A container that the runtime is about to make. env is what it will find, CDI's variables included."""
+
+    name: str
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adjustment:
+    """What the runtime is to change of a container. cgroup: its cgroup's files (version 2) and their text."""
+
+    cgroup: Mapping[str, str] = field(default_factory=dict)
+
+
+AS_IT_IS = Adjustment()
+
+
 class AttachmentState(enum.StrEnum):
     ATTACHING = "attaching"
     ATTACHED = "attached"

@@ -46,6 +46,33 @@ class RdmaFile(enum.StrEnum):
     ISSM = "issm"
 
 
+CGROUP_FILE = "rdma.max"
+"""Of a container's cgroup; Documentation/admin-guide/cgroup-v2.rst, RDMA."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RdmaLimits:
+    """How much of an RDMA device each container that names the claim may have at a time. None: no limit.
+
+    handles: how often its files are open (hca_handle). objects: what was made through them (hca_object):
+    queue pairs, memory regions, completion queues, protection domains and their kin.
+    """
+
+    handles: int | None = None
+    objects: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.handles is not None or self.objects is not None
+
+    def line(self, device: str) -> str:
+        """As CGROUP_FILE takes it."""
+        words = {"hca_handle": self.handles, "hca_object": self.objects}
+        return " ".join([device, *(f"{key}={value}" for key, value in words.items() if value is not None)])
+
+
+NO_RDMA_LIMITS = RdmaLimits()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RdmaConfig:
     """Section `rdma` of a claim's configuration. mode None: whichever the node is in."""
@@ -54,6 +81,7 @@ class RdmaConfig:
     files: tuple[RdmaFile, ...] = ()
     nccl: bool = False
     ucx: bool = False
+    limits: RdmaLimits = NO_RDMA_LIMITS
 
 
 NO_WISHES = RdmaConfig()

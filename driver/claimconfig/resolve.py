@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, TypeVar, cast
 
+from driver.claimconfig.rdma import RdmaLimitsSection, RdmaSection
 from driver.claimconfig.sections import (
     FIELD_PATH,
     FIELDS,
@@ -25,7 +26,6 @@ from driver.claimconfig.sections import (
     FieldPath,
     InterfaceSection,
     MtuBounds,
-    RdmaSection,
     VfSection,
     decode,
 )
@@ -40,15 +40,20 @@ from driver.model import (
     VfConfig,
     VfDriver,
 )
-from driver.rdma import RdmaConfig
+from driver.rdma import RdmaConfig, RdmaLimits
 from driver.strict import Key, listing, record
 from driver.traffic import Enforcement, QosConfig
 from hw.model import IfName
 
 S = TypeVar("S")
 
-EGRESS_RATE = FieldPath("qos.egress.rate")
-INGRESS_RATE = FieldPath("qos.ingress.rate")
+LOWERED: Mapping[FieldPath, str] = {
+    FieldPath("qos.egress.rate"): "M",
+    FieldPath("qos.ingress.rate"): "M",
+    FieldPath("rdma.limits.handles"): "",
+    FieldPath("rdma.limits.objects"): "",
+}
+"""Limits that a claim can lower where its class has them, with their unit in messages."""
 _WHO = {ConfigSource.CLASS: "the DeviceClass", ConfigSource.CLAIM: "the claim"}
 
 
@@ -171,10 +176,10 @@ def _raised(
     given: Mapping[FieldPath, object], by_class: Mapping[FieldPath, object]
 ) -> Iterator[FieldProblem]:
     """A limit that a DeviceClass sets can be lowered by a claim."""
-    for field in (EGRESS_RATE, INGRESS_RATE):
+    for field, unit in LOWERED.items():
         most, asked = cast(int, by_class.get(field) or 0), cast("int | None", given.get(field))
         if most and asked is not None and not 0 < asked <= most:
-            yield FieldProblem(field, f"can be lowered by a claim, and is {most}M in the DeviceClass")
+            yield FieldProblem(field, f"can be lowered by a claim, and is {most}{unit} in the DeviceClass")
 
 
 def _rates_at_odds(values: Mapping[FieldPath, object]) -> Iterator[FieldProblem]:
@@ -197,6 +202,7 @@ def build(values: Mapping[FieldPath, object]) -> NicConfig:
     interface = _section(InterfaceSection, "interface", values)
     vf = _section(VfSection, "vf", values)
     rdma = _section(RdmaSection, "rdma", values)
+    rdma_limits = _section(RdmaLimitsSection, "rdma.limits", values)
     qos = _section(QosSection, "qos", values)
     egress = _section(EgressSection, "qos.egress", values)
     ingress = _section(IngressSection, "qos.ingress", values)
@@ -221,6 +227,7 @@ def build(values: Mapping[FieldPath, object]) -> NicConfig:
             files=rdma.files or (),
             nccl=bool(rdma.nccl),
             ucx=bool(rdma.ucx),
+            limits=RdmaLimits(handles=rdma_limits.handles, objects=rdma_limits.objects),
         ),
         qos=QosConfig(
             traffic_class=qos.traffic_class,

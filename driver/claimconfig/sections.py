@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, NewType
 
+from driver.claimconfig.rdma import RdmaLimitsSection, RdmaSection
 from driver.claimconfig.traffic import RATE, EgressSection, IngressSection, QosSection
 from driver.model import VfDriver
-from driver.rdma import RdmaFile, RdmaMode
 from driver.strict import (
     Key,
     Kind,
@@ -235,43 +235,6 @@ class VfSection:
     ] = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RdmaSection:
-    mode: Annotated[
-        RdmaMode | None,
-        Key(
-            "mode",
-            choice(RdmaMode),
-            "The mode that the node must be in: exclusive, the RDMA device is in the pod alone; shared, the "
-            "pod gets its device files. Absent: either.",
-        ),
-    ] = None
-    files: Annotated[
-        tuple[RdmaFile, ...] | None,
-        Key(
-            "deviceFiles",
-            listing(choice(RdmaFile), maximum=len(RdmaFile)),
-            "Device files beyond uverbs and rdma_cm. From a claim only where the node policy allows it: they "
-            "reach the management of the whole fabric.",
-            guarded=True,
-            harmless=((),),
-        ),
-    ] = None
-    nccl: Annotated[
-        bool | None,
-        Key(
-            "nccl",
-            boolean(),
-            "true: NCCL_IB_HCA, NCCL_IB_GID_INDEX and NCCL_SOCKET_IFNAME name the claim's devices, in place "
-            "of what the container's own environment says.",
-        ),
-    ] = None
-    ucx: Annotated[
-        bool | None,
-        Key("ucx", boolean(), "true: UCX_NET_DEVICES names the claim's RDMA devices, in the same way."),
-    ] = None
-
-
 _INTERFACE_LATER = frozenset(
     {
         "dhcp",
@@ -291,7 +254,8 @@ _SECTIONS_LATER = frozenset({"routes", "rules", "neighbors", "ethtool", "subinte
 SECTIONS: Mapping[str, Mapping[str, Key[Any]]] = {
     "interface": keys_of(InterfaceSection),
     "vf": keys_of(VfSection),
-    "rdma": keys_of(RdmaSection),
+    "rdma": {name: key for name, key in keys_of(RdmaSection).items() if name != "limits"},
+    "rdma.limits": keys_of(RdmaLimitsSection),
     "qos": {name: key for name, key in keys_of(QosSection).items() if name not in ("egress", "ingress")},
     "qos.egress": keys_of(EgressSection),
     "qos.ingress": keys_of(IngressSection),

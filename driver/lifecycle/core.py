@@ -27,7 +27,17 @@ from driver.lifecycle.reconcile import Reconcile
 from driver.lifecycle.reporters import watch_reporters
 from driver.lifecycle.sandboxes import Sandboxes
 from driver.lifecycle.usage import Usage
-from driver.model import Attachment, ClaimRef, ClaimUid, DeviceName, PreparedDevice, Sandbox, SandboxId
+from driver.model import (
+    Adjustment,
+    Attachment,
+    ClaimRef,
+    ClaimUid,
+    Container,
+    DeviceName,
+    PreparedDevice,
+    Sandbox,
+    SandboxId,
+)
 from driver.qos import class_maps
 from hw.model import Identity, IfIndex
 
@@ -291,8 +301,8 @@ class Lifecycle:
     async def remove_sandbox(self, sandbox: Sandbox, deadline: float) -> None:
         await self._sandboxes.remove_sandbox(sandbox, deadline)
 
-    async def create_container(self, sandbox: Sandbox, container: str, deadline: float) -> None:
-        await self._sandboxes.create_container(sandbox, container, deadline)
+    async def create_container(self, sandbox: Sandbox, container: Container, deadline: float) -> Adjustment:
+        return await self._sandboxes.create_container(sandbox, container, deadline)
 
     def pods_changed(self) -> None:
         """The pod watch learnt something: a waiting sandbox may be attachable now."""

@@ -12,9 +12,11 @@ from typing import Protocol
 
 from driver.clock import Clock as Clock
 from driver.model import (
+    Adjustment,
     Claim,
     ClaimRef,
     ClaimUid,
+    Container,
     DeviceStatus,
     DriverEvent,
     OfferedDevice,
@@ -128,5 +130,5 @@ class SandboxHandler(Protocol):
 
     async def remove_sandbox(self, sandbox: Sandbox, deadline: float) -> None: ...
 
-    async def create_container(self, sandbox: Sandbox, container: str, deadline: float) -> None:
+    async def create_container(self, sandbox: Sandbox, container: Container, deadline: float) -> Adjustment:
         """Refusal or NotNow if a container of this pod must not start now."""

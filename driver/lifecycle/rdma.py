@@ -86,6 +86,7 @@ class NodeRdma:
             raise Refusal("NoRdma", f"{device.name}: {error}: modprobe it") from error
         _check_mode(device, config, rules, mode)
         self._check_module(device, "ib_uverbs", rules)
+        self._check_cgroup(device, config)
         rdma_cm = rules.load_modules or self._is_loaded("rdma_ucm")
         if facts is not None:
             if known is None:
@@ -110,6 +111,19 @@ class NodeRdma:
                 "NoModule",
                 f"{device.name}: the kernel's module {module} is not loaded: modprobe {module}, at boot too, "
                 "or let the node policy have it loaded (rdma.loadModules)",
+            )
+
+    def _check_cgroup(self, device: Device, config: NicConfig) -> None:
+        """The agent's own cgroup has the controllers that the runtime gives to containers."""
+        if not config.rdma.limits:
+            return
+        controllers = self._sysfs.text("fs/cgroup/cgroup.controllers")
+        if "rdma" not in (controllers or "").split():
+            found = f"they are {controllers}" if controllers else "there is no cgroup version 2"
+            raise Refusal(
+                "NoRdmaCgroup",
+                f"{device.name}: the claim or its class has rdma.limits, for which containers need the "
+                f"cgroup controller rdma on this node: {found}; enable it, or leave the limits out",
             )
 
     def _is_loaded(self, module: str) -> bool:
@@ -151,6 +165,16 @@ class NodeRdma:
             else:
                 found.append(SysfsProof(f"{base}/ibdev", given.name))
         return tuple(found)
+
+    def names_now(self, given: Iterable[Attachment]) -> tuple[str, ...]:
+        """What the kernel calls pods' RDMA devices at this moment: a tenant may have renamed its own."""
+        return tuple(map(self._name_now, given))
+
+    def _name_now(self, attachment: Attachment) -> str:
+        assert attachment.rdma is not None
+        files = (file.name for file in attachment.rdma.files if file.name.startswith("uverbs"))
+        told = (self._sysfs.text(f"class/{_CLASSES['uverbs']}/{file}/ibdev") for file in files)
+        return next((name for name in told if name), attachment.rdma.name)
 
     def disproved(self, proofs: Iterable[SysfsProof]) -> str:
         """Why a container must not be given these files (any more), a sentence; "" if it may."""

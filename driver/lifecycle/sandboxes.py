@@ -13,11 +13,13 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from driver import plan
 from driver.errors import DriverError, NotNow, OutOfTime, Refusal
 from driver.execute.engine import EXPECTED, Token, UndoFailed
 from driver.execute.target import Vanished, open_target
+from driver.lifecycle import containers
 from driver.lifecycle.context import Context
 from driver.lifecycle.gate import Gate
 from driver.lifecycle.health import Health
@@ -26,9 +28,12 @@ from driver.lifecycle.patience import Patience
 from driver.lifecycle.projections import Projections
 from driver.lifecycle.usage import Usage
 from driver.model import (
+    AS_IT_IS,
+    Adjustment,
     Attachment,
     AttachmentId,
     AttachmentState,
+    Container,
     DeviceName,
     PodRef,
     Preparation,
@@ -130,18 +135,17 @@ class Sandboxes:
         else:
             self._patience.restored(sandbox.pod.uid)
 
-    async def create_container(self, sandbox: Sandbox, container: str, deadline: float) -> None:
+    async def create_container(self, sandbox: Sandbox, container: Container, deadline: float) -> Adjustment:
         belonging = await self._belonging(sandbox, deadline)
         if belonging.open:
             raise NotNow(
-                f"container {container}: the API server did not say whether pod {sandbox.pod.name} "
+                f"container {container.name}: the API server did not say whether pod {sandbox.pod.name} "
                 "names a claim that is prepared on this node"
             )
         if not belonging.preparations:
-            return
+            return AS_IT_IS
         if self.is_attached(sandbox, belonging.preparations):
-            await self._check_files(sandbox, deadline)
-            return
+            return await self._let_in(sandbox, container, deadline)
         if sandbox.netns_path is None:
             self._refuse(sandbox, Refusal("HostNetwork", HOST_NETWORK))
         self.attach_late(sandbox)
@@ -149,23 +153,19 @@ class Sandboxes:
         if refused is not None:
             raise refused.refusal
         raise NotNow(
-            f"container {container}: pod {sandbox.pod.name} has not been given its network devices yet"
+            f"container {container.name}: pod {sandbox.pod.name} has not been given its network devices yet"
         )
 
-    async def _check_files(self, sandbox: Sandbox, deadline: float) -> None:
-        """A driver that began anew while the pod ran may have had its numbers given to another device."""
+    async def _let_in(self, sandbox: Sandbox, container: Container, deadline: float) -> Adjustment:
         given = [a for a in self._context.book.of_sandbox(sandbox.id) if a.rdma is not None]
         if not given:
-            return
-        reason = await self._context.workers.run_until([], lambda: self._disproved(given), deadline)
-        if reason:
-            self._projections.tell_pod(sandbox.pod, "DeviceFileChanged", reason)
-            raise Refusal("DeviceFileChanged", reason)
-
-    def _disproved(self, attachments: Sequence[Attachment]) -> str:
-        known = [(a, self._context.book.preparation(a.preparation)) for a in attachments]
-        rdma = self._context.rdma
-        return rdma.disproved(proof for a, p in known if p is not None for proof in rdma.proofs(a, p))
+            return AS_IT_IS
+        look = partial(containers.look, self._context, given, container)
+        seen = await self._context.workers.run_until([], look, deadline)
+        if seen.disproved:
+            self._projections.tell_pod(sandbox.pod, "DeviceFileChanged", seen.disproved)
+            raise Refusal("DeviceFileChanged", seen.disproved)
+        return seen.adjustment
 
     async def stop_sandbox(self, sandbox: Sandbox, deadline: float) -> None:
         await self._leave(sandbox.id, deadline)

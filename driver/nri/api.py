@@ -10,7 +10,7 @@ import enum
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from driver.model import PodRef, PodUid, Sandbox, SandboxId
+from driver.model import Adjustment, Container, PodRef, PodUid, Sandbox, SandboxId
 from driver.pb.nri.v1 import api_pb2 as pb
 
 PLUGIN_SERVICE = "nri.pkg.api.v1alpha1.Plugin"
@@ -79,6 +79,19 @@ def sandbox_of(pod: pb.PodSandbox) -> Sandbox | None:
         pid=pod.pid,
         static=pod.annotations.get(POD_SOURCE) in STATIC_SOURCES,
     )
+
+
+def container_of(container: pb.Container) -> Container:
+    pairs = (entry.partition("=") for entry in container.env)
+    return Container(name=container.name, env={name: value for name, _, value in pairs})
+
+
+def answer_with(adjustment: Adjustment) -> bytes:
+    """An answer to CreateContainer; empty where nothing is to be changed."""
+    answer = pb.CreateContainerResponse()
+    if adjustment.cgroup:
+        answer.adjust.linux.resources.unified.update(adjustment.cgroup)
+    return answer.SerializeToString()
 
 
 LIVE_STATES = frozenset({pb.CONTAINER_CREATED, pb.CONTAINER_RUNNING, pb.CONTAINER_PAUSED})

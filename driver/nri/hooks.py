@@ -59,19 +59,20 @@ class HookRunner:
     def __init__(self, clock: Clock, observer: HookObserver | None) -> None:
         self._clock = clock
         self._observer = observer
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[bytes | None]] = set()
 
     async def run(
         self,
         event: str,
         about: str,
-        work: Callable[[float], Awaitable[None]],
+        work: Callable[[float], Awaitable[bytes | None]],
         *,
         received: float,
         deadline: float,
         may_fail: bool,
     ) -> Reply:
-        """Await work(deadline), but answer by deadline. may_fail False: the answer is OK in any case.
+        """Await work(deadline), but answer by deadline; with what work returns, if it does so in time.
+        may_fail False: the answer is OK in any case, and empty.
 
         about says which sandbox, for logs.
         """
@@ -103,11 +104,12 @@ class HookRunner:
     def background(self, work: Awaitable[None], name: str) -> None:
         """Run work in a task of its own; a failure is logged."""
 
-        async def guarded() -> None:
+        async def guarded() -> bytes | None:
             try:
                 await work
             except Exception:
                 log.exception("%s failed", name)
+            return None
 
         self._start(guarded(), name)
 
@@ -121,15 +123,15 @@ class HookRunner:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
 
-    def _start(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+    def _start(self, work: Coroutine[Any, Any, bytes | None], name: str) -> asyncio.Task[bytes | None]:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
 
-async def _awaited(work: Callable[[float], Awaitable[None]], deadline: float) -> None:
-    await work(deadline)
+async def _awaited(work: Callable[[float], Awaitable[bytes | None]], deadline: float) -> bytes | None:
+    return await work(deadline)
 
 
 def _late(event: str) -> Response:
@@ -137,12 +139,12 @@ def _late(event: str) -> Response:
     return Response(b"", Code.DEADLINE_EXCEEDED, text)
 
 
-def _judge(event: str, what: str, task: asyncio.Task[None]) -> tuple[Outcome, Response]:
+def _judge(event: str, what: str, task: asyncio.Task[bytes | None]) -> tuple[Outcome, Response]:
     if task.cancelled():
         return Outcome.ERROR, Response(b"", Code.UNKNOWN, f"{event}: interrupted")
     error = task.exception()
     if error is None:
-        return Outcome.OK, Response()
+        return Outcome.OK, Response(task.result() or b"")
     if isinstance(error, DriverError):
         log.warning("%s refused: %s", what, error)
         return Outcome.REFUSED, Response(b"", Code.UNKNOWN, str(error))
@@ -151,7 +153,7 @@ def _judge(event: str, what: str, task: asyncio.Task[None]) -> tuple[Outcome, Re
     return Outcome.ERROR, Response(b"", Code.UNKNOWN, text)
 
 
-def _log_late_end(task: asyncio.Task[None]) -> None:
+def _log_late_end(task: asyncio.Task[bytes | None]) -> None:
     if task.cancelled():
         return
     error = task.exception()

@@ -218,10 +218,15 @@ class Session:
         sandbox = api.sandbox_of(message.pod)
         if sandbox is None:
             return self._no_id(Hook.CREATE, received)
+        container = api.container_of(message.container)
+
+        async def create(deadline: float) -> bytes:
+            return api.answer_with(await self._handler.create_container(sandbox, container, deadline))
+
         return await self._hooks.run(
             Hook.CREATE,
-            f"{message.container.name} in {_about(sandbox)}",
-            functools.partial(self._handler.create_container, sandbox, message.container.name),
+            f"{container.name} in {_about(sandbox)}",
+            create,
             received=received,
             deadline=answer_by(received, request.timeout_nano, self._request_timeout),
             may_fail=True,

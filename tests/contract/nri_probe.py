@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Told:
     via: str
     pod: pb.PodSandbox
     container: str = ""
+    env: tuple[str, ...] = ()
     there: bool = False
 
     @property
@@ -127,7 +128,7 @@ class Probe:
             return self._event(kind, method, change.pod)
         if method == "CreateContainer":
             create = pb.CreateContainerRequest.FromString(payload)
-            return self._event("create", method, create.pod, create.container.name)
+            return self._event("create", method, create.pod, create.container)
         if method in POD_CALLS:
             kind, message = POD_CALLS[method]
             return self._event(kind, method, message.FromString(payload).pod)
@@ -142,11 +143,15 @@ class Probe:
         self._pods, self._containers = [], []
         return Response()
 
-    def _event(self, kind: str, via: str, pod: pb.PodSandbox, container: str = "") -> Response | None:
-        told = Told(kind=kind, via=via, pod=pod, container=container)
+    def _event(
+        self, kind: str, via: str, pod: pb.PodSandbox, container: pb.Container | None = None
+    ) -> Response | None:
+        told = Told(kind=kind, via=via, pod=pod)
+        if container is not None:
+            told = replace(told, container=container.name, env=tuple(container.env))
         netns = self._netns.setdefault(pod.id, told.netns) or told.netns
         there = bool(netns) and self.look(netns)
-        self.told.append(Told(kind=kind, via=via, pod=pod, container=container, there=there))
+        self.told.append(replace(told, there=there))
         if kind in self.silent:
             return None
         if kind in self.refuse:

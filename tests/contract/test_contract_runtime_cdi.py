@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.contract.conftest import Opened
+from tests.contract.nri_probe import Probe
 from tests.contract.runtime_forms import Refused, RuntimePeer, new_name
-from tests.contract.test_contract_runtime_nri import gone, play
+from tests.contract.test_contract_runtime_nri import gone, play, synchronized
 
 KIND = "contract.example/net"
 REFUSING = "#!/bin/sh\necho this netns is not the claim\\'s >&2\nexit 1\n"
@@ -91,5 +92,29 @@ def test_two_specs_for_one_name_are_none(runtime: Opened) -> None:
         await peer.container(pod, "main", [f"{KIND}={pod.name}"])
         spec.unlink()
         await gone(peer, pod)
+
+    play(runtime, case)
+
+
+def test_plugins_are_shown_a_container_with_what_its_spec_added_and_none_that_has_no_spec(
+    runtime: Opened,
+) -> None:
+    """By that a plugin knows which containers name a claim."""
+
+    async def case(peer: RuntimePeer) -> None:
+        async with Probe().connected(peer.socket) as probe:
+            await synchronized(probe)
+            pod = await peer.run(new_name())
+            device = pod.name
+            with pytest.raises(Refused, match="unresolvable CDI devices"):
+                await peer.container(pod, "main", [f"{KIND}={device}"])
+            spec = write_spec(peer, device)
+            await peer.container(pod, "main", [f"{KIND}={device}"])
+            await peer.container(pod, "plain")
+            shown = [each for each in probe.told if each.kind == "create"]
+            assert [each.container for each in shown] == ["main", "plain"]
+            assert [f"CONTRACT={device}" in each.env for each in shown] == [True, False]
+            spec.unlink()
+            await gone(peer, pod)
 
     play(runtime, case)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from driver.model import Sandbox, SandboxId
+from driver.model import AS_IT_IS, Adjustment, Container, Sandbox, SandboxId
 from driver.nri.plugin import NriPlugin
 from kndsim import netns
 from kndsim.runtime import (
@@ -55,6 +55,8 @@ class Handler:
     refuse: dict[str, Exception] = field(default_factory=dict)
     synchronized: list[tuple[list[Sandbox], dict[str, list[str]]]] = field(default_factory=list)
     look: Callable[[str, Sandbox], None] = lambda kind, sandbox: None
+    adjustments: dict[str, Adjustment] = field(default_factory=dict)
+    """By the container's name."""
 
     def runtime_connected(self, name: str, version: str) -> None: ...
 
@@ -74,8 +76,9 @@ class Handler:
     async def remove_sandbox(self, sandbox: Sandbox, deadline: float) -> None:
         await self._event("remove", sandbox)
 
-    async def create_container(self, sandbox: Sandbox, container: str, deadline: float) -> None:
-        await self._event(f"create {container}", sandbox)
+    async def create_container(self, sandbox: Sandbox, container: Container, deadline: float) -> Adjustment:
+        await self._event(f"create {container.name}", sandbox)
+        return self.adjustments.get(container.name, AS_IT_IS)
 
     async def _event(self, kind: str, sandbox: Sandbox) -> None:
         self.seen.append((kind, sandbox))

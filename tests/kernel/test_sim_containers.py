@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from driver.errors import Refusal
+from driver.model import Adjustment
 from kndsim.runtime import (
     ContainerFailed,
     RuntimeMode,
@@ -69,6 +70,18 @@ def test_a_container_gets_what_its_cdi_ids_say(root: Path) -> None:
             assert b"A=b=c" in environment_of(made.pid)
             plain = await runtime.create_container(sandbox, "plain")
             assert (plain.env, plain.devices) == ({}, ())
+
+    run(test())
+
+
+def test_a_container_has_what_plugins_set_of_its_cgroup(root: Path) -> None:
+    async def test() -> None:
+        async with node(root, RuntimeMode.POD_RPC) as (runtime, handler):
+            handler.adjustments["main"] = Adjustment(cgroup={"rdma.max": "mlx5_0 hca_handle=1"})
+            sandbox = await runtime.run_pod(POD)
+            main = await runtime.create_container(sandbox, "main")
+            assert main.cgroup == {"rdma.max": "mlx5_0 hca_handle=1"}
+            assert (await runtime.create_container(sandbox, "plain")).cgroup == {}
 
     run(test())
 

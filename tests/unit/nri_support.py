@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from driver.model import Sandbox, SandboxId
+from driver.model import AS_IT_IS, Adjustment, Container, Sandbox, SandboxId
 from driver.nri import mux, ttrpc
 from driver.nri.plugin import Backoff, NriPlugin
 from driver.nri.transport import Reply, Trunk
@@ -77,6 +77,7 @@ class RecordingHandler:
     calls: list[tuple[Any, ...]] = field(default_factory=list)
     behaviours: dict[str, Behaviour] = field(default_factory=dict)
     deadlines: list[float] = field(default_factory=list)
+    adjust: Callable[[Container], Adjustment] = lambda container: AS_IT_IS
 
     def of(self, kind: str) -> list[tuple[Any, ...]]:
         return [call for call in self.calls if call[0] == kind]
@@ -101,8 +102,9 @@ class RecordingHandler:
     async def remove_sandbox(self, sandbox: Sandbox, deadline: float) -> None:
         await self._hook("remove", sandbox, deadline)
 
-    async def create_container(self, sandbox: Sandbox, container: str, deadline: float) -> None:
-        await self._hook("create", sandbox, deadline, container)
+    async def create_container(self, sandbox: Sandbox, container: Container, deadline: float) -> Adjustment:
+        await self._hook("create", sandbox, deadline, container.name)
+        return self.adjust(container)
 
     async def _hook(self, kind: str, sandbox: Sandbox, deadline: float, *more: str) -> None:
         self.calls.append((kind, sandbox, *more))

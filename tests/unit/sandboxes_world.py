@@ -25,8 +25,10 @@ from driver.lifecycle.gate import Gate
 from driver.lifecycle.sandboxes import Sandboxes
 from driver.lifecycle.workers import DeviceWorkers
 from driver.model import (
+    Adjustment,
     Attachment,
     AttachmentState,
+    Container,
     DeviceName,
     PodRef,
     PodUid,
@@ -136,7 +138,11 @@ class World:
             engine=engine,
             workers=self.workers,
             devices=SimpleNamespace(hint=lambda made: None),
-            rdma=SimpleNamespace(proofs=lambda made, of: (), disproved=lambda proofs: self.disproved),
+            rdma=SimpleNamespace(
+                proofs=lambda made, of: (),
+                disproved=lambda proofs: self.disproved,
+                names_now=lambda given: tuple(each.rdma.name for each in given),
+            ),
             pods=SimpleNamespace(claims_of=self.names.get, look_up=self.look_up),
             telemetry=SimpleNamespace(refused=lambda reason: None),
         )
@@ -183,8 +189,9 @@ class World:
     async def stop(self, sandbox: Sandbox) -> None:
         await self.sandboxes.stop_sandbox(sandbox, self.clock.monotonic() + FAR)
 
-    async def container(self, sandbox: Sandbox) -> None:
-        await self.sandboxes.create_container(sandbox, "main", self.clock.monotonic() + FAR)
+    async def container(self, sandbox: Sandbox, **env: str) -> Adjustment:
+        container = Container(name="main", env=env)
+        return await self.sandboxes.create_container(sandbox, container, self.clock.monotonic() + FAR)
 
     def states(self) -> dict[tuple[SandboxId, DeviceName], AttachmentState]:
         return {(a.sandbox, a.preparation.device): a.state for a in self.book.attachments()}

@@ -194,6 +194,9 @@ def test_a_rate_is_bits_per_second_in_whole_megabits(rate: str, megabits: int) -
         ({"deviceFiles": ["umad", "umad"]}, "rdma.deviceFiles[1]", "is the same as"),
         ({"nccl": "yes"}, "rdma.nccl", "must be true or false"),
         ({"device_files": []}, "rdma.device_files", "did you mean deviceFiles?"),
+        ({"limits": {"objects": 0}}, "rdma.limits.objects", "must be 1 to 2147483647"),
+        ({"limits": {"handles": True}}, "rdma.limits.handles", "must be an integer"),
+        ({"limits": {"hca_object": 1}}, "rdma.limits.hca_object", "is not"),
     ],
 )
 def test_a_wrong_wish_about_rdma_is_refused_with_its_path_and_reason(

@@ -20,7 +20,7 @@ from driver.model import (
     PoolName,
     VfConfig,
 )
-from driver.rdma import RdmaConfig, RdmaFile, RdmaMode
+from driver.rdma import RdmaConfig, RdmaFile, RdmaLimits, RdmaMode
 from driver.traffic import Enforcement, QosConfig
 from hw.model import IfName, MacAddress, VfLinkState, VfVlan
 
@@ -385,6 +385,14 @@ def test_files_that_reach_the_fabrics_management_come_from_a_class_or_where_the_
         assert resolve(nic(), configs, limits).rdma == RdmaConfig(
             mode=RdmaMode.SHARED, files=(RdmaFile.UMAD,)
         )
+
+
+def test_an_rdma_limit_of_a_class_is_lowered_by_a_claim_and_never_raised() -> None:
+    whole = of_class(rdma={"limits": {"objects": 4096}})
+    lowered = resolve(nic(), [whole, of_claim(rdma={"limits": {"objects": 16, "handles": 2}})], DEFAULTS)
+    assert lowered.rdma.limits == RdmaLimits(handles=2, objects=16)
+    raised = problems(whole, of_claim(rdma={"limits": {"objects": 4097}}))
+    assert raised == {"rdma.limits.objects": "can be lowered by a claim, and is 4096 in the DeviceClass"}
 
 
 def test_class_and_claim_say_together_what_of_rdma_a_pod_gets() -> None:

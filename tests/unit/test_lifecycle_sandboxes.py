@@ -16,19 +16,24 @@ from pathlib import Path
 
 import pytest
 
+from driver.cdi import RDMA_DEVICE, env_name
 from driver.errors import DriverError, NotNow, Refusal
+from driver.lifecycle.containers import rdma_max
 from driver.lifecycle.patience import FAILURES_MAX
 from driver.model import (
+    AS_IT_IS,
     AttachmentState,
     ClaimRef,
     DeviceName,
+    NicConfig,
     PreparationState,
 )
 from driver.plan import Act
-from driver.rdma import RdmaBinding, RdmaMode
+from driver.rdma import RdmaBinding, RdmaConfig, RdmaLimits, RdmaMode
 from hw.errors import Busy, HwError, Refused
 from hw.model import DeviceKind, RdmaIndex, RdmaName
 from tests.conftest import WaitUntilAsync
+from tests.unit.journal_values import attachment, preparation
 from tests.unit.sandboxes_world import FAR, GIVEN, OTHER, POD, World, play_sandboxes, sandbox
 
 ATTACHED, DETACHING = AttachmentState.ATTACHED, AttachmentState.DETACHING
@@ -419,6 +424,40 @@ def test_a_container_is_refused_files_whose_numbers_are_anothers_by_now(play) ->
         assert world.states() == {(ONE.id, A): ATTACHED}
 
     play(story)
+
+
+def test_only_a_container_that_names_the_claim_is_limited(play) -> None:  # type: ignore[no-untyped-def]
+    async def story(world: World) -> None:
+        limits = RdmaConfig(limits=RdmaLimits(handles=2, objects=64))
+        (one,) = world.prepare(0, rdma=SHARED, config=NicConfig(rdma=limits))
+        await world.run(ONE)
+        names_it = {env_name(RDMA_DEVICE, one.key): "mlx5_2"}
+        given = await world.container(ONE, **names_it)
+        assert given.cgroup == {"rdma.max": "mlx5_2 hca_handle=2 hca_object=64"}
+        assert (await world.container(ONE, KND_RDMA_DEVICE_OTHER="mlx5_2")).cgroup == {}
+
+    play(story)
+
+
+def test_a_claim_without_limits_changes_nothing_of_its_containers(play) -> None:  # type: ignore[no-untyped-def]
+    async def story(world: World) -> None:
+        (one,) = world.prepare(0, rdma=SHARED)
+        await world.run(ONE)
+        given = await world.container(ONE, **{env_name(RDMA_DEVICE, one.key): "mlx5_2"})
+        assert given == AS_IT_IS
+
+    play(story)
+
+
+def test_of_two_limits_of_one_device_the_lower_of_each_counts() -> None:
+    """Two netdevs that share their RDMA device, in one pod."""
+    limits = [RdmaLimits(handles=4, objects=100), RdmaLimits(objects=50), RdmaLimits(handles=1)]
+    limited = [
+        (attachment(0), replace(preparation(0), config=NicConfig(rdma=RdmaConfig(limits=each))))
+        for each in limits
+    ]
+    text = rdma_max(["mlx5_1", "mlx5_1", "mlx5_0"], limited)
+    assert text == "mlx5_0 hca_handle=1\nmlx5_1 hca_handle=4 hca_object=50"
 
 
 def test_several_pods_may_have_an_rdma_device_that_is_shared(play) -> None:  # type: ignore[no-untyped-def]

@@ -437,26 +437,6 @@ def test_a_failed_hook_costs_that_event_alone(short_tmp: Path, mode: RuntimeMode
     run(test())
 
 
-def test_create_container_is_refused_with_the_handlers_words(short_tmp: Path) -> None:
-    async def refuse(sandbox: Sandbox, deadline: float) -> None:
-        raise Refusal("NotAttached", "the device is held by pod other/p")
-
-    async def test() -> None:
-        async with world(short_tmp) as w:
-            w.handler.behaviours["claimed"] = refuse
-            record = await w.runtime.send_event(pb.CREATE_CONTAINER, sim_sandbox("claimed"), container="init")
-            assert record.outcome is HookOutcome.ERROR
-            assert record.detail == "the device is held by pod other/p"
-            record = await w.runtime.send_event(pb.CREATE_CONTAINER, sim_sandbox("plain"), container="main")
-            assert record.outcome is HookOutcome.OK
-        assert w.handler.calls[2:4] == [
-            ("create", sandbox("claimed"), "init"),
-            ("create", sandbox("plain"), "main"),
-        ]
-
-    run(test())
-
-
 @pytest.mark.parametrize("mode", [RuntimeMode.STATE_CHANGE, RuntimeMode.POD_RPC])
 def test_a_stuck_handler_is_an_error_in_time_and_no_loss(short_tmp: Path, mode: RuntimeMode) -> None:
     async def test() -> None:

@@ -14,7 +14,15 @@ from driver.execute.probe import Host
 from driver.lifecycle.rdma import NodeRdma, soft_name
 from driver.model import Device, DeviceKind, DeviceName, NicConfig, VfConfig, VfDriver
 from driver.policy.rdma import ModeChoice, RdmaRules, SoftChoice
-from driver.rdma import DeviceFile, RdmaBinding, RdmaConfig, RdmaInPod, RdmaMode, SoftRdma
+from driver.rdma import (
+    DeviceFile,
+    RdmaBinding,
+    RdmaConfig,
+    RdmaInPod,
+    RdmaLimits,
+    RdmaMode,
+    SoftRdma,
+)
 from hw.model import RdmaFacts, RdmaIndex
 from hw.sysfs import Sysfs
 from hw.udev import Udev
@@ -117,6 +125,26 @@ def test_without_rdma_ucm_the_connection_managers_file_is_not_promised(kernel: K
     made = node(kernel, sysfs).binding(with_rdma(), NicConfig(), RdmaRules())
     assert made is not None
     assert not made.rdma_cm
+
+
+@pytest.mark.parametrize(
+    ("controllers", "found"),
+    [(None, "there is no cgroup version 2"), ("cpu memory pids", "they are cpu memory pids")],
+)
+def test_limits_are_refused_where_containers_have_no_rdma_controller(
+    kernel: Kernel, sysfs: Path, controllers: str | None, found: str
+) -> None:
+    """The runtime would fail each container instead."""
+    told = sysfs / "fs/cgroup/cgroup.controllers"
+    told.parent.mkdir(parents=True)
+    if controllers is not None:
+        told.write_text(f"{controllers}\n")
+    limited = NicConfig(rdma=RdmaConfig(limits=RdmaLimits(objects=64)))
+    with pytest.raises(Refusal, match=rf"rdma.limits, .* controller rdma on this node: {found};"):
+        node(kernel, sysfs).binding(with_rdma(), limited, RdmaRules())
+    assert node(kernel, sysfs).binding(with_rdma(), NicConfig(), RdmaRules()) is not None
+    told.write_text("cpu rdma misc\n")
+    assert node(kernel, sysfs).binding(with_rdma(), limited, RdmaRules()) is not None
 
 
 def test_siw_is_refused_where_it_would_have_to_move(kernel: Kernel, sysfs: Path) -> None:
@@ -231,6 +259,15 @@ def test_a_number_that_is_anothers_by_now_is_refused(
     assert "class/infiniband_verbs/uverbs0/dev in /sys is '231:193'" in rdma.disproved(proofs)
     (sysfs / "class/infiniband_verbs/uverbs0/dev").unlink()
     assert rdma.disproved(proofs)
+
+
+def test_a_device_is_limited_by_the_name_it_has_when_a_container_starts(kernel: Kernel, sysfs: Path) -> None:
+    """A tenant may rename its device, and the kernel takes limits for names that are there only."""
+    given = RdmaInPod(name=HCA, index=RdmaIndex(0), port=1, files=(DeviceFile("uverbs0", 231, 192),))
+    attached = replace(attachment(0), rdma=given)
+    assert node(kernel, sysfs).names_now([attached]) == (HCA,)
+    files_of(sysfs, "231:192\n", "0000:3b:00.2", "theirs\n")
+    assert node(kernel, sysfs).names_now([attached]) == ("theirs",)
 
 
 def test_what_has_no_rdma_device_has_nothing_to_prove(kernel: Kernel, sysfs: Path) -> None:

@@ -14,7 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from driver.model import AS_IT_IS, Adjustment
 from driver.nri import mux, ttrpc
+from driver.nri.api import answer_with
 from driver.nri.mux import Connection, FrameTooLong, ProtocolError, WireError
 from driver.nri.ttrpc import Code, Frame, MessageType, Request, Response
 from driver.pb.nri.v1 import api_pb2 as pb
@@ -139,6 +141,16 @@ def test_a_container_adjustment_keeps_its_field_numbers() -> None:
     )
     payload = pb.CreateContainerResponse(adjust=adjust).SerializeToString()
     assert response_bytes(Connection.PLUGIN, 9, Response(payload)) == vectors.CREATED
+
+
+def test_files_of_a_cgroup_are_set_by_the_fields_that_runtimes_read() -> None:
+    """CreateContainerResponse.adjust 1, linux 6, resources 2, unified 6, an entry's key 1 and value 2."""
+    line = "mlx5_2 hca_handle=4 hca_object=2048"
+    entry = b"\x0a\x08rdma.max" + b"\x12" + bytes([len(line)]) + line.encode()
+    for tag in (0x32, 0x12, 0x32, 0x0A):
+        entry = bytes([tag, len(entry)]) + entry
+    assert answer_with(Adjustment(cgroup={"rdma.max": line})) == entry
+    assert answer_with(AS_IT_IS) == b""
 
 
 def test_a_configure_request_from_go_is_read() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -227,17 +227,22 @@ class Runtime:
         """
         record = self._pods[sandbox.id]
         container_id = uuid.uuid4().hex
-        message = pb.Container(
-            id=container_id, pod_sandbox_id=sandbox.id, name=name, state=pb.CONTAINER_CREATED
-        )
-        hook = await self._nri.send(pb.CREATE_CONTAINER, self._message(record, pb.CREATE_CONTAINER), message)
-        if hook.outcome is HookOutcome.ERROR:
-            raise ContainerFailed("CreateContainerError", hook.detail)
+        # Before plugins are asked, who see what it adds: so do containerd and CRI-O.
         try:
             edits = await _to_its_end(runtime_cdi.inject, self.root / "var/run/cdi", cdi_ids)
         except runtime_cdi.InjectionFailed as error:
             raise ContainerFailed("CreateContainerError", str(error)) from error
-        container = await _to_its_end(self._start_container, record, message, command, edits)
+        message = pb.Container(
+            id=container_id,
+            pod_sandbox_id=sandbox.id,
+            name=name,
+            state=pb.CONTAINER_CREATED,
+            env=[f"{key}={value}" for key, value in edits.env.items()],
+        )
+        hook = await self._nri.send(pb.CREATE_CONTAINER, self._message(record, pb.CREATE_CONTAINER), message)
+        if hook.outcome is HookOutcome.ERROR:
+            raise ContainerFailed("CreateContainerError", hook.detail)
+        container = await _to_its_end(self._start_container, record, message, command, edits, hook.cgroup)
         bundle = self.root / f"run/containers/{container_id}"
         try:
             await _to_its_end(runtime_cdi.run_hooks, edits.hooks, container_id, container.pid, bundle)
@@ -325,7 +330,11 @@ class Runtime:
 
     @staticmethod
     def _start_container(
-        record: _Pod, message: pb.Container, command: Sequence[str], edits: runtime_cdi.Injection
+        record: _Pod,
+        message: pb.Container,
+        command: Sequence[str],
+        edits: runtime_cdi.Injection,
+        cgroup: Mapping[str, str],
     ) -> SimContainer:
         process = PodProcess(record.sandbox.netns_path, command, edits.env)
         container = SimContainer(
@@ -335,6 +344,7 @@ class Runtime:
             pid=process.pid,
             env=edits.env,
             devices=edits.devices,
+            cgroup=cgroup,
         )
         record.containers[container.id] = (container, process)
         return container

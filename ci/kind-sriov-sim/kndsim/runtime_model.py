@@ -41,6 +41,8 @@ class HookRecord:
     seconds: float
     outcome: HookOutcome
     detail: str = ""
+    cgroup: Mapping[str, str] = field(default_factory=dict)
+    """Of CreateContainer: the files of the container's cgroup that plugins set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +67,7 @@ class SimSandbox:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimContainer:
-    """devices are the device nodes' paths inside the container."""
+    """devices are the device nodes' paths inside the container; cgroup is what its cgroup files are given."""
 
     id: str
     name: str
@@ -73,6 +75,7 @@ class SimContainer:
     pid: int
     env: Mapping[str, str]
     devices: tuple[str, ...]
+    cgroup: Mapping[str, str] = field(default_factory=dict)
 
 
 class SandboxFailed(Exception):

@@ -103,10 +103,11 @@ class NriServer:
         async with self._events:
             started = time.monotonic()
             outcome, detail = HookOutcome.ABSENT, ""
+            cgroup: dict[str, str] = {}
             for peer in list(self.plugins):
                 if event in range(1, 15) and not peer.events & (1 << (event - 1)):
                     continue
-                outcome, detail = await self._send_to(peer, event, pod, container)
+                outcome, detail = await self._send_to(peer, event, pod, container, cgroup)
                 if outcome is HookOutcome.ERROR:
                     break
             record = HookRecord(
@@ -116,17 +117,23 @@ class NriServer:
                 seconds=time.monotonic() - started,
                 outcome=outcome,
                 detail=detail,
+                cgroup=cgroup,
             )
             self.log.append(record)
             return record
 
     async def _send_to(
-        self, peer: Peer, event: int, pod: pb.PodSandbox, container: pb.Container | None
+        self,
+        peer: Peer,
+        event: int,
+        pod: pb.PodSandbox,
+        container: pb.Container | None,
+        cgroup: dict[str, str],
     ) -> tuple[HookOutcome, str]:
         try:
             async with asyncio.timeout(None) as limit:
                 limit.reschedule(asyncio.get_running_loop().time() + self._settings.request_timeout)
-                await self._deliver(peer, event, pod, container)
+                await self._deliver(peer, event, pod, container, cgroup)
         except PluginError as error:
             return HookOutcome.ERROR, error.text
         except (PluginTimeout, TimeoutError) as error:
@@ -138,14 +145,18 @@ class NriServer:
         return HookOutcome.OK, ""
 
     async def _deliver(
-        self, peer: Peer, event: int, pod: pb.PodSandbox, container: pb.Container | None
+        self,
+        peer: Peer,
+        event: int,
+        pod: pb.PodSandbox,
+        container: pb.Container | None,
+        cgroup: dict[str, str],
     ) -> None:
         timeout = self._settings.request_timeout
         if event == pb.CREATE_CONTAINER:
             create = pb.CreateContainerRequest(pod=pod, container=container)
             answer = await peer.call("CreateContainer", create.SerializeToString(), timeout)
-            if pb.CreateContainerResponse.FromString(answer).ByteSize():
-                self.violations.append("the plugin adjusts containers, which is not simulated")
+            self._adjust(pb.CreateContainerResponse.FromString(answer), cgroup)
             return
         began = time.monotonic()
         pod_rpc = self._settings.mode is RuntimeMode.POD_RPC and event in POD_EVENTS
@@ -162,6 +173,18 @@ class NriServer:
         change = pb.StateChangeEvent(event=cast("pb.Event", event), pod=pod, container=container)
         left = timeout - (time.monotonic() - began)
         await peer.call("StateChange", change.SerializeToString(), left)
+
+    def _adjust(self, answer: pb.CreateContainerResponse, cgroup: dict[str, str]) -> None:
+        """Gather what a plugin sets, as the runtime's side of NRI does: two plugins may not set one thing."""
+        unified = answer.adjust.linux.resources.unified
+        only_this = pb.CreateContainerResponse()
+        only_this.adjust.linux.resources.unified.update(unified)
+        if answer.ByteSize() and answer != only_this:
+            self.violations.append("the plugin adjusts more of containers than is simulated")
+        twice = sorted(set(unified) & set(cgroup))
+        if twice:
+            raise PluginError(Code.UNKNOWN, f"plugins both tried to set CgroupsUnified {', '.join(twice)}")
+        cgroup.update(unified)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         registered: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
