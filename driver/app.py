@@ -138,6 +138,7 @@ class App:
         self._metrics.watch_devices(made.lifecycle.device_counts)
         self._metrics.watch_unhealthy(made.lifecycle.unhealthy_counts)
         self._metrics.watch_limits(made.lifecycle.keeping.limits)
+        self._metrics.watch_bandwidth(made.lifecycle.port_bandwidth)
         self._metrics.watch_dropped(made.lifecycle.keeping.dropped)
         monitor = stack.enter_context(LinkMonitor())
         await made.lifecycle.start()

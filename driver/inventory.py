@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from driver.model import AttributeValue, Device, DeviceName
+from driver.traffic import Portion
 from hw.model import (
     DeviceKind,
     HwDevice,
@@ -25,6 +26,7 @@ from hw.model import (
     LinkInfo,
     LinkSettings,
     NetdevsimIdentity,
+    PciAddress,
     PciIdentity,
     SoftwareIdentity,
     check_ifname,
@@ -65,6 +67,16 @@ _LINK_TYPES = {1: "ethernet", 32: "infiniband"}
 _UNITS = ((1_000_000, "T"), (1_000, "G"))
 
 
+class PortBandwidth(Protocol):
+    """What is given out of a PF's port, in Mb/s."""
+
+    def budget(self, link_speed: int | None) -> int | None:
+        """What its VFs have together at most; None: nothing is known of the port's speed."""
+
+    def size_of(self, vf: int) -> int | None:
+        """Of the VF of this index; None: it has none."""
+
+
 class DevicePolicy(Protocol):
     """What inventory asks of the node policy."""
 
@@ -77,6 +89,17 @@ class DevicePolicy(Protocol):
     def withheld(self, device: HwDevice, name: str) -> str:
         """Why the policy keeps it from the cluster, a sentence; "" if it does not."""
 
+    def bandwidth_of(self, pf: HwDevice) -> PortBandwidth | None:
+        """What is given out of a PF; None: the policy says nothing of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class GivenOut:
+    """What is given out of one PF. budget in Mb/s; None: the speed of its port was never seen."""
+
+    rule: PortBandwidth
+    budget: int | None
+
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
@@ -84,6 +107,8 @@ class Inventory:
 
     by_name: Mapping[DeviceName, Device] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
+    given_out: Mapping[PciAddress, GivenOut] = field(default_factory=dict)
+    """By PF, where the policy says it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,14 +126,16 @@ class InventoryDiff:
 def build(devices: Iterable[HwDevice], policy: DevicePolicy, previous: Inventory | None = None) -> Inventory:
     """Merge what the backends found. previous: a speed that a port does not say while its link is down
     is taken from there, so that a flap is not a change of the device."""
+    seen = tuple(devices)
+    given_out = _given_out(seen, policy, previous)
     found: dict[DeviceName, Device] = {}
     problems: list[str] = []
     dropped: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
-    for device in devices:
+    for device in seen:
         if isinstance(device.identity, SoftwareIdentity) and not _selected(device, policy):
             continue
         try:
-            made, without = _device(device, policy, previous)
+            made, without = _device(device, policy, previous, given_out)
         except ValueError as error:
             problems.append(f"{device.identity} is left out: {error}")
             continue
@@ -123,7 +150,7 @@ def build(devices: Iterable[HwDevice], policy: DevicePolicy, previous: Inventory
             f"{len(names)} devices (the first is {min(names)}) are published without "
             f"{', '.join(without)}: a device has room for {ATTRIBUTE_LIMIT} attributes and capacities"
         )
-    return Inventory({name: found[name] for name in sorted(found)}, tuple(problems))
+    return Inventory({name: found[name] for name in sorted(found)}, tuple(problems), given_out)
 
 
 def diff(old: Inventory, new: Inventory) -> InventoryDiff:
@@ -159,12 +186,17 @@ def _selected(device: HwDevice, policy: DevicePolicy) -> bool:
 
 
 def _device(
-    device: HwDevice, policy: DevicePolicy, previous: Inventory | None
+    device: HwDevice,
+    policy: DevicePolicy,
+    previous: Inventory | None,
+    given_out: Mapping[PciAddress, GivenOut],
 ) -> tuple[Device, tuple[str, ...]]:
     """The device, and the names of attributes that found no place."""
     name = name_of(device.identity)
     speed = device.speed_mbps or _last_speed(name, previous)
-    capacities = _capacities(device, speed)
+    portion, no_portion = _portion(device, given_out)
+    sized = portion is not None and device.kind is DeviceKind.VF
+    capacities = _capacities(device, portion.size if portion is not None and sized else speed)
     attributes, without = _attributes(device, speed, policy.attributes_for(device, name), len(capacities))
     return Device(
         name=name,
@@ -174,7 +206,7 @@ def _device(
         settings=LinkSettings.of(device.link, kind=device.kind) if device.link else None,
         attributes=attributes,
         capacities=capacities,
-        withheld=device.withheld or _bad_name(device) or policy.withheld(device, name),
+        withheld=device.withheld or _bad_name(device) or policy.withheld(device, name) or no_portion,
         dies_with_netns=isinstance(device.identity, SoftwareIdentity),
         rdma=device.rdma,
         min_mtu=device.link.min_mtu if device.link else None,
@@ -185,8 +217,52 @@ def _device(
         vf_cannot=device.vf_cannot,
         physical_port=device.physical_port,
         has_netdev=device.has_netdev,
+        portion=portion,
         instance=device.pci.instance if device.pci else None,
     ), without
+
+
+# --- bandwidth that is given out ----------------------------------------------------------------------
+
+
+def _given_out(
+    devices: Iterable[HwDevice], policy: DevicePolicy, previous: Inventory | None
+) -> Mapping[PciAddress, GivenOut]:
+    """A PF that is in a pod has neither name nor speed here: what was given out of it then still is."""
+    known = previous.given_out if previous is not None else {}
+    found: dict[PciAddress, GivenOut] = {}
+    for device in devices:
+        identity = device.identity
+        if not isinstance(identity, PciIdentity) or identity.vf_index is not None:
+            continue
+        if device.link is None and identity.address in known:
+            found[identity.address] = known[identity.address]
+        elif (rule := policy.bandwidth_of(device)) is not None:
+            speed = device.speed_mbps or _last_speed(name_of(identity), previous)
+            found.setdefault(identity.address, GivenOut(rule, rule.budget(speed)))
+    return found
+
+
+def _portion(device: HwDevice, given_out: Mapping[PciAddress, GivenOut]) -> tuple[Portion | None, str]:
+    """What the device takes of its PF's bandwidth, and why it is not given away for want of that, or ""."""
+    identity = device.identity
+    if not isinstance(identity, PciIdentity):
+        return None, ""
+    out = given_out.get(identity.address if identity.vf_index is None else identity.pf or identity.address)
+    if out is None:
+        return None, ""
+    if identity.vf_index is None:
+        return (Portion(size=out.budget, of=out.budget) if out.budget else None), ""
+    size, by = out.rule.size_of(identity.vf_index), "(node policy, bandwidth)"
+    if size is None:
+        return None, f"no size is left for VF {identity.vf_index} of its PF {by}"
+    if device.kind is DeviceKind.RDMA:
+        return None, f"it has no netdev, and nobody could hold it to a size {by}"
+    if not out.budget:
+        return None, f"the speed of its port is not known: set its PF up, or say the speed {by}"
+    if size > out.budget:
+        return None, f"its size is {quantity(size)} and its PF gives out {quantity(out.budget)} {by}"
+    return Portion(size=size, of=out.budget), ""
 
 
 def _bad_name(device: HwDevice) -> str:
@@ -267,18 +343,20 @@ def _optional(device: HwDevice, speed: int | None) -> dict[str, AttributeValue |
     }
 
 
-def _capacities(device: HwDevice, speed: int | None) -> Mapping[str, str]:
+def _capacities(device: HwDevice, bandwidth: int | None) -> Mapping[str, str]:
     """bandwidth in bits per second; vfs is how many a PF can have."""
     capacities: dict[str, str] = {}
-    if speed:
-        capacities["bandwidth"] = _quantity(speed)
+    if bandwidth:
+        capacities["bandwidth"] = quantity(bandwidth)
     if device.total_vfs:
         capacities["vfs"] = str(device.total_vfs)
     return capacities
 
 
-def _quantity(mbps: int) -> str:
-    """Megabits per second as a Kubernetes quantity in its canonical form: `25G`, `2500M`."""
+def quantity(mbps: int) -> str:
+    """Megabits per second as a Kubernetes quantity in its canonical form: `25G`, `2500M`, `0`."""
+    if not mbps:
+        return "0"
     for size, unit in _UNITS:
         if mbps % size == 0:
             return f"{mbps // size}{unit}"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from bpf.layout import CLASSES, LEAF
 from bpf.limits import NO_MARK, NO_RULES, Police, Rules
 from driver.errors import ConfigError, FieldProblem
-from driver.model import Device, NicConfig
+from driver.model import Device, NicConfig, Preparation
 from driver.qos import PodMarks, QosClass, QosPolicy
 from driver.traffic import Enforcement, QosConfig
 from hw.model import DeviceKind, Direction
@@ -100,6 +100,33 @@ class Shaping:
         )
 
 
+def sized(device: Device, config: NicConfig) -> NicConfig:
+    """config with the device's size for its egress rate, where none is asked for. ConfigError for rates above
+    the size, which others were promised."""
+    portion = device.portion
+    if portion is None or device.kind is not DeviceKind.VF:
+        return config
+    qos, vf = config.qos, config.vf
+    asked = {
+        "qos.egress.rate": qos.egress_rate,
+        "qos.egress.minRate": qos.egress_min_rate,
+        "vf.maxRate": vf.max_rate,
+        "vf.minRate": vf.min_rate,
+    }
+    told = (
+        f"is above {portion.size}M, the size of {device.name} (capacity bandwidth): ask for less, or for a "
+        "device of a larger size"
+    )
+    problems = [
+        FieldProblem(path, f"{rate}M {told}") for path, rate in asked.items() if (rate or 0) > portion.size
+    ]
+    if problems:
+        raise ConfigError(problems)
+    if qos.egress_rate or vf.max_rate:
+        return config
+    return replace(config, qos=replace(qos, egress_rate=portion.size, by_size=True))
+
+
 def check(device: Device, config: NicConfig, policy: QosPolicy) -> None:
     """ConfigError for limits that nobody could keep on this device, and for a class that the node has not."""
     qos = config.qos
@@ -133,6 +160,22 @@ def check(device: Device, config: NicConfig, policy: QosPolicy) -> None:
             problems.append(FieldProblem("qos.enforcement", unseen))
     if problems:
         raise ConfigError(problems)
+
+
+def passes_by(preparation: Preparation) -> bool:
+    """Whether traffic of a device that has a size passes by what keeps it to that."""
+    binding, config = preparation.rdma, preparation.config
+    by_device = config.qos.on_pf or config.vf.max_rate
+    return preparation.size is not None and not by_device and binding is not None and not binding.software
+
+
+def past_size(preparation: Preparation) -> FieldProblem:
+    """Why a device that passes_by is not given away."""
+    return FieldProblem(
+        "qos.enforcement",
+        f"{preparation.key.device} has an RDMA device, whose packets the node's kernel does not see, and a "
+        f"size of {preparation.size}M (node policy, bandwidth), to which only its PF could hold it",
+    )
 
 
 def settled(device: Device, config: NicConfig) -> NicConfig:

@@ -20,6 +20,7 @@ from driver.nicconfig import NicConfig as NicConfig
 from driver.nicconfig import VfConfig as VfConfig
 from driver.nicconfig import VfDriver as VfDriver
 from driver.rdma import RdmaBinding, RdmaInPod
+from driver.traffic import Portion
 from hw.model import (
     DeviceKind,
     Identity,
@@ -162,6 +163,8 @@ class Device:
     physical_port: PortState | None = None
     has_netdev: bool = True
     """In whatever namespace."""
+    portion: Portion | None = None
+    """Of a PF and its VFs, where the policy says what is given out of the port."""
     instance: int | None = None
     """Of a PCI function: another one each time it is made."""
 
@@ -258,6 +261,8 @@ class Preparation:
     rdma: RdmaBinding | None = None
     port: PortBaseline | None = None
     """Of a PF that had VFs when it was prepared."""
+    size: int | None = None
+    """Mb/s of its PF's bandwidth that it was given; None where the policy gave it no size."""
     no_iommu: bool = False
     """The policy let it be given by its files without an IOMMU."""
 

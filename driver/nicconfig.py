@@ -80,10 +80,12 @@ class NicConfig:
         if name == "min_rate" and self.qos.on_pf and self.qos.egress_min_rate:
             return "qos.egress.minRate"
         if name == "max_rate" and self.qos.on_pf and self.qos.egress_rate:
-            return "qos.egress.rate"
+            return BY_SIZE if self.qos.by_size else "qos.egress.rate"
         return VF_FIELDS[name]
 
 
+BY_SIZE = "its size (node policy, bandwidth)"
+"""Where the node policy asked for an egress rate."""
 VF_FIELDS: Mapping[str, str] = {
     "vlan": "vf.vlan",
     "mac": "interface.hardwareAddress",

@@ -1,24 +1,28 @@
-"""Devices of which one rules out another: a PF and its VFs, netdevs that have an RDMA device together.
+"""Devices of which one takes what another could have: a PF and its VFs, netdevs that have an RDMA device
+together, VFs of the bandwidth that their PF gives out.
 
 Invariant: pure. The scheduler is told of it by counters, and prepare asks here again: what rules out what is
-the same for both.
+the same for both. No more of a PF's bandwidth is given out than the policy says; what was given is not taken
+back, whatever became of policy and port since.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from driver.inventory import name_of
+from driver.inventory import name_of, quantity
 from driver.model import AttributeValue, CounterUse, Device, DeviceName, Preparation
 from hw.model import Identity, PciAddress, PciIdentity
 
 VFS = "vfs"
 RDMA = "device"
-"""Names of counters."""
+BANDWIDTH = "bandwidth"
+"""Names of counters; the last is in bits per second."""
 
 
 class Shares(Protocol):
@@ -40,6 +44,15 @@ class Against:
     passing: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class PortBudget:
+    """What a PF gives out, and what of it claims have, in Mb/s. given is more where the policy or the port's
+    speed were others when it was given."""
+
+    of: int
+    given: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
     """Everything that is there, and who has it. What a claim has may be absent from devices."""
@@ -59,10 +72,14 @@ class Sharing:
         self._ports: defaultdict[PciAddress, list[DeviceName]] = defaultdict(list)
         self._vfs: defaultdict[PciAddress, list[DeviceName]] = defaultdict(list)
         self._rdma: defaultdict[str, list[DeviceName]] = defaultdict(list)
+        self._given_out: dict[PciAddress, int] = {}
         for name, each in sorted(self._all.items()):
             port = port_of(each)
             if port is not None:
                 (self._ports if is_whole(each) else self._vfs)[port].append(name)
+                device = node.devices.get(name)
+                if device is not None and device.portion is not None:
+                    self._given_out[port] = device.portion.of
             rdma = each.attributes.get("rdmaDevice")
             if isinstance(rdma, str):
                 self._rdma[rdma].append(name)
@@ -137,18 +154,82 @@ class Sharing:
         vfs: frozenset[DeviceName],
         found: Mapping[DeviceName, list[CounterUse]],
     ) -> None:
-        if not wholes or not vfs:
+        every: dict[str, str] = {}
+        budget = self._budget(port)
+        if wholes and vfs:
+            # How many there can be, which stays the same while some come and go.
+            total = max(len(vfs), *(int(self._all[name].capacities.get(VFS, "0")) for name in wholes))
+            every[VFS] = str(total)
+        if budget is not None and vfs:
+            # Less than what is given would leave less than nothing, for which the scheduler gives no device
+            # with counters of the whole pool any more.
+            every[BANDWIDTH] = quantity(max(budget.of, budget.given))
+        if not every:
             return
-        # How many there can be, which stays the same while some come and go.
-        total = max(len(vfs), *(int(self._all[name].capacities.get(VFS, "0")) for name in wholes))
-        every = {VFS: str(total)}
         use = CounterUse(set=name_of(PciIdentity(port)), takes=every, of=every)
         given = any(name in self._node.held for name in wholes)
         for name in wholes:
             found[name].append(replace(use, instead=not given))
+        over = frozenset(self._over(port, vfs))
         for name in vfs:
-            instead = given and name not in self._node.held
-            found[name].append(replace(use, takes={VFS: "1"}, instead=instead))
+            each = {VFS: "1", BANDWIDTH: quantity(self._takes(name, budget.of if budget else 0))}
+            takes = {counter: each[counter] for counter in every}
+            instead = (given or name in over) and name not in self._node.held
+            found[name].append(replace(use, takes=takes, instead=instead))
+
+    # --- bandwidth --------------------------------------------------------------------------------------
+
+    def budgets(self) -> Mapping[PciAddress, PortBudget]:
+        """Of the PFs of which the policy says what is given out."""
+        found = {port: self._budget(port) for port in sorted(self._given_out)}
+        return {port: budget for port, budget in found.items() if budget is not None}
+
+    def over_budget(self, sizes: Mapping[DeviceName, int | None]) -> str:
+        """Why these free devices cannot all be given away now, a sentence; "" if they can. sizes in Mb/s;
+        None is without, and bound by nobody."""
+        for port, budget in self.budgets().items():
+            mine = [name for name in sizes if name in self._vfs[port]]
+            wanted = sum(sizes[name] or budget.of for name in mine)
+            if mine and budget.given + wanted > budget.of:
+                return (
+                    f"{' and '.join(mine)} would take {quantity(wanted)} of PF {port}, which gives out "
+                    f"{quantity(budget.of)}, and claims have {quantity(budget.given)} of that already"
+                )
+        return ""
+
+    def _budget(self, port: PciAddress) -> PortBudget | None:
+        of = self._given_out.get(port)
+        if of is None:
+            return None
+        held = self._node.held
+        given = sum(self._takes(name, of) for name in self._vfs[port] if name in held)
+        return PortBudget(of, given + of * any(name in held for name in self._ports[port]))
+
+    def _takes(self, name: DeviceName, of: int) -> int:
+        """What was given without a size is bound by nobody."""
+        preparation = self._node.held.get(name)
+        if preparation is not None:
+            speed = preparation.attributes.get("linkSpeed")
+            return preparation.size or (speed if isinstance(speed, int) else of)
+        portion = self._node.devices[name].portion if name in self._node.devices else None
+        return portion.size if portion is not None else of
+
+    def _over(self, port: PciAddress, vfs: AbstractSet[DeviceName]) -> Iterator[DeviceName]:
+        """Which of the free VFs are more than the PF gives out, if all before them are given away."""
+        budget = self._budget(port)
+        if budget is None:
+            return
+        left = budget.of - budget.given
+        for name in sorted(vfs - self._node.held.keys(), key=self._index):
+            takes = self._takes(name, budget.of)
+            if takes > left:
+                yield name
+            else:
+                left -= takes
+
+    def _index(self, name: DeviceName) -> int:
+        identity = self._all[name].identity
+        return identity.vf_index or 0 if isinstance(identity, PciIdentity) else 0
 
     def _called(self, name: DeviceName, other: DeviceName) -> str:
         mine, others = self._all[name], self._all[other]

@@ -37,6 +37,8 @@ class QosConfig:
     traffic_class: str | None = None
     enforcement: Enforcement = Enforcement.AUTO
     egress_rate: int = 0
+    by_size: bool = False
+    """The egress rate is the device's size by the node policy: nobody asked for it."""
     egress_burst: int | None = None
     egress_min_rate: int = 0
     ingress_rate: int = 0
@@ -45,6 +47,14 @@ class QosConfig:
     def on_pf(self) -> bool:
         """Whether the egress rates are the device's to keep."""
         return self.enforcement is Enforcement.HARDWARE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Portion:
+    """What a device takes of the bandwidth that its PF gives out, and how much that is. Mb/s."""
+
+    size: int
+    of: int
 
 
 NO_QOS = QosConfig()

@@ -13,13 +13,15 @@ from driver.cli import rdma_ports, sriov_ports
 from driver.cli.output import Row, add_output_argument, print_table, show
 from driver.errors import DriverError
 from driver.health import View, seen_now
+from driver.inventory import quantity
 from driver.journal.store import Journal
 from driver.lifecycle.devices import Devices
 from driver.model import DeviceName, Preparation, PreparationState
 from driver.paths import Paths
 from driver.provision.survey import held_devices
 from driver.settings import add_place_arguments, paths_from
-from driver.sharing import Node, Sharing
+from driver.sharing import Node, Sharing, is_whole
+from hw.model import DeviceKind
 from hw.sysfs import Sysfs
 
 
@@ -37,8 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     devices = Devices(Sysfs(paths.sysfs), lambda: policy)
     devices.rescan()
     held, quarantined = _records(paths)
-    ports = sriov_ports.rows(paths, policy, held_devices(held.values(), quarantined))
     node = Node(devices=devices.current(), held=held, quarantined=quarantined)
+    ports = sriov_ports.rows(paths, policy, held_devices(held.values(), quarantined), Sharing(node).budgets())
     why = _reasons(node, running.read(paths))
     rows: list[Row] = []
     kinds = {name: device.kind for name, device in node.devices.items()}
@@ -54,10 +56,11 @@ def run(arguments: argparse.Namespace) -> int:
                 "held_by": _holder(held.get(name)),
                 "offered": name in held or not why[name],
                 "why_not": quarantined.get(name) or why[name] or None,
+                "size": _size(name, node),
                 "health": _health(name, node) if name in held or not why[name] else None,
             }
         )
-    columns = ["device", "kind", "interface", "held_by", "offered", "why_not", "health"]
+    columns = ["device", "kind", "interface", "size", "held_by", "offered", "why_not", "health"]
     nothing = "this node has no network device that could be offered"
     sysfs = Sysfs(paths.sysfs)
     rdma, problems = rdma_ports.read(sysfs)
@@ -76,6 +79,16 @@ def _print_more(*tables: tuple[Sequence[Row], Sequence[str]]) -> None:
         if rows:
             print()
             print_table(rows, columns)
+
+
+def _size(name: DeviceName, node: Node) -> str | None:
+    """Of its PF's bandwidth, as it was given or would be."""
+    if name in node.held:
+        size = node.held[name].size
+    else:
+        device = node.devices[name]
+        size = device.portion.size if device.portion and device.kind is DeviceKind.VF else None
+    return quantity(size) if size else None
 
 
 def _health(name: DeviceName, node: Node) -> str:
@@ -106,7 +119,11 @@ def _reasons(node: Node, agent: running.Running | None) -> Mapping[DeviceName, s
         if against is not None:
             reasons[name] = against.sentence
         elif without and any(use.instead for use in uses.get(name, ())):
-            reasons[name] = "the API server has no shared counters: its VFs are offered instead"
+            whole = is_whole(node.devices[name])
+            what = (
+                "its VFs are offered instead" if whole else "the VFs before it are all that its PF gives out"
+            )
+            reasons[name] = f"the API server has no shared counters: {what}"
     return reasons
 
 

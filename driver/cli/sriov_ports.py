@@ -1,4 +1,5 @@
-"""Of `knd devices`: the PFs that can have VFs, who made theirs, and why there are not as many as wanted."""
+"""Of `knd devices`: the PFs that can have VFs, who made theirs, why there are not as many as wanted, and how
+much of their bandwidth is given out."""
 
 from __future__ import annotations
 
@@ -6,16 +7,26 @@ from collections.abc import Mapping
 
 from driver.assembly import read_boot_id
 from driver.cli.output import Row
+from driver.inventory import quantity
 from driver.model import DeviceName
 from driver.paths import Paths
 from driver.policy import NodePolicy
 from driver.provision.carry_out import Provision
+from driver.sharing import PortBudget
+from hw.model import PciAddress
 from hw.sysfs import Sysfs
 
-COLUMNS = ("port", "interface", "vfs", "possible", "wanted", "made_by", "why_not")
+COLUMNS = ("port", "interface", "vfs", "possible", "wanted", "made_by", "bandwidth", "given", "why_not")
 
 
-def rows(paths: Paths, policy: NodePolicy, held: Mapping[DeviceName, str]) -> list[Row]:
+def rows(
+    paths: Paths,
+    policy: NodePolicy,
+    held: Mapping[DeviceName, str],
+    budgets: Mapping[PciAddress, PortBudget],
+) -> list[Row]:
+    """bandwidth: what the policy gives out of the port; given: what claims have of that."""
+    by_port: Mapping[str, PortBudget] = {str(port): budget for port, budget in budgets.items()}
     found = Provision(Sysfs(paths.sysfs), paths, read_boot_id(paths.proc)).survey(policy, held)
     return [
         {
@@ -25,6 +36,8 @@ def rows(paths: Paths, policy: NodePolicy, held: Mapping[DeviceName, str]) -> li
             "possible": plan.port.total_vfs,
             "wanted": plan.rule.vfs if plan.rule else None,
             "made_by": plan.maker if plan.port.num_vfs else None,
+            "bandwidth": quantity(by_port[address].of) if address in by_port else None,
+            "given": quantity(by_port[address].given) if address in by_port else None,
             "why_not": plan.why or ("not done yet" if plan.changes else None),
         }
         for address, plan in found.plans.items()

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from driver.errors import NotNow, Refusal
 from driver.execute import probe
 from driver.execute.target import NotClean, Target
-from driver.model import Preparation
+from driver.model import NicConfig, Preparation
 from hw.errors import Busy, HwError, NotFound, Refused
 from hw.model import LinkInfo, MacAddress, NetdevsimIdentity, PciIdentity, VfSettings
 from hw.pf import read_vf, write_vf
@@ -159,8 +159,14 @@ def _set_wish(
         raise Refusal(
             "VfSettingRefused",
             f"{target.device} cannot have {told}: {_pf_driver(target, host)}, which drives its PF "
-            f"{pf.name!a}, refuses it ({error}); leave it out of the claim, or choose another device",
+            f"{pf.name!a}, refuses it ({error}); {_advice(config)}",
         ) from error
+
+
+def _advice(config: NicConfig) -> str:
+    if config.qos.by_size and config.qos.on_pf:
+        return "only the node's kernel could keep it, for a netdev and with qos.enforcement auto or software"
+    return "leave it out of the claim, or choose another device"
 
 
 def _settled(target: Target, pf: LinkInfo, vf: int, wanted: VfSettings) -> str:

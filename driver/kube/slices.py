@@ -172,7 +172,7 @@ class KubeSlicePublisher:
         if not has:
             log.warning(
                 "the API server keeps no shared counters (DRAPartitionableDevices): PFs that have VFs are "
-                "not offered beside them"
+                "not offered beside them, nor VFs beyond what their PF gives out"
             )
         return has
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +16,7 @@ from functools import partial
 from bpf.layout import Slot
 from driver import claimconfig, limits, plan
 from driver.cdi import cdi_id
-from driver.errors import DriverError, NotNow, Refusal
+from driver.errors import ConfigError, DriverError, NotNow, Refusal
 from driver.execute.engine import EXPECTED, Token
 from driver.execute.target import Vanished, open_target
 from driver.lifecycle import one_address
@@ -26,7 +27,7 @@ from driver.lifecycle.homecoming import HIDDEN, QUARANTINED, Homecoming
 from driver.lifecycle.orphans import Orphans
 from driver.lifecycle.ports import ClaimFailed
 from driver.lifecycle.projections import Projections
-from driver.lifecycle.relations import check_rivals, to_lock
+from driver.lifecycle.relations import check_budgets, check_rivals, to_lock
 from driver.lifecycle.workers import KeyedLocks
 from driver.model import (
     AllocatedDevice,
@@ -82,6 +83,7 @@ class Claims:
         self._locks: KeyedLocks[ClaimUid] = KeyedLocks()
         self._coming: dict[ClaimUid, Coming] = {}
         self._reset: set[PreparationKey] = set()
+        self._giving_out = threading.Lock()
 
     async def prepare(
         self, claims: Sequence[ClaimRef], deadline: float
@@ -170,7 +172,9 @@ class Claims:
             self._check_quarantine(device)
             if any(device.name == other.name for _, other, _ in wanted):
                 raise Refusal("DeviceTwice", f"{device.name} is allocated twice and cannot be shared")
+            _check_whole(allocated)
             config = claimconfig.resolve(allocated, claim.configs, policy.claim_limits)
+            config = limits.sized(device, config)
             check_fits(device, config)
             limits.check(device, config, policy.qos)
             wanted.append((allocated, device, config))
@@ -228,7 +232,11 @@ class Claims:
             )
             for allocated, device, config in wanted
         ]
-        opened = context.book.open_preparations(made)
+        if past := next((each for each in made if limits.passes_by(each)), None):
+            raise ConfigError([limits.past_size(past)])
+        with self._giving_out:
+            check_budgets(context, {each.key.device: each.size for each in made}, claim.ref.uid)
+            opened = context.book.open_preparations(made)
         try:
             done = [
                 self._prepare_one(preparation, config, token)
@@ -248,7 +256,7 @@ class Claims:
             return self._run(preparation, token)
         except Refusal as refusal:
             software = limits.instead(preparation.config, asked=config)
-            if software is None:
+            if software is None or limits.passes_by(replace(preparation, config=software)):
                 raise
             log.info("%s: its limit is kept by the node's kernel: %s", preparation.key.device, refusal)
             preparation = self._context.book.amend_preparation(replace(preparation, config=software))
@@ -394,6 +402,16 @@ class Claims:
         )
 
 
+def _check_whole(allocated: AllocatedDevice) -> None:
+    """Refusal for a share of a device: the scheduler makes them of devices that allow several allocations."""
+    if allocated.share_id is not None or allocated.consumed_capacity:
+        raise Refusal(
+            "NotSharable",
+            f"{allocated.device} is allocated in part (shareID or consumedCapacity), and no device of this "
+            "driver can be: has somebody else changed its ResourceSlice (allowMultipleAllocations)?",
+        )
+
+
 def _named(wanted: Sequence[Wanted]) -> list[Named]:
     """Those that will have a netdev in the pod."""
     return [
@@ -429,6 +447,7 @@ def _new(claim: Claim, allocated: AllocatedDevice, device: Device, config: NicCo
         home_driver=device.driver or "",
         vf_baseline=device.vf,
         port=device.port,
+        size=device.portion.size if device.portion is not None and device.kind is DeviceKind.VF else None,
     )
 
 

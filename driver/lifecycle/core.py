@@ -24,6 +24,7 @@ from driver.lifecycle.ports import ClaimFailed
 from driver.lifecycle.projections import Projections
 from driver.lifecycle.provisioning import Provisioning
 from driver.lifecycle.reconcile import Reconcile
+from driver.lifecycle.relations import sharing
 from driver.lifecycle.reporters import watch_reporters
 from driver.lifecycle.sandboxes import Sandboxes
 from driver.lifecycle.usage import Usage
@@ -153,6 +154,14 @@ class Lifecycle:
             "prepared": len(held),
             "attached": len({a.preparation.device for a in book.attachments()}),
             "quarantined": len(book.quarantines()),
+        }
+
+    def port_bandwidth(self) -> Mapping[tuple[str, ...], float]:
+        """Bits per second that PFs give out and that claims have of them, for the gauge."""
+        return {
+            (port, part): number * 1e6
+            for port, budget in sharing(self._context).budgets().items()
+            for part, number in (("budget", budget.of), ("given", budget.given))
         }
 
     @property

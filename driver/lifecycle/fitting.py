@@ -8,6 +8,7 @@ from __future__ import annotations
 from driver import limits
 from driver.errors import ConfigError, FieldProblem
 from driver.model import VF_FIELDS, Device, NicConfig
+from driver.nicconfig import BY_SIZE
 from hw.model import DeviceKind
 from hw.sriov.abilities import ability_for
 
@@ -64,7 +65,7 @@ def _beyond(device: Device, config: NicConfig) -> list[FieldProblem]:
     for name, value in config.on_pf().items():
         path = config.field_of(name)
         as_it_is = device.vf is not None and getattr(device.vf, name) == value
-        cannot = ability_for(name, value) in device.vf_cannot and not path.startswith("qos.")
+        cannot = ability_for(name, value) in device.vf_cannot and not path.startswith(("qos.", BY_SIZE))
         if cannot and value and not as_it_is:
             shown = f"{value}M" if name in ("min_rate", "max_rate") else str(value)
             told = (

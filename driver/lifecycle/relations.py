@@ -5,7 +5,7 @@ Invariant: reads only; each call is of the moment it is made in.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from driver.errors import NotNow, Refusal
 from driver.lifecycle.context import Context
@@ -39,6 +39,17 @@ def check_rivals(context: Context, names: Collection[DeviceName], uid: ClaimUid)
         if against.passing:
             raise NotNow(f"{name} cannot be given away now: {against.sentence}")
         raise Refusal("SharedInUse", f"{name} is not given away: {against.sentence}")
+
+
+def check_budgets(context: Context, sizes: Mapping[DeviceName, int | None], uid: ClaimUid) -> None:
+    """Refusal if more of a PF's bandwidth would be given out than there is. sizes are in Mb/s, by device.
+
+    VFs of one PF do not wait for each other: no other claim may come on record between this and the claim's.
+    """
+    if over := sharing(context, without=uid).over_budget(sizes):
+        raise Refusal(
+            "OverBudget", f"{over}: delete a pod that has one of its VFs, or ask for a smaller size"
+        )
 
 
 def to_lock(context: Context, names: Collection[DeviceName]) -> frozenset[DeviceName]:

@@ -135,6 +135,14 @@ class Metrics:
             lambda: GaugeMetricFamily("knd_pod_network_limit_bits_per_second", text, labels=labels), read
         )
 
+    def watch_bandwidth(self, read: Callable[[], Mapping[tuple[str, ...], float]]) -> None:
+        """By PF and `budget` or `given`: what the policy gives out of a port, and what claims have of it."""
+        text = "Bandwidth of a PF that the policy gives out (budget), and that claims have of it (given)."
+        labels = ["port", "part"]
+        self._watched.add(
+            lambda: GaugeMetricFamily("knd_port_bandwidth_bits_per_second", text, labels=labels), read
+        )
+
     def watch_dropped(self, read: Callable[[], Mapping[tuple[str, ...], float]]) -> None:
         """Packets above a limit that the programs dropped, by _POD_LABELS."""
         text = "Packets of attached devices that were counted and then dropped as above their limit."

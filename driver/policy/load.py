@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from driver.errors import ConfigError, FieldProblem
+from driver.policy.bandwidth import bandwidth_problems
 from driver.policy.rules import NodePolicy
 from driver.policy.yaml_tree import parse_yaml
 from driver.qos import class_problems
@@ -31,7 +32,8 @@ def load_policy(text: str, source: str) -> NodePolicy:
     policy = _POLICY.decode(root, problems) if root is not None else None
     found = list(problems)
     if policy is not None and root is not None and not found:
-        found += [_placed(root, problem) for problem in class_problems(policy.classes)]
+        together = (*class_problems(policy.classes), *bandwidth_problems(policy.port_bandwidth))
+        found += [_placed(root, problem) for problem in together]
     if policy is None or found:
         found.sort(key=lambda problem: problem.line or 0)
         raise ConfigError([_outward(problem, source) for problem in found])

@@ -14,6 +14,7 @@ from typing import Annotated
 
 from driver.claimconfig import DEFAULT_LIMITS, RATE, ClaimLimits
 from driver.model import AttributeValue
+from driver.policy.bandwidth import BANDWIDTH_RULES, BandwidthRule, rule_for
 from driver.policy.health import DEFAULT_HEALTH, HealthPolicy
 from driver.policy.patterns import GLOBS, IDS, matches
 from driver.policy.rdma import DEFAULT_RDMA, RdmaRules
@@ -258,6 +259,12 @@ class NodePolicy:
         tuple[PfRule, ...],
         Key("sriov", PF_RULES, "How many VFs a PF is to have, and which; the first match wins."),
     ] = ()
+    port_bandwidth: Annotated[
+        tuple[BandwidthRule, ...],
+        Key(
+            "bandwidth", BANDWIDTH_RULES, "What PFs give out, and how much each VF has; the first match wins."
+        ),
+    ] = ()
     claim_limits: Annotated[
         ClaimLimits, Key("claims", record(ClaimLimits), "What users' claims may set.")
     ] = DEFAULT_LIMITS
@@ -320,6 +327,10 @@ class NodePolicy:
         """Why the policy keeps a device from the cluster, a sentence; "" where it does not."""
         offers = [rule.offer for rule in self._rules(device, name) if rule.offer is not None]
         return "" if not offers or offers[-1] else "the node policy withholds it (devices, offer: false)"
+
+    def bandwidth_of(self, pf: HwDevice) -> BandwidthRule | None:
+        """What is given out of a PF; None: nothing is said of it, and its VFs are bound by nobody."""
+        return rule_for(pf, self.port_bandwidth)
 
     def _rules(self, device: HwDevice, name: str) -> Iterator[DeviceRule]:
         return (rule for rule in self.devices if rule.applies_to(device, name))

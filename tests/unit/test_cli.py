@@ -261,6 +261,7 @@ def test_devices_say_who_holds_one_that_is_away(knd, journal: Journal) -> None: 
         "device": "dev-0",
         "kind": "vf",
         "interface": "net0",
+        "size": None,
         "held_by": "ml/nic-0",
         "offered": True,
         "why_not": "it is dirty",

@@ -41,6 +41,7 @@ def exported() -> Mapping[str, frozenset[str]]:
     )
     metrics.watch_devices(lambda: {"offered": 1})
     metrics.watch_unhealthy(lambda: {"no-carrier": 1})
+    metrics.watch_bandwidth(lambda: {("0000:21:00.0", "budget"): 1.0, ("0000:21:00.0", "given"): 1.0})
     metrics.watch_recovery(lambda: "")
     metrics.watch_published(lambda: True)
     metrics.watch_api_requests(lambda: {"get claims": 1})

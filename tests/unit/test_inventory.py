@@ -56,6 +56,9 @@ class Policy:
     def withheld(self, device: HwDevice, name: str) -> str:
         return self._withheld
 
+    def bandwidth_of(self, pf: HwDevice) -> None:
+        return None
+
 
 def link(index: int = 7, name: str = "ens1f0v0", **more: Any) -> LinkInfo:
     values: dict[str, Any] = {"flags": LinkFlags(0), "link_type": 1, "mtu": 9000, "mac": "02:00:00:00:00:07"}
