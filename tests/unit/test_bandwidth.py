@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from driver import limits
+from driver.cli import devices as cli_devices
+from driver.cli import sriov_ports
 from driver.errors import ConfigError, Refusal
 from driver.inventory import Inventory, build
 from driver.kube.slice_device import without_counters
+from driver.lifecycle.core import Lifecycle
 from driver.model import (
     AllocatedDevice,
     Claim,
@@ -31,11 +35,13 @@ from driver.model import (
     VfConfig,
     VfDriver,
 )
+from driver.paths import Paths
 from driver.plan import Act
 from driver.policy import NodePolicy
 from driver.policy.bandwidth import BandwidthRule, SizeClass
 from driver.qos import QosPolicy
 from driver.rdma import RdmaBinding, RdmaMode
+from driver.running import Running
 from driver.sharing import Node, PortBudget, Sharing
 from driver.traffic import Enforcement, Portion, QosConfig
 from hw.model import (
@@ -52,7 +58,7 @@ from hw.model import (
     VfSettings,
 )
 from tests.unit.claims_world import POOL, World, device, play_claims
-from tests.unit.journal_values import preparation
+from tests.unit.journal_values import BOOT, preparation
 
 PORT = PciAddress("0000:21:00.0")
 PF_NAME = DeviceName("pci-0000-21-00-0")
@@ -481,6 +487,66 @@ def test_a_share_of_a_device_is_refused(play, share: dict[str, Any]) -> None:  #
         world.claims[ref.uid] = replace(claim, devices=(part,))
         assert "is allocated in part" in await world.prepare(ref)
         assert not world.states()
+
+    play(story)
+
+
+# --- what people are shown ------------------------------------------------------------------------------
+
+
+def test_devices_say_their_size_and_ports_what_they_give_out_and_gave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = build(port(3), policy((10_000, 1), (2_500, None))).by_name
+    gone = held(found[vf_name(0)])
+    node = Node(
+        devices={name: each for name, each in found.items() if name != vf_name(0)},
+        held={vf_name(0): gone},
+        quarantined={},
+    )
+    assert [cli_devices._size(name, node) for name in (vf_name(0), vf_name(1), PF_NAME)] == [
+        "10G",
+        "2500M",
+        None,
+    ]
+    plan = SimpleNamespace(
+        port=SimpleNamespace(link=None, num_vfs=3, total_vfs=7), rule=None, maker="knd", why="", changes=False
+    )
+    survey = SimpleNamespace(plans={PORT: plan, PciAddress("0000:22:00.0"): plan})
+    monkeypatch.setattr(sriov_ports, "read_boot_id", lambda proc: BOOT)
+    monkeypatch.setattr(sriov_ports.Provision, "survey", lambda *rest: survey)
+    budgets = Sharing(node).budgets()
+    rows = sriov_ports.rows(Paths(root=tmp_path), NodePolicy(), {}, budgets)
+    assert [(row["port"], row["bandwidth"], row["given"]) for row in rows] == [
+        (PORT, "25G", "10G"),
+        ("0000:22:00.0", None, None),
+    ]
+    assert set(sriov_ports.COLUMNS) == rows[0].keys()
+
+
+@pytest.mark.parametrize("has_counters", [True, False])
+def test_a_vf_that_is_not_offered_for_want_of_counters_is_shown_with_that_reason(has_counters: bool) -> None:
+    devices = build(port(3), policy((10_000, None))).by_name
+    agent = Running(pid=1, node="n", hook="tcx", has_counters=has_counters)
+    why = cli_devices._reasons(Node(devices=devices, held={}, quarantined={}), agent)
+    assert not why[vf_name(0)]
+    assert not why[vf_name(1)]
+    said = "the VFs before it are all that its PF gives out"
+    assert (said in why[vf_name(2)]) is not has_counters
+    assert ("its VFs are offered instead" in why[PF_NAME]) is not has_counters
+
+
+def test_the_gauge_shows_what_is_given_out_and_given(play) -> None:  # type: ignore[no-untyped-def]
+    async def story(world: World) -> None:
+        world.node.present = present(2, policy((10_000, None)))
+        agent: Any = SimpleNamespace(_context=world.handler._context)
+
+        def shown() -> Mapping[tuple[str, ...], float]:
+            return Lifecycle.port_bandwidth(agent)
+
+        assert shown() == {(PORT, "budget"): 25e9, (PORT, "given"): 0.0}
+        await world.prepare(world.claim("one", vf_name(1)))
+        assert shown() == {(PORT, "budget"): 25e9, (PORT, "given"): 10e9}
 
     play(story)
 
