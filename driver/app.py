@@ -24,7 +24,9 @@ from driver.kube.hub import KubeHub
 from driver.kubelet.plugin import KubeletPlugin, make_plugin_dir
 from driver.kubelet.takeover import TakeoverLock
 from driver.lifecycle.core import Lifecycle
+from driver.lifecycle.ports import EventSink
 from driver.metrics import Metrics, MetricsServer
+from driver.model import DriverEvent
 from driver.nri.plugin import NriPlugin
 from driver.paths import Paths
 from driver.policy import PolicyFile
@@ -53,6 +55,18 @@ class StepObserver:
 
     def step_done(self, step: str, seconds: float, outcome: str) -> None:
         self._metrics.step_done(step, seconds, outcome)
+
+
+@dataclass(frozen=True, slots=True)
+class CountedEvents:
+    """A sink whose events are counted by their reason, also those that the cluster never gets."""
+
+    sink: EventSink
+    metrics: Metrics
+
+    def emit(self, event: DriverEvent) -> None:
+        self.metrics.event(event.reason)
+        self.sink.emit(event)
 
 
 @dataclass(slots=True)
@@ -123,7 +137,7 @@ class App:
             claims=hub.claims,
             pods=hub.pods,
             statuses=hub.statuses,
-            events=hub.events,
+            events=CountedEvents(hub.events, self._metrics),
             slices=hub.slices,
             telemetry=self._metrics,
             observer=self._observer,

@@ -222,9 +222,11 @@ class Qdiscs:
             index, handle, parent, attributes = _parsed(payload)
             if (index, handle, parent) != (ifindex, ROOT_HANDLE, _AT_ROOT):
                 continue
-            options = wire.attributes(attributes.get(_TCA_OPTIONS, b""))
-            told = options.get(_HTB_INIT, b"")
-            if wire.text(attributes.get(_TCA_KIND, b"")) != "htb" or len(told) < _HTB_GLOBAL.size:
+            # Another kind's options need not even be attributes, and our number is anybody's to take.
+            if wire.text(attributes.get(_TCA_KIND, b"")) != "htb":
+                return False
+            told = wire.attributes(attributes.get(_TCA_OPTIONS, b"")).get(_HTB_INIT, b"")
+            if len(told) < _HTB_GLOBAL.size:
                 return False
             parents = {minor: found.parent for minor, found in self._classes(ifindex).items()}
             wanted = {TOP: _AT_ROOT} | {each.minor: ROOT_HANDLE | TOP for each in tree.classes}

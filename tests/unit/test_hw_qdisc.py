@@ -88,12 +88,22 @@ def test_a_tree_is_known_by_all_of_its_rates() -> None:
         ([],),
         ([tc(5, 0x80010000, ROOT, b"pfifo_fast\0")],),
         ([tc(5, ROOT_HANDLE, ROOT, b"tbf\0")],),
+        ([tc(5, ROOT_HANDLE, ROOT, b"pfifo\0", wire.attribute(2, struct.pack("=I", 1000)))],),
         ([htb(default=17)], CLASSES),
         ([htb()], CLASSES[:1]),
         ([htb()], [*CLASSES, a_class(17, ROOT_HANDLE | TOP, 1, 1)]),
         ([htb()], [CLASSES[0], a_class(16, ROOT, 1_000, 12_500_000)]),
     ],
-    ids=["none", "another", "same-handle", "default", "class-gone", "class-more", "beside-the-limit"],
+    ids=[
+        "none",
+        "another",
+        "same-handle",
+        "options-of-its-own",
+        "default",
+        "class-gone",
+        "class-more",
+        "beside-the-limit",
+    ],
 )
 def test_what_a_tenant_put_in_its_place_is_not_taken_for_ours(dumps: tuple[list[bytes], ...]) -> None:
     assert not asked(*dumps).is_shaped(IfIndex(5), TREE)
