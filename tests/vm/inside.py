@@ -34,8 +34,9 @@ def names_in(*modules: str) -> list[str]:
 
 def run_inside(vm: Guest, modules: Sequence[str], seconds: float) -> Outcomes:
     files = " ".join(f"tests/vm/{module}.py" for module in modules)
-    command = f"cd /srv/knd && exec python -m pytest -v -rA --tb=long {files}"
-    done = vm.run(["sh", "-c", command], check=False, timeout=seconds)
+    # Interrupted, it still tells what failed before.
+    command = f"exec timeout --signal=INT {seconds:.0f} python -m pytest -v -rA --tb=long {files}"
+    done = vm.run(["sh", "-c", f"cd /srv/knd && {command}"], check=False, timeout=seconds + 60)
     ended: dict[str, frozenset[str]] = {}
     for name, outcome in re.findall(r"::(test_\w+)\S* (PASSED|FAILED|ERROR|SKIPPED)", done.out):
         ended[name] = ended.get(name, frozenset()) | {outcome}
