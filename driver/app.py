@@ -146,6 +146,7 @@ class App:
         made = assemble(sync_stack, self._settings, policy_file, self._clock, outside)
         self._metrics.watch_pods(made.usage.samples)
         self._metrics.watch_meters(made.metering.samples, made.metering.unaccounted)
+        self._metrics.watch_rdma_resources(made.lifecycle.resources.of_pods, made.lifecycle.resources.shared)
         self._metrics.watch_recovery(lambda: made.lifecycle.gate.recovery)
         self._metrics.watch_published(lambda: hub.slices_published)
         self._metrics.watch_api_requests(lambda: hub.requests)

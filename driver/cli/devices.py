@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from driver import running
-from driver.cli import rdma_ports, sriov_ports
+from driver.cli import rdma_ports, rdma_processes, sriov_ports
 from driver.cli.output import Row, add_output_argument, print_table, show
 from driver.errors import DriverError
 from driver.health import View, seen_now
 from driver.inventory import quantity
 from driver.journal.store import Journal
 from driver.lifecycle.devices import Devices
-from driver.model import DeviceName, Preparation, PreparationState
+from driver.model import Attachment, DeviceName, Preparation, PreparationState
 from driver.paths import Paths
 from driver.provision.survey import held_devices
 from driver.settings import add_place_arguments, paths_from
@@ -30,6 +30,7 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add_place_arguments(parser)
     add_output_argument(parser)
     parser.add_argument("--policy", type=Path, help="node policy file; absent: the agent's own")
+    parser.add_argument("--rdma", action="store_true", help="and what processes have made on RDMA devices")
     parser.set_defaults(run=run)
 
 
@@ -38,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     policy = running.policy_in_force(paths, arguments.policy)
     devices = Devices(Sysfs(paths.sysfs), lambda: policy)
     devices.rescan()
-    held, quarantined = _records(paths)
+    held, quarantined, attached = _records(paths)
     node = Node(devices=devices.current(), held=held, quarantined=quarantined)
     ports = sriov_ports.rows(paths, policy, held_devices(held.values(), quarantined), Sharing(node).budgets())
     why = _reasons(node, running.read(paths))
@@ -66,9 +67,17 @@ def run(arguments: argparse.Namespace) -> int:
     rdma, problems = rdma_ports.read(sysfs)
     rdma_rows = rdma_ports.port_rows(rdma, sysfs)
     more = {"ports": ports, "rdma": rdma_rows, "gids": rdma_ports.gid_rows(rdma)}
+    tables: list[tuple[Sequence[Row], Sequence[str]]] = [
+        (ports, sriov_ports.COLUMNS),
+        (rdma_rows, rdma_ports.COLUMNS),
+    ]
+    if arguments.rdma:
+        processes, unread = rdma_processes.read(paths.proc, attached)
+        more["rdma_processes"], problems = processes, (*problems, *unread)
+        tables.append((processes, rdma_processes.COLUMNS))
     show(rows, columns, arguments.output, nothing=nothing, more=more)
     if arguments.output == "table":
-        _print_more((ports, sriov_ports.COLUMNS), (rdma_rows, rdma_ports.COLUMNS))
+        _print_more(*tables)
     for problem in problems:
         print(problem, file=sys.stderr)
     return 0
@@ -127,15 +136,18 @@ def _reasons(node: Node, agent: running.Running | None) -> Mapping[DeviceName, s
     return reasons
 
 
-def _records(paths: Paths) -> tuple[dict[DeviceName, Preparation], dict[DeviceName, str]]:
+def _records(
+    paths: Paths,
+) -> tuple[dict[DeviceName, Preparation], dict[DeviceName, str], tuple[Attachment, ...]]:
     """What the agent's journal says; nothing where none has run here."""
     with contextlib.suppress(DriverError), Journal.open_read_only(paths.journal) as journal:
         state = journal.state()
         return (
             {p.key.device: p for p in state.preparations},
             {q.device: q.reason for q in state.quarantines},
+            tuple(state.attachments),
         )
-    return {}, {}
+    return {}, {}, ()
 
 
 def _holder(preparation: Preparation | None) -> str | None:

@@ -26,6 +26,7 @@ from driver.lifecycle.provisioning import Provisioning
 from driver.lifecycle.reconcile import Reconcile
 from driver.lifecycle.relations import sharing
 from driver.lifecycle.reporters import watch_reporters
+from driver.lifecycle.resources import Resources
 from driver.lifecycle.sandboxes import Sandboxes
 from driver.lifecycle.usage import Usage
 from driver.model import (
@@ -92,6 +93,7 @@ class Lifecycle:
         self.keeping = Keeping(context, self._projections, self._homecoming)
         self._usage = usage
         self._metering = metering
+        self.resources = Resources(context.book, context.rdma.host, context.paths.proc)
         self._abilities = VfAbilities(context)
         self._makes_vfs = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -252,6 +254,7 @@ class Lifecycle:
         await self._context.workers.run(
             [], lambda: self._metering.settle(self._homecoming.reach, all_known=settled)
         )
+        await self._context.workers.run([], lambda: self.resources.look(self._homecoming.reach))
 
     async def _checkpoint(self) -> None:
         await self._context.workers.run([], self._usage.checkpoint)

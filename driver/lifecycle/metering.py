@@ -154,13 +154,13 @@ class Metering:
         assert target.attachment is not None
         own = target.attachment.id
         others: set[AttachmentId] = set()
-        index = _rdma_index(target.preparation, target.attachment)
+        index = rdma_index(target.preparation, target.attachment)
         if shown.meter.source in RDMA and index is not None:
             for other in self._book.attachments():
                 preparation = self._book.preparation(other.preparation)
                 if other.state not in _HOLDING or preparation is None:
                     continue
-                if _rdma_index(preparation, other) == index:
+                if rdma_index(preparation, other) == index:
                     others.add(other.id)
         return tuple(sorted((others | {own}) - {without}))
 
@@ -255,7 +255,7 @@ def missed(totals: Totals, cells: tuple[Cell, ...], direction: Direction) -> Mis
     return Missed(max(beyond, 0), max(packets - sum(cell.packets for cell in counted), 0))
 
 
-def _rdma_index(preparation: Preparation, attachment: Attachment) -> RdmaIndex | None:
+def rdma_index(preparation: Preparation, attachment: Attachment) -> RdmaIndex | None:
     """Of the RDMA device that an attachment has; None where it has none, or one that nobody shares."""
     if preparation.rdma is None:
         return None

@@ -32,7 +32,7 @@ class NodeRdma:
     """Opens a socket for each question: the module may come and go."""
 
     def __init__(self, host: Host) -> None:
-        self._host = host
+        self.host = host
         self._sysfs = host.sysfs
         self._open = host.rdma
 
@@ -137,13 +137,13 @@ class NodeRdma:
         if binding is None or binding.software is not None:
             return binding
         with self._open(None) as socket:
-            device = find_at_home(socket, target, self._host)
+            device = find_at_home(socket, target, self.host)
         return replace(binding, index=device.index) if device is not None else binding
 
     def is_home(self, target: Target) -> bool:
         """Of a device that is nothing else and was in a pod: the kernel tells nobody when it comes back."""
         with self._open(None) as socket:
-            return find_at_home(socket, target, self._host) is not None
+            return find_at_home(socket, target, self.host) is not None
 
     def proofs(self, attachment: Attachment, preparation: Preparation) -> tuple[SysfsProof, ...]:
         """By what anyone can see, without netlink and in whatever namespace, that the numbers of a pod's

@@ -22,7 +22,8 @@ _log = logging.getLogger(__name__)
 _SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 45.0)
 """From a netlink message to kubelet's deadline; 2 s is the runtime's for a hook."""
 
-_POD_LABELS = ("namespace", "pod", "claim", "device", "interface", "direction")
+_OWNER_LABELS = ("namespace", "pod", "claim", "device", "interface")
+_POD_LABELS = (*_OWNER_LABELS, "direction")
 
 PodSamples = Callable[[], Sequence[PodSample]]
 
@@ -142,6 +143,34 @@ class Metrics:
         self._watched.add(
             lambda: GaugeMetricFamily("knd_port_bandwidth_bits_per_second", text, labels=labels), read
         )
+
+    def watch_rdma_resources(
+        self,
+        of_pods: Callable[[], Mapping[tuple[str, ...], float]],
+        shared: Callable[[], Mapping[tuple[str, ...], float]],
+    ) -> None:
+        """What is made on RDMA devices now: by _OWNER_LABELS, RDMA device and kind, and by the last two."""
+        self._watch_resources(
+            "knd_pod_rdma_resources",
+            "RDMA resources that a pod has made, by kind: qp, mr, cq, pd, ctx.",
+            [*_OWNER_LABELS, "rdma_device", "kind"],
+            of_pods,
+        )
+        self._watch_resources(
+            "knd_shared_rdma_resources",
+            "RDMA resources on devices of pods of which nobody can tell which pod made them.",
+            ["rdma_device", "kind"],
+            shared,
+        )
+
+    def _watch_resources(
+        self,
+        name: str,
+        text: str,
+        labels: Sequence[str],
+        read: Callable[[], Mapping[tuple[str, ...], float]],
+    ) -> None:
+        self._watched.add(lambda: GaugeMetricFamily(name, text, labels=labels), read)
 
     def watch_dropped(self, read: Callable[[], Mapping[tuple[str, ...], float]]) -> None:
         """Packets above a limit that the programs dropped, by _POD_LABELS."""

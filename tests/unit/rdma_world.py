@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from hw.rdma.nldev import (
     PhysState,
     PortState,
 )
+from hw.rdma.tracking import Resource, ResourceKind
 from hw.sysfs import Sysfs
 from hw.udev import Udev
 from tests.unit.journal_values import attachment, preparation
@@ -64,6 +66,11 @@ class Kernel:
     lingering: int = 0
     """Looks until what was taken away is gone."""
     changes: list[str] = field(default_factory=list)
+    made: dict[RdmaName, list[Resource]] = field(default_factory=dict)
+    """What applications have made, and the kernel itself."""
+    unlisted: set[ResourceKind] = field(default_factory=set)
+    """Counted, and not listed by this kernel."""
+    listed: list[ResourceKind] = field(default_factory=list)
     _indexes: Any = field(default_factory=itertools.count)
 
     def register(
@@ -183,6 +190,16 @@ class Socket:
         assert device.on is not None, "hardware is not taken away"
         self._kernel.changes.append(f"remove {device.name}")
         del self._kernel.known[index]
+
+    def summary(self, index: RdmaIndex) -> dict[str, int]:
+        made = self._kernel.made.get(self._get(index).name, [])
+        return dict(Counter(each.kind.name.lower() for each in made))
+
+    def resources(self, kind: ResourceKind, index: RdmaIndex) -> tuple[Resource, ...]:
+        if kind in self._kernel.unlisted:
+            raise Unsupported(f"read the {kind.name} resources", errno.EOPNOTSUPP)
+        self._kernel.listed.append(kind)
+        return tuple(each for each in self._kernel.made[self._get(index).name] if each.kind is kind)
 
     def character_device(
         self, index: RdmaIndex, kind: CharacterDeviceKind, port: int | None = None

@@ -39,6 +39,7 @@ def exported() -> Mapping[str, frozenset[str]]:
         ),
         lambda: (UnaccountedSample(*owner, "egress", "interface", 1, 1),),
     )
+    metrics.watch_rdma_resources(lambda: {(*owner, "mlx5_2", "qp"): 1}, lambda: {("mlx5_2", "qp"): 1})
     metrics.watch_devices(lambda: {"offered": 1})
     metrics.watch_unhealthy(lambda: {"no-carrier": 1})
     metrics.watch_bandwidth(lambda: {("0000:21:00.0", "budget"): 1.0, ("0000:21:00.0", "given"): 1.0})

@@ -95,6 +95,20 @@ def test_a_scrape_shows_them_while_they_are_there() -> None:
     assert b"knd_pod_rdma" not in metrics.scrape()
 
 
+def test_resources_of_pods_and_of_nobody_are_gauges_of_different_names() -> None:
+    metrics = Metrics()
+    metrics.watch_rdma_resources(
+        lambda: {(*OWNER, "mlx5_2", "qp"): 12}, lambda: {("mlx5_2", "mr"): 3, ("mlx5_2", "qp"): 1}
+    )
+    families = {f.name: f for f in text_string_to_metric_families(metrics.scrape().decode())}
+    (pods,) = families["knd_pod_rdma_resources"].samples
+    owner = dict(zip(("namespace", "pod", "claim", "device", "interface"), OWNER, strict=True))
+    assert (pods.value, pods.labels) == (12, {**owner, "rdma_device": "mlx5_2", "kind": "qp"})
+    shared = families["knd_shared_rdma_resources"]
+    assert {sample.labels["kind"]: sample.value for sample in shared.samples} == {"mr": 3, "qp": 1}
+    assert shared.type == "gauge"
+
+
 def test_meters_that_cannot_be_read_cost_a_scrape_only_their_own_series() -> None:
     metrics = Metrics()
 
