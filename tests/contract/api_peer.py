@@ -11,11 +11,13 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
 from driver.kube.client import ApiClient, Limits, connect
+from driver.kube.quantity import parse_quantity
 from kndsim.api import SimApi
 from kndsim.waiting import wait_until
 
@@ -217,23 +219,26 @@ class ApiPeer:
         """The driver's selector for its slices on a node."""
         return f"spec.driver={DRIVER},spec.nodeName={self.elsewhere}"
 
-    def give(self, claim: str, kind: str) -> str | None:
-        """What the scheduler gives of `node` to a pod that claims a device of this kind; None: nothing."""
+    def give(self, claim: str, kind: str, *, bandwidth: str = "") -> str | None:
+        """What the scheduler gives of `node` to a pod that claims a device of this kind, with at least this
+        capacity `bandwidth`; None: nothing."""
         if self.sim is not None:
             self.sim.add_claim(self.namespace, claim, driver=DRIVER)
-            wanted = {"string": kind}
-            takes = {"net": lambda device: bool(device["attributes"]["kind"] == wanted)}
+            takes = {"net": partial(_fits, kind, bandwidth)}
             try:
                 ((_, _, device, _),) = self.sim.allocate(self.namespace, claim, DRIVER, self.node, takes)
             except LookupError:
                 return None
             return device
-        self._ask_scheduler(claim, kind)
+        self._ask_scheduler(claim, kind, bandwidth)
         return wait_until(lambda: self._decision(claim), 60.0, f"the scheduler decides on {claim}")[0]
 
-    def _ask_scheduler(self, claim: str, kind: str) -> None:
+    def _ask_scheduler(self, claim: str, kind: str, bandwidth: str) -> None:
         cel = {"expression": f'device.attributes["{DRIVER}"].kind == "{kind}"'}
-        request = {"name": "net", "exactly": {"deviceClassName": self.namespace, "selectors": [{"cel": cel}]}}
+        wanted: Json = {"deviceClassName": self.namespace, "selectors": [{"cel": cel}]}
+        if bandwidth:
+            wanted["capacity"] = {"requests": {"bandwidth": bandwidth}}
+        request = {"name": "net", "exactly": wanted}
         spec = {"devices": {"requests": [request]}}
         made = self.http("POST", self.claims, {"metadata": {"name": claim}, "spec": spec})
         assert made.code == 201, made.said
@@ -294,6 +299,12 @@ class ApiPeer:
         }
         made = wait_until(lambda: _made(self.http("POST", self.pods, body)), 20.0, f"pod {name} is taken")
         return made.body
+
+
+def _fits(kind: str, bandwidth: str, device: Json) -> bool:
+    has = (device.get("capacity") or {}).get("bandwidth", {"value": "0"})
+    enough = parse_quantity(has["value"]) >= parse_quantity(bandwidth or "0")
+    return bool(device["attributes"]["kind"] == {"string": kind}) and enough
 
 
 def _made(answer: Answer) -> Answer | None:

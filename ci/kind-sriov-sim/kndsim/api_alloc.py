@@ -62,7 +62,11 @@ class Counters:
                 self.take(pool, device)
 
     def allow(self, pool: str, device: Json) -> bool:
-        """A device that uses a counter which is nowhere is never given out."""
+        """A device that uses a counter which is nowhere is never given out; nor is any that uses counters
+        while less than nothing is left of one of its pool, since the scheduler looks at all of them."""
+        uses = bool(device.get("consumesCounters"))
+        if uses and any(left < 0 for (whose, _, _), left in self._left.items() if whose == pool):
+            return False
         return all(self._left.get(key, Decimal(-1)) >= amount for key, amount in self._uses(pool, device))
 
     def take(self, pool: str, device: Json) -> None:
