@@ -117,17 +117,23 @@ class Sharing:
                 return Against(f"{what} is held by claim {claim.namespace}/{claim.name}")
             if reason := node.quarantined.get(other):
                 waiting = waiting or Against(f"{what} is withheld until it is clean: {reason}", passing=True)
-            elif (device := node.devices.get(other)) is not None and device.taken:
-                return Against(f"{what} is not free: {device.withheld}")
+            elif self._others_have(name, other):
+                return Against(f"{what} is not free: {node.devices[other].withheld}")
         return waiting
 
     def in_others_hands(self, name: DeviceName) -> bool:
         """Whether others than claims have one that it shares with."""
-        node = self._node
-        return any(
-            other in node.devices and node.devices[other].taken and other not in node.held
-            for other in self.rivals(name)
-        )
+        held = self._node.held
+        return any(other not in held and self._others_have(name, other) for other in self.rivals(name))
+
+    def _others_have(self, name: DeviceName, other: DeviceName) -> bool:
+        """Whether others than claims have a rival in a way that rules this one out. A PF that the host uses
+        where it is, with an address or in a bond, has its VFs for others."""
+        device = self._node.devices.get(other)
+        if device is None or not device.taken:
+            return False
+        its_pf = is_whole(device) and not is_whole(self._all[name])
+        return not its_pf or device.ifindex is None
 
     def quarantine(self, name: DeviceName) -> bool:
         """Whether it or one that it shares with is withheld until it is clean."""

@@ -156,6 +156,28 @@ def test_a_pf_with_a_vf_that_others_have_is_in_others_hands_and_with_one_of_ours
     assert "vfio-pci" in against.sentence
 
 
+@pytest.mark.parametrize("here", [True, False])
+def test_vfs_are_had_beside_a_pf_that_the_host_uses_and_not_beside_one_that_others_took_away(
+    here: bool,
+) -> None:
+    why = "in use by the host: it has an address" if here else "its netdev is in another network namespace"
+    devices = port_and_vfs(withheld=why, taken=True)
+    if not here:
+        devices[DeviceName("pf")] = replace(devices[DeviceName("pf")], ifindex=None)
+    assert sharing(devices).in_others_hands(DeviceName("vf-0")) is not here
+    assert (sharing(devices).against(DeviceName("vf-0")) is None) is here
+
+
+def test_a_vf_of_a_pf_that_the_host_uses_is_offered_and_given(play) -> None:  # type: ignore[no-untyped-def]
+    async def story(world: World) -> None:
+        world.node.present = port_and_vfs(withheld="in use by the host: it has an address", taken=True)
+        world.handler._projections.offer()
+        assert [each.name for each in world.offers[-1]] == ["vf-0", "vf-1"]
+        assert await world.prepare(world.claim("one", DeviceName("vf-0"))) == ["vf-0"]
+
+    play(story)
+
+
 @given(st.sets(st.sampled_from(["pf", "vf-0", "vf-1", "vf-2"]), min_size=1, max_size=2))
 def test_of_two_that_rule_each_other_out_one_locks_both(pair: set[str]) -> None:
     relations = sharing(port_and_vfs(3))
