@@ -16,6 +16,7 @@ from driver.health import View, seen_now
 from driver.inventory import quantity
 from driver.journal.store import Journal
 from driver.lifecycle.devices import Devices
+from driver.lifecycle.reporters import Sick, of_device, of_port, sick_reporters
 from driver.model import Attachment, DeviceName, Preparation, PreparationState
 from driver.paths import Paths
 from driver.provision.survey import held_devices
@@ -43,6 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     node = Node(devices=devices.current(), held=held, quarantined=quarantined)
     ports = sriov_ports.rows(paths, policy, held_devices(held.values(), quarantined), Sharing(node).budgets())
     why = _reasons(node, running.read(paths))
+    sick = sick_reporters()
     rows: list[Row] = []
     kinds = {name: device.kind for name, device in node.devices.items()}
     kinds |= {name: preparation.kind for name, preparation in held.items()}
@@ -58,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "offered": name in held or not why[name],
                 "why_not": quarantined.get(name) or why[name] or None,
                 "size": _size(name, node),
-                "health": _health(name, node) if name in held or not why[name] else None,
+                "health": _health(name, node, sick) if name in held or not why[name] else None,
             }
         )
     columns = ["device", "kind", "interface", "size", "held_by", "offered", "why_not", "health"]
@@ -100,12 +102,18 @@ def _size(name: DeviceName, node: Node) -> str | None:
     return quantity(size) if size else None
 
 
-def _health(name: DeviceName, node: Node) -> str:
+def _health(name: DeviceName, node: Node, sick: Sick) -> str:
     """As it is at this moment: what the agent holds against it counts only when it has lasted."""
     held = node.held.get(name)
     prepared = held is not None and held.state is PreparationState.PREPARED
+    device = node.devices.get(name)
     view = View(
-        name=name, device=node.devices.get(name), held=held, in_hand=held is not None and not prepared
+        name=name,
+        device=device,
+        held=held,
+        in_hand=held is not None and not prepared,
+        reporters=of_device(device, sick),
+        port_reporters=of_port(device, sick),
     )
     return (
         "; ".join(text for troubles in seen_now([view]).values() for text in troubles.values()) or "healthy"

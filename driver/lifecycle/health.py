@@ -18,11 +18,10 @@ from driver.lifecycle.context import Context
 from driver.lifecycle.gate import Gate
 from driver.lifecycle.homecoming import Homecoming
 from driver.lifecycle.projections import Projections
-from driver.lifecycle.reporters import Sick, sick_reporters
+from driver.lifecycle.reporters import Sick, of_device, of_port, sick_reporters
 from driver.model import (
     Attachment,
     AttachmentState,
-    Device,
     DeviceName,
     EventKind,
     PoolName,
@@ -32,7 +31,6 @@ from driver.model import (
     Sandbox,
 )
 from driver.troubles import DeviceHealth, Trouble
-from hw.model import PciIdentity
 
 log = logging.getLogger(__name__)
 
@@ -209,8 +207,8 @@ class Health:
                     and preparation is not None
                     and self._homecoming.is_dead(preparation),
                     lost=loss.text if loss is not None else "",
-                    reporters=self._reporters(device),
-                    port_reporters=self._port_reporters(device),
+                    reporters=of_device(device, self._sick),
+                    port_reporters=of_port(device, self._sick),
                     quarantine=quarantine.reason if quarantine is not None else "",
                 )
             )
@@ -233,19 +231,6 @@ class Health:
         if preparation.state is not PreparationState.PREPARED:
             return True
         return not attached and self._context.workers.is_busy(name)
-
-    def _port_reporters(self, device: Device | None) -> frozenset[str]:
-        port = device.physical_port if device is not None else None
-        # A port of netdevsim is a part of what devlink knows by name.
-        return self._sick.get(port.key.partition("/")[0], frozenset()) if port is not None else frozenset()
-
-    def _reporters(self, device: Device | None) -> frozenset[str]:
-        """Of a function that is not itself its port's."""
-        if device is None or not isinstance(device.identity, PciIdentity):
-            return frozenset()
-        port, address = device.physical_port, device.identity.address
-        own = port is None or port.key != address
-        return self._sick.get(address, frozenset()) if own else frozenset()
 
     # --- told -----------------------------------------------------------------------------------------
 

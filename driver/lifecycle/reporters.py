@@ -10,8 +10,10 @@ import logging
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 
+from driver.model import Device
 from hw.devlink import Devlink, HealthEvents
 from hw.errors import HwError, Unsupported
+from hw.model import PciIdentity
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,22 @@ def sick_reporters() -> Sick:
         if not reporter.healthy:
             found[reporter.handle.device].add(reporter.name)
     return {device: frozenset(names) for device, names in found.items()}
+
+
+def of_port(device: Device | None, sick: Sick) -> frozenset[str]:
+    """Those of the port behind a device."""
+    port = device.physical_port if device is not None else None
+    # A port of netdevsim is a part of what devlink knows by name.
+    return sick.get(port.key.partition("/")[0], frozenset()) if port is not None else frozenset()
+
+
+def of_device(device: Device | None, sick: Sick) -> frozenset[str]:
+    """Those of a function that is not itself its port's."""
+    if device is None or not isinstance(device.identity, PciIdentity):
+        return frozenset()
+    port, address = device.physical_port, device.identity.address
+    own = port is None or port.key != address
+    return sick.get(address, frozenset()) if own else frozenset()
 
 
 async def watch_reporters(changed: Callable[[], Awaitable[None]]) -> None:

@@ -106,9 +106,10 @@ class Story(Told):
         return known.get((self.node.name, device), Health(status="Unknown"))
 
     def events(self, kind: str, name: str) -> list[str]:
+        """Reasons, by when each was told first."""
         return [
             each["reason"]
-            for each in self.node.api.events()
+            for each in sorted(self.node.api.events(), key=lambda event: event["firstTimestamp"])
             if (each["involvedObject"]["kind"], each["involvedObject"]["name"]) == (kind, name)
         ]
 
@@ -222,6 +223,7 @@ class Story(Told):
         await asyncio.to_thread(bind, address_of(device), bound=True)
         await self.until("no taint any more", lambda: not self.taints()[device])
         await self.until("kubelet knows", lambda: self.health(device).status == "Healthy")
+        await self.until("the claim was told", lambda: len(self.events("ResourceClaim", "early")) >= 2)
         self.note("told of the driver", self.events("ResourceClaim", "early"))
         pod = await self.node.start_pod(pod)
         self.note("in the pod after all", self.links_of(pod))
@@ -240,6 +242,7 @@ class Story(Told):
         await self.until("no taint any more", lambda: not self.taints()[device])
         await self.until("kubelet knows", lambda: self.health(device).status == "Healthy")
         await self.until("it is counted again", lambda: self.sends(pod, device))
+        await self.until("the pod was told", lambda: len(self.events("Pod", "early")) >= 2)
         self.note("told of the loss", self.events("Pod", "early"))
         await self.node.delete_pod(pod)
         await self.until("it is offered again", lambda: not self.taints()[device])
@@ -251,6 +254,8 @@ class Story(Told):
         await self.until("a taint", lambda: self.taints().get(device) == ["no-driver"])
         await asyncio.to_thread(bind, address_of(device), bound=True)
         await self.until("offered again", lambda: self.taints().get(device) == [])
+        both = {"DeviceUnhealthy", "DeviceHealthy"}
+        await self.until("the node was told", lambda: both <= set(self.events("Node", self.node.name)))
         self.note("told of a free one", self.events("Node", self.node.name))
 
     async def made_anew_by_others(self) -> None:
