@@ -77,6 +77,10 @@ class Metering:
             for shown in self._meters.read(target, on_pf=False):
                 self._take(shown, self._holders(shown, target), late=False)
             self._refresh({target.attachment.id, None})
+            if not target.preparation.by_file:
+                # A series whose first number is not 0 has no increase that an alert could see.
+                nothing = {(target.attachment.id, INTERFACE, each): Missed(0, 0) for each in Direction}
+                self._missed = {**self._missed, **nothing}
 
     def leave(self, target: Target) -> None:
         """It gives the device back: read for the last time, and whoever still has it goes on alone.

@@ -301,6 +301,8 @@ def test_what_was_missed_does_not_become_less(world: World) -> None:
     meter = MeterKey("dev-3", INTERFACE)
     world.counters[meter] = {"tx_packets": 0, "tx_bytes": 0}
     world.attach(3)
+    # From the start, or an alert would not see it grow.
+    assert {(s.direction, s.packets) for s in world.metering.unaccounted()} == {("egress", 0), ("ingress", 0)}
     world.counters[meter] = {"tx_packets": 9, "tx_bytes": 9000}
     world.settle()
     world.cells = (cell(Direction.EGRESS, 20000, 20),)
