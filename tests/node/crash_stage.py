@@ -15,7 +15,7 @@ import socket
 import sqlite3
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,10 @@ FAILURES = (PrepareFailed, SandboxFailed, ContainerFailed)
 DIRECTIONS = ("egress", "ingress")
 """By their numbers in the ledger."""
 _IFF_UP = 1
+_REPEATS = 3
+"""How often a death is played again whose point was not passed: which of two threads is first may differ."""
+
+Story = Callable[[], Coroutine[Any, Any, None]]
 
 
 class NotConverged(AssertionError):
@@ -465,3 +469,28 @@ async def stage(made: Devices, hook: str, control: Path) -> AsyncIterator[Stage]
             yield made_stage
             await sim.kill_agent()
         assert list(sim.runtime.violations) == []
+
+
+def point_of(line: str) -> tuple[str, str, str]:
+    plan, act, point, _ = line.split("\t")
+    return plan, act, point
+
+
+def find(lines: Iterable[str], plan: str, act: str, point: str) -> str:
+    return next(line for line in lines if point_of(line) == (plan, act, point))
+
+
+async def killed(on: Stage, story: Story, *lines: str, fail: str = "") -> list[str]:
+    """The story with a death at each of these points; the lines that the last agent passed."""
+    for _ in range(_REPEATS):
+        on.order(*lines, fail=fail)
+        try:
+            await on.supervised(story())
+        except NotConverged as error:
+            raise NotConverged(f"killed at {lines}: {error}") from error
+        passed = on.lines()
+        left = on.left()
+        on.withdraw()
+        if not left:
+            return passed
+    raise NotConverged(f"not passed in {_REPEATS} runs: {left}")

@@ -8,50 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.node.crash_stage import NotConverged, Stage, devices_that_survive, stage
+from tests.node.crash_stage import Stage, Story, devices_that_survive, find, killed, point_of, stage
 from tests.node.node_stage import devices
 
 pytestmark = pytest.mark.timeout(200)
 
 POINTS = ("before-intent", "after-intent", "after-act", "after-record")
 PROJECTIONS = ("write-live-file", "write-cdi-spec", "remove-cdi-spec", "remove-live-file")
-REPEATS = 3
-"""How often a death is played again whose point was not passed: which of two threads is first may differ."""
-
-Story = Callable[[], Coroutine[Any, Any, None]]
 Body = Callable[[Stage], Coroutine[Any, Any, None]]
-
-
-def point_of(line: str) -> tuple[str, str, str]:
-    plan, act, point, _ = line.split("\t")
-    return plan, act, point
-
-
-def find(lines: Iterable[str], plan: str, act: str, point: str) -> str:
-    return next(line for line in lines if point_of(line) == (plan, act, point))
-
-
-async def killed(on: Stage, story: Story, *lines: str, fail: str = "") -> list[str]:
-    """The story with a death at each of these points; the lines that the last agent passed."""
-    for _ in range(REPEATS):
-        on.order(*lines, fail=fail)
-        try:
-            await on.supervised(story())
-        except NotConverged as error:
-            raise NotConverged(f"killed at {lines}: {error}") from error
-        passed = on.lines()
-        left = on.left()
-        on.withdraw()
-        if not left:
-            return passed
-    raise NotConverged(f"not passed in {REPEATS} runs: {left}")
 
 
 @dataclass(slots=True)

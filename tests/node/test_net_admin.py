@@ -5,18 +5,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import struct
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
 
 from bpf import sys as bpf
 from kndsim.demo.devices import Devices
@@ -24,45 +21,19 @@ from kndsim.links import SimNetns, netns
 from kndsim.netns import in_netns
 from kndsim.node import ClaimSpec, SimNode, SimPod, interface
 from tests.node import seen_outside as seen
+from tests.node.floods import FRAME, Flood, flowing, sink, socket_to_send_by
 from tests.node.node_stage import play
 
 pytestmark = pytest.mark.timeout(180)
 
 LIMIT = 2
 """Mb/s each way; several times as much is sent."""
-FRAME = 1442
 POD, FAR = "198.18.0.2", "198.18.0.1"
 MAC, FAR_MAC = "02:00:5e:10:00:01", "02:00:5e:00:00:01"
 DSCP, CLASS = 34, "media"
 """What the kernel says for itself is in another class."""
 ROOT, OURS = 0xFFFFFFFF, 0x4B4E0000
 PASS_XDP = struct.pack("=BBhiBBhi", 0xB7, 0, 0, 2, 0x95, 0, 0, 0)
-QUIETLY = (OSError, NetlinkError)
-
-
-@dataclass(slots=True)
-class Flood:
-    """Datagrams one way, and what came of them as far as the receiver read. sent is what the kernel took."""
-
-    sender: socket.socket
-    sink: socket.socket
-    to: str
-    sent: int = 0
-    arrived: int = 0
-    stop: threading.Event = field(default_factory=threading.Event)
-
-    def send(self) -> None:
-        while not self.stop.wait(0.001):
-            # Without a route, while the interface is down, nothing was sent.
-            with contextlib.suppress(OSError):
-                self.sender.sendto(bytes(FRAME - 42), (self.to, 9))
-                self.sent += 1
-
-    def receive(self) -> None:
-        self.sink.settimeout(0.2)
-        while not self.stop.is_set():
-            with contextlib.suppress(OSError):
-                self.arrived += len(self.sink.recv(65536)) + 42
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,41 +121,19 @@ async def flooded(sim: SimNode, made: Devices) -> AsyncIterator[Scene]:
     assert pod.sandbox is not None
     assert pod.sandbox.netns_path is not None
     path = pod.sandbox.netns_path
-    with contextlib.ExitStack() as stack:
-        far_sockets = made.far.run(lambda: sockets(f"{FAR}/24", made.wires[0].peer, FAR_MAC))
-        pod_sockets = in_netns(path, lambda: sockets("", "net1", MAC))
-        for each in (*far_sockets, *pod_sockets):
-            stack.enter_context(each)
-        neighbours(made.far, path, made.wires[0].peer)
-        out = Flood(pod_sockets[0], far_sockets[1], FAR)
-        into = Flood(far_sockets[0], pod_sockets[1], POD)
-        works = [work for each in (out, into) for work in (each.send, each.receive)]
-        threads = [threading.Thread(target=work) for work in works]
-        for thread in threads:
-            thread.start()
-        try:
-            yield Scene(sim, pod, seen.indexes(pod)[0], made.far, out, into)
-        finally:
-            for flood in (out, into):
-                flood.stop.set()
-            for thread in threads:
-                thread.join()
+    peer = made.wires[0].peer
+    made.far.netlink(lambda ipr: address(ipr, peer))
+    neighbours(made.far, path, peer)
+    out = Flood(in_netns(path, lambda: socket_to_send_by(DSCP)), FAR, made.far.run(sink))
+    into = Flood(made.far.run(lambda: socket_to_send_by(DSCP)), POD, in_netns(path, sink))
+    with flowing([out, into]):
+        yield Scene(sim, pod, seen.indexes(pod)[0], made.far, out, into)
 
 
-def sockets(address: str, name: str, mac: str) -> tuple[socket.socket, socket.socket]:
-    """One to send by, in the class that is looked at, and one to receive by; the link set up for it."""
-    if address:
-        with IPRoute() as ipr:
-            index = ipr.link_lookup(ifname=name)[0]
-            ipr.link("set", index=index, address=mac)
-            ipr.addr("add", index=index, address=address.partition("/")[0], prefixlen=24)
-    sender, sink = (socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2))
-    sender.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, DSCP << 2)
-    # What waits in a queue does not hold up the sender.
-    sender.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8 << 20)
-    sender.setblocking(False)
-    sink.bind(("0.0.0.0", 9))
-    return sender, sink
+def address(ipr: IPRoute, name: str) -> None:
+    index = ipr.link_lookup(ifname=name)[0]
+    ipr.link("set", index=index, address=FAR_MAC)
+    ipr.addr("add", index=index, address=FAR, prefixlen=24)
 
 
 def neighbours(far: SimNetns, pod: Path, peer: str) -> None:
@@ -363,43 +312,26 @@ def test_a_device_that_its_pod_moved_on_is_limited_and_counted_there_and_told() 
                     ipr.link("set", index=index, net_ns_fd=nested.fd)
 
                 await scene.inside(move)
-                with frames_from(nested, scene.index) as sent:
+                with frames_from(nested, scene.index) as flood:
                     counted = await asyncio.to_thread(scene.counted, "egress")
                     await seen.until(lambda: scene.told() > 0, "an event", seconds=45)
                     await seen.until(lambda: scene.counted("egress") > counted, "the count to go on")
-                    assert sent[0] > 0
+                    assert flood.sent > 0
                 assert seen.metric(sim, "knd_pod_network_dropped_packets_total", direction="egress") > 0
 
     play(1, story)
 
 
 @contextlib.contextmanager
-def frames_from(where: SimNetns, index: int) -> Iterator[list[int]]:
-    """A flood out of a link of that namespace; yields how many were sent."""
-    with where.run(lambda: sockets_there(index)) as sender:
-        stop, sent = threading.Event(), [0]
+def frames_from(where: SimNetns, index: int) -> Iterator[Flood]:
+    """A flood out of a link of that namespace."""
 
-        def send() -> None:
-            while not stop.wait(0.001):
-                with contextlib.suppress(OSError):
-                    sender.sendto(bytes(FRAME - 42), (FAR, 9))
-                    sent[0] += 1
-
-        thread = threading.Thread(target=send)
-        thread.start()
-        try:
-            yield sent
-        finally:
-            stop.set()
-            thread.join()
-
-
-def sockets_there(index: int) -> socket.socket:
-    with IPRoute() as ipr:
+    def set_up(ipr: IPRoute) -> None:
         ipr.link("set", index=index, state="up")
         ipr.addr("add", index=index, address=POD, prefixlen=24)
         ipr.neigh("replace", dst=FAR, lladdr=FAR_MAC, ifindex=index, state="permanent")
-    made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    made.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, DSCP << 2)
-    made.setblocking(False)
-    return made
+
+    where.netlink(set_up)
+    flood = Flood(where.run(lambda: socket_to_send_by(DSCP)), FAR)
+    with flowing([flood]):
+        yield flood
