@@ -1,5 +1,5 @@
 """Tenants of VFs, one after and beside the other, on real VFs of igb in a guest: see vf_tenants_inside and
-vf_crowd_inside, which are run there once; each of their tests is one here."""
+vf_crowd_inside, each run once in a guest of its own; each of their tests is one here."""
 
 from __future__ import annotations
 
@@ -18,14 +18,20 @@ SECONDS = 1500.0
 
 
 @pytest.fixture(scope="module")
-def outcomes(made: Image, progress: Progress) -> Iterator[Outcomes]:
+def outcomes(request: pytest.FixtureRequest, made: Image, progress: Progress) -> Iterator[Outcomes]:
+    """Of one file, in a guest of its own."""
     with (
-        progress.phase("tenants of VFs in a guest"),
-        guest(name="vf-tenants", memory=3072, made=made) as vm,
+        progress.phase(f"{request.param} in a guest"),
+        guest(name=request.param.replace("_", "-"), memory=3072, made=made) as vm,
     ):
-        yield run_inside(vm, INSIDE, SECONDS)
+        yield run_inside(vm, (request.param,), SECONDS)
 
 
-@pytest.mark.parametrize("name", names_in(*INSIDE))
+@pytest.mark.parametrize(
+    ("outcomes", "name"),
+    [(module, name) for module in INSIDE for name in names_in(module)],
+    indirect=["outcomes"],
+    scope="module",
+)
 def test_in_a_guest(outcomes: Outcomes, name: str) -> None:
     outcomes.check(name)
