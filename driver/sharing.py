@@ -139,12 +139,18 @@ class Sharing:
         """Whether it or one that it shares with is withheld until it is clean."""
         return any(each in self._node.quarantined for each in (name, *self.rivals(name)))
 
-    def uses(self, offered: Iterable[DeviceName]) -> Mapping[DeviceName, tuple[CounterUse, ...]]:
-        """Counters for those of the offered that rule each other out; for a device alone there are none."""
+    def uses(
+        self, offered: Iterable[DeviceName], promised: AbstractSet[DeviceName] = frozenset()
+    ) -> Mapping[DeviceName, tuple[CounterUse, ...]]:
+        """Counters for those of the offered that rule each other out; for a device alone there are none.
+
+        promised: what the scheduler gave to claims that were refused here, and counts until they end.
+        """
         there = frozenset(offered)
         found: defaultdict[DeviceName, list[CounterUse]] = defaultdict(list)
         for port, wholes in self._ports.items():
-            self._count_vfs(port, there.intersection(wholes), there.intersection(self._vfs[port]), found)
+            vfs = there.intersection(self._vfs[port])
+            self._count_vfs(port, there.intersection(wholes), vfs, promised, found)
         for rdma, names in self._rdma.items():
             together = there.intersection(names)
             label = re.sub(r"[^a-z0-9-]", "-", f"rdma-{rdma}".lower()).strip("-")
@@ -158,6 +164,7 @@ class Sharing:
         port: PciAddress,
         wholes: frozenset[DeviceName],
         vfs: frozenset[DeviceName],
+        promised: AbstractSet[DeviceName],
         found: Mapping[DeviceName, list[CounterUse]],
     ) -> None:
         every: dict[str, str] = {}
@@ -169,7 +176,8 @@ class Sharing:
         if budget is not None and vfs:
             # Less than what is given would leave less than nothing, for which the scheduler gives no device
             # with counters of the whole pool any more.
-            every[BANDWIDTH] = quantity(max(budget.of, budget.given))
+            more = sum(self._takes(name, budget.of) for name in promised & vfs - self._node.held.keys())
+            every[BANDWIDTH] = quantity(max(budget.of, budget.given + more))
         if not every:
             return
         use = CounterUse(set=name_of(PciIdentity(port)), takes=every, of=every)

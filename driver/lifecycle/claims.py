@@ -234,9 +234,7 @@ class Claims:
         ]
         if past := next((each for each in made if limits.passes_by(each)), None):
             raise ConfigError([limits.past_size(past)])
-        with self._giving_out:
-            check_budgets(context, {each.key.device: each.size for each in made}, claim.ref.uid)
-            opened = context.book.open_preparations(made)
+        opened = self._open(claim.ref.uid, made)
         try:
             done = [
                 self._prepare_one(preparation, config, token)
@@ -248,6 +246,17 @@ class Claims:
             if isinstance(error, DriverError):
                 raise
             raise NotNow(str(error)) from error
+
+    def _open(self, uid: ClaimUid, made: Sequence[Preparation]) -> tuple[Preparation, ...]:
+        with self._giving_out:
+            try:
+                check_budgets(self._context, {each.key.device: each.size for each in made}, uid)
+            except Refusal:
+                self._projections.promise(uid, [each.key.device for each in made])
+                raise
+            opened = self._context.book.open_preparations(made)
+        self._projections.promise(uid, ())
+        return opened
 
     def _prepare_one(self, preparation: Preparation, config: NicConfig, token: Token) -> Preparation:
         """config as it was asked for: where a device turns out not to keep rates, and it may be the node's
@@ -345,6 +354,7 @@ class Claims:
 
     async def _unprepare_locked(self, uid: ClaimUid, deadline: float) -> None:
         self._gate.check_unprepare()
+        self._projections.promise(uid, ())
         # At once, not when the devices are free: nothing may be answered or attached from this record
         # any more, though whoever has a device in hand may be long about it.
         leaving = await self._context.workers.run([], lambda: self._begin_leaving(uid))

@@ -8,7 +8,7 @@ to nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +47,7 @@ class Projections:
         self._healths: Mapping[DeviceName, DeviceHealth] = {}
         self._kept: frozenset[DeviceName] = frozenset()
         self._offered: Mapping[DeviceName, OfferedDevice] = {}
+        self._promised: dict[ClaimUid, frozenset[DeviceName]] = {}
 
     # --- files, in worker threads -------------------------------------------------------------------
 
@@ -171,7 +172,7 @@ class Projections:
             if name in self._offered:
                 offered[name] = self._offered[name]
         self._offered = offered
-        uses = relations.uses(offered)
+        uses = relations.uses(offered, frozenset[DeviceName]().union(*tuple(self._promised.values())))
         context.slices.offer(
             tuple(
                 replace(
@@ -182,6 +183,13 @@ class Projections:
                 for name in sorted(offered, key=lambda name: (_takes_all(uses.get(name, ())), name))
             )
         )
+
+    def promise(self, uid: ClaimUid, names: Collection[DeviceName]) -> None:
+        """The scheduler gave these to a claim that was refused, since too little is left: counters are to be
+        large enough for them too. No names: nothing of the claim is promised any more."""
+        self._promised.pop(uid, None)
+        if names:
+            self._promised[uid] = frozenset(names)
 
     def offered(self) -> AbstractSet[DeviceName]:
         """What was offered the last time."""

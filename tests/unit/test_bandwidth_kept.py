@@ -19,10 +19,12 @@ from hypothesis import strategies as st
 from driver import limits
 from driver.errors import ConfigError, Refusal
 from driver.inventory import build
+from driver.kube.quantity import parse_quantity
 from driver.lifecycle.core import Lifecycle
 from driver.model import (
     AllocatedDevice,
     Claim,
+    Device,
     DeviceName,
     NicConfig,
     Preparation,
@@ -40,8 +42,8 @@ from hw.model import (
     VfSettings,
 )
 from tests.unit.bandwidth_world import (
+    PF_NAME,
     PORT,
-    SET,
     asked,
     held,
     policy,
@@ -224,6 +226,31 @@ def test_of_claims_at_the_same_moment_the_later_sees_the_record_of_the_earlier(p
     play(story)
 
 
+def test_a_claim_that_comes_too_late_for_its_port_blocks_no_other_device_until_it_ends(play) -> None:  # type: ignore[no-untyped-def]
+    async def story(world: World) -> None:
+        world.node.present = present(2, policy((10_000, None)))
+        await world.prepare(world.claim("one", vf_name(0)))
+        world.node.present = present(2, policy((10_000, None)), speed=10_000)
+        late = world.claim("late", vf_name(1), pods=("p2",))
+
+        def there_is() -> str:
+            world.handler._projections.offer()
+            return {use.of["bandwidth"] for each in world.offers[-1] for use in each.uses}.pop()
+
+        assert there_is() == "10G"
+        assert "gives out 10G, and claims have 10G" in await world.prepare(late)
+        assert {use.of["bandwidth"] for each in world.offers[-1] for use in each.uses} == {"20G"}, "at once"
+        assert await world.unprepare(late) == ""
+        assert there_is() == "10G"
+        assert "gives out 10G" in await world.prepare(late)
+        world.node.present = present(2, policy((10_000, None)))
+        assert await world.prepare(late) == [vf_name(1)]
+        assert there_is() == "25G"
+        assert world.handler._projections._promised == {}
+
+    play(story)
+
+
 def test_the_vfs_of_one_claim_count_together(play) -> None:  # type: ignore[no-untyped-def]
     async def story(world: World) -> None:
         world.node.present = present(3, policy((10_000, None)))
@@ -266,44 +293,58 @@ def test_the_gauge_shows_what_is_given_out_and_given(play) -> None:  # type: ign
 
 # --- whatever happens ---------------------------------------------------------------------------------
 
+SIZES = st.lists(st.integers(100, 60_000), min_size=1, max_size=4, unique=True)
+NODES = st.tuples(st.integers(1_000, 100_000), st.integers(10, 300), SIZES)
+"""A port's speed, how much of it is given out, and in which sizes."""
+ASKS = st.tuples(st.integers(0, 6), st.sampled_from([None, 50, 1_000, 20_000]))
+"""A VF that comes, or goes if it is there, and the rate that its claim asks for."""
 
-@given(
-    speed=st.integers(1_000, 100_000),
-    percent=st.integers(10, 300),
-    sizes=st.lists(st.integers(100, 60_000), min_size=1, max_size=4, unique=True),
-    order=st.lists(st.tuples(st.integers(0, 6), st.sampled_from([None, 50, 1_000, 20_000])), max_size=20),
-)
-def test_enforced_rates_of_one_pf_are_together_never_more_than_is_given_out(
-    speed: int, percent: int, sizes: list[int], order: list[tuple[int, int | None]]
+
+@given(NODES, st.lists(st.one_of(ASKS, NODES), max_size=30))
+def test_whatever_comes_no_more_is_given_than_there_is_and_the_scheduler_finds_never_less_than_nothing(
+    first: tuple[int, int, list[int]],
+    order: list[tuple[int, int | None] | tuple[int, int, list[int]]],
 ) -> None:
-    """order: VFs that come, or go if they are there, with what their claims ask for."""
-    rules = [(size, 2) for size in sizes[:-1]] + [(sizes[-1], None)]
-    devices = build(port(7, speed), policy(*rules, percent=percent)).by_name
+    def discovered(speed: int, percent: int, sizes: list[int]) -> Mapping[DeviceName, Device]:
+        rules = [(size, 2) for size in sizes[:-1]] + [(sizes[-1], None)]
+        return build(port(7, speed), policy(*rules, percent=percent)).by_name
+
+    devices, budget = discovered(*first), first[0] * first[1] // 100
     given_out: dict[DeviceName, Preparation] = {}
-    enforced: dict[DeviceName, int] = {}
-    for index, wish in order:
-        seen = replace(devices[vf_name(index)], vf=VfSettings(max_rate=0))
-        if given_out.pop(seen.name, None) is not None:
-            del enforced[seen.name]
-            continue
-        try:
-            config = limits.settled(seen, limits.sized(seen, asked(egress_rate=wish or 0)))
-        except ConfigError:
-            assert wish is not None
-            continue
-        record = held(seen, config=config)
-        if seen.withheld or sharing(devices, *given_out.values()).over_budget({seen.name: record.size}):
-            continue
-        given_out[seen.name] = record
-        enforced[seen.name] = int(str(config.on_pf()["max_rate"]))
-        assert sum(enforced.values()) * 100 <= speed * percent
-        uses = sharing(devices, *given_out.values()).uses(devices)
-        # The scheduler, which goes by counters alone, would have said the same.
-        left = {use.set: amount(use.of) for each in uses.values() for use in each}
-        assert sum(amount(use.takes) for name in given_out for use in uses[name]) <= left[SET]
+    for event in order:
+        if len(event) == 3:
+            devices, budget = discovered(*event), event[0] * event[1] // 100
+        elif given_out.pop(vf_name(event[0]), None) is None:
+            record = _given(devices, given_out, *event)
+            if record is not None:
+                given_out[record.key.device] = record
+                enforced = [int(str(each.config.on_pf()["max_rate"])) for each in given_out.values()]
+                assert sum(enforced) <= budget
+        offered = [name for name in devices if name in given_out or not devices[name].withheld]
+        uses = sharing(devices, *given_out.values()).uses(offered)
+        for name, (use,) in uses.items():
+            assert sum(_amount(uses[each][0].takes) for each in given_out) <= _amount(use.of)
+            assert name != PF_NAME or use.takes == use.of
 
 
-def amount(counters: Mapping[str, str]) -> int:
-    from driver.kube.quantity import parse_quantity
+def _given(
+    devices: Mapping[DeviceName, Device],
+    given_out: Mapping[DeviceName, Preparation],
+    index: int,
+    wish: int | None,
+) -> Preparation | None:
+    """As prepare would have it on record; None where it refuses."""
+    seen = replace(devices[vf_name(index)], vf=VfSettings(max_rate=0))
+    try:
+        config = limits.settled(seen, limits.sized(seen, asked(egress_rate=wish or 0)))
+    except ConfigError:
+        assert wish is not None
+        return None
+    record = held(seen, config=config)
+    over = sharing(devices, *given_out.values()).over_budget({seen.name: record.size})
+    return None if seen.withheld or over else record
 
-    return int(parse_quantity(counters["bandwidth"]))
+
+def _amount(counters: Mapping[str, str]) -> int:
+    """In Mb/s."""
+    return int(parse_quantity(counters["bandwidth"]) / 1_000_000)

@@ -158,6 +158,13 @@ def test_what_was_given_is_not_taken_back_by_a_slower_port_or_another_policy() -
     assert "gives out 10G, and claims have 20G" in relations.over_budget({vf_name(2): 4_000})
 
 
+def test_a_pf_that_was_given_has_all_of_it() -> None:
+    devices = build(port(2), policy((1_000, None))).by_name
+    relations = sharing(devices, held(devices[PF_NAME]))
+    assert relations.budgets() == {PORT: PortBudget(of=25_000, given=25_000)}
+    assert relations.uses(devices)[vf_name(0)][0].of["bandwidth"] == "25G"
+
+
 def test_a_vf_that_was_given_without_a_size_counts_as_the_whole_port() -> None:
     unsized = build(port(2), NodePolicy()).by_name
     now = build(port(2), policy((1_000, None))).by_name
