@@ -86,8 +86,8 @@ class Story(Told):
             await wait_until_async(condition, PATIENCE, what)
         except AssertionError as error:
             raise AssertionError(
-                f"{error}\n{self.taints()}\n{self.node.kubelet.health(SimNode.driver)}\n"
-                f"{self.node.agent.tail(60)}"
+                f"{self.node.agent.tail(60)}\n{self.taints()}\n"
+                f"{self.node.kubelet.health(SimNode.driver)}\n{error}"
             ) from error
 
     # --- looked at ----------------------------------------------------------------------------------

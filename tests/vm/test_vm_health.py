@@ -62,7 +62,7 @@ def seen(made: Image, progress: Progress) -> Any:
         done: Done = vm.run(["sh", "-c", command], check=False, timeout=LIMIT - 300)
     if done.code != 0:
         log = json.loads(done.out)["log"] if done.out.startswith("{") else done.out
-        pytest.fail(f"{done.err[-6000:]}\n{log[-6000:]}")
+        pytest.fail(f"{log[-6000:]}\n{done.err[-12000:]}")
     return json.loads(done.out)
 
 
