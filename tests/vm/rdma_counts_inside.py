@@ -87,24 +87,24 @@ def gid_index(device: str, netns: Path) -> str:
 
 
 def ping_pong(server: tuple[str, Path], client: tuple[str, Path], address: str, rounds: int) -> None:
-    """ibv_rc_pingpong between two namespaces."""
+    """ibv_rc_pingpong between two namespaces, of one packet each way."""
 
     def argv(end: tuple[str, Path], *more: str) -> list[str]:
         device, netns = end
-        options = ["-d", device, "-g", gid_index(device, netns), "-n", str(rounds), *more]
-        return inside(netns, "timeout", "90", "ibv_rc_pingpong", *options)
+        options = ["-d", device, "-g", gid_index(device, netns), "-n", str(rounds), "-s", "1024", *more]
+        return inside(netns, "timeout", f"{PATIENCE:.0f}", "ibv_rc_pingpong", *options)
 
-    waiting = subprocess.Popen(argv(server), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    one, other = argv(server), argv(client, address)
+    waiting = subprocess.Popen(one, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         wait_until(lambda: ":18515" in run("ss", "-Htln", netns=server[1]), "a server that listens", PATIENCE)
-        done = subprocess.run(
-            argv(client, address), capture_output=True, text=True, check=False, timeout=PATIENCE
-        )
+        done = subprocess.run(other, capture_output=True, text=True, check=False, timeout=2 * PATIENCE)
         said, _ = waiting.communicate(timeout=PATIENCE)
     finally:
-        waiting.kill()
+        # Not killed: timeout passes the signal on to what it runs.
+        waiting.terminate()
         waiting.wait()
-    assert done.returncode == 0, done.stdout + done.stderr + said
+    assert done.returncode == 0, f"{done.returncode} {done.stdout}{done.stderr}{said}"
 
 
 def exposed(sim: SimNode) -> dict[tuple[str, str, str, str], int]:
@@ -159,9 +159,9 @@ def test_each_pod_is_billed_what_its_device_counted_and_bpf_saw_the_same(made: D
             (one,), (two,) = (devices(netns_of(pod)) for pod in pods)
             ends = (one, netns_of(pods[0])), (two, netns_of(pods[1]))
             try:
-                await asyncio.to_thread(ping_pong, *ends, "198.18.0.1", 200)
+                await asyncio.to_thread(ping_pong, *ends, "198.18.0.1", 50)
                 told = [counted(*end) for end in ends]
-                assert all(each["sent_pkts"] >= 200 and each["rcvd_pkts"] >= 200 for each in told)
+                assert all(each["sent_pkts"] >= 50 and each["rcvd_pkts"] >= 50 for each in told)
                 for number, each in enumerate(told, start=1):
                     name = f"pod-{number}"
                     await asyncio.to_thread(
@@ -173,13 +173,13 @@ def test_each_pod_is_billed_what_its_device_counted_and_bpf_saw_the_same(made: D
                     assert now.get(("knd_pod_unaccounted_packets_total", name, "egress", ""), 0) == 0
 
                 await sim.kill_agent()
-                await asyncio.to_thread(ping_pong, *ends, "198.18.0.1", 50)
+                await asyncio.to_thread(ping_pong, *ends, "198.18.0.1", 30)
                 await sim.start_agent(seconds=PATIENCE)
                 told = [counted(*end) for end in ends]
                 await sim.delete_pod(pods[0])
                 bill = billed(sim, "pod-1")
                 assert {n: bill.get(n, 0) for n in TRAFFIC} == {n: told[0][n] for n in TRAFFIC}
-                assert bill["sent_pkts"] > 250
+                assert bill["sent_pkts"] > 80
                 assert not [key for key in exposed(sim) if key[1] == "pod-1"]
 
                 assert pods[1].sandbox is not None
