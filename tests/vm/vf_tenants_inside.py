@@ -116,6 +116,7 @@ class Eight:
         seen.links_after_kill = {number: link_in(pod) for number, pod in self.pods.items()}
         seen.reached_after_kill = await reach(self.pods, [(a, b) for a, b in pairs if a < 4 <= b])
         self.gather_frames()
+        self.close()
         await self.end()
         await stage.until_as(seen.before, "after eight pods")
         seen.published = stage.published()
@@ -140,6 +141,11 @@ class Eight:
     def gather_frames(self) -> None:
         for number, capture in self.captures.items():
             self.frames[number] += capture.frames()
+
+    def close(self) -> None:
+        """An open socket would keep its namespace, and the device in it, beyond the pod's end."""
+        for capture in self.captures.values():
+            capture.close()
 
     async def end(self) -> None:
         stage = self.stage
@@ -170,8 +176,7 @@ def eight(stage: Tenants, loop: Loop) -> Eight:
     try:
         loop.run(played.play(), STORY)
     finally:
-        for capture in played.captures.values():
-            capture.close()
+        played.close()
     return played
 
 
