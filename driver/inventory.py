@@ -26,9 +26,10 @@ from hw.model import (
     LinkInfo,
     LinkSettings,
     NetdevsimIdentity,
-    PciAddress,
     PciIdentity,
+    PfAddress,
     SoftwareIdentity,
+    card_of,
     check_ifname,
 )
 
@@ -107,7 +108,7 @@ class Inventory:
 
     by_name: Mapping[DeviceName, Device] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
-    given_out: Mapping[PciAddress, GivenOut] = field(default_factory=dict)
+    given_out: Mapping[PfAddress, GivenOut] = field(default_factory=dict)
     """By PF, where the policy says it."""
 
 
@@ -189,7 +190,7 @@ def _device(
     device: HwDevice,
     policy: DevicePolicy,
     previous: Inventory | None,
-    given_out: Mapping[PciAddress, GivenOut],
+    given_out: Mapping[PfAddress, GivenOut],
 ) -> tuple[Device, tuple[str, ...]]:
     """The device, and the names of attributes that found no place."""
     name = name_of(device.identity)
@@ -227,29 +228,27 @@ def _device(
 
 def _given_out(
     devices: Iterable[HwDevice], policy: DevicePolicy, previous: Inventory | None
-) -> Mapping[PciAddress, GivenOut]:
+) -> Mapping[PfAddress, GivenOut]:
     """A PF that is in a pod has neither name nor speed here: what was given out of it then still is."""
     known = previous.given_out if previous is not None else {}
-    found: dict[PciAddress, GivenOut] = {}
+    found: dict[PfAddress, GivenOut] = {}
     for device in devices:
-        identity = device.identity
-        if not isinstance(identity, PciIdentity) or identity.vf_index is not None:
+        identity, card = device.identity, card_of(device.identity)
+        if card is None or isinstance(identity, SoftwareIdentity) or identity.vf_index is not None:
             continue
-        if device.link is None and identity.address in known:
-            found[identity.address] = known[identity.address]
+        if device.link is None and card in known:
+            found[card] = known[card]
         elif (rule := policy.bandwidth_of(device)) is not None:
             speed = device.speed_mbps or _last_speed(name_of(identity), previous)
-            found.setdefault(identity.address, GivenOut(rule, rule.budget(speed)))
+            found.setdefault(card, GivenOut(rule, rule.budget(speed)))
     return found
 
 
-def _portion(device: HwDevice, given_out: Mapping[PciAddress, GivenOut]) -> tuple[Portion | None, str]:
+def _portion(device: HwDevice, given_out: Mapping[PfAddress, GivenOut]) -> tuple[Portion | None, str]:
     """What the device takes of its PF's bandwidth, and why it is not given away for want of that, or ""."""
-    identity = device.identity
-    if not isinstance(identity, PciIdentity):
-        return None, ""
-    out = given_out.get(identity.address if identity.vf_index is None else identity.pf or identity.address)
-    if out is None:
+    identity, card = device.identity, card_of(device.identity)
+    out = given_out.get(card) if card is not None else None
+    if out is None or isinstance(identity, SoftwareIdentity):
         return None, ""
     if identity.vf_index is None:
         return (Portion(size=out.budget, of=out.budget) if out.budget else None), ""

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from driver.inventory import name_of, quantity
 from driver.model import AttributeValue, CounterUse, Device, DeviceName, Preparation
-from hw.model import Identity, PciAddress, PciIdentity
+from hw.model import Identity, PciIdentity, PfAddress, SoftwareIdentity, bus_of, card_of, parse_pci_address
 
 VFS = "vfs"
 RDMA = "device"
@@ -69,10 +69,10 @@ class Sharing:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._all: Mapping[DeviceName, Shares] = {**node.devices, **node.held}
-        self._ports: defaultdict[PciAddress, list[DeviceName]] = defaultdict(list)
-        self._vfs: defaultdict[PciAddress, list[DeviceName]] = defaultdict(list)
+        self._ports: defaultdict[PfAddress, list[DeviceName]] = defaultdict(list)
+        self._vfs: defaultdict[PfAddress, list[DeviceName]] = defaultdict(list)
         self._rdma: defaultdict[str, list[DeviceName]] = defaultdict(list)
-        self._given_out: dict[PciAddress, int] = {}
+        self._given_out: dict[PfAddress, int] = {}
         for name, each in sorted(self._all.items()):
             port = port_of(each)
             if port is not None:
@@ -161,7 +161,7 @@ class Sharing:
 
     def _count_vfs(
         self,
-        port: PciAddress,
+        port: PfAddress,
         wholes: frozenset[DeviceName],
         vfs: frozenset[DeviceName],
         promised: AbstractSet[DeviceName],
@@ -180,7 +180,7 @@ class Sharing:
             every[BANDWIDTH] = quantity(max(budget.of, budget.given + more))
         if not every:
             return
-        use = CounterUse(set=name_of(PciIdentity(port)), takes=every, of=every)
+        use = CounterUse(set=_set_of(port), takes=every, of=every)
         given = any(name in self._node.held for name in wholes)
         for name in wholes:
             found[name].append(replace(use, instead=not given))
@@ -193,7 +193,7 @@ class Sharing:
 
     # --- bandwidth --------------------------------------------------------------------------------------
 
-    def budgets(self) -> Mapping[PciAddress, PortBudget]:
+    def budgets(self) -> Mapping[PfAddress, PortBudget]:
         """Of the PFs of which the policy says what is given out."""
         found = {port: self._budget(port) for port in sorted(self._given_out)}
         return {port: budget for port, budget in found.items() if budget is not None}
@@ -211,7 +211,7 @@ class Sharing:
                 )
         return ""
 
-    def _budget(self, port: PciAddress) -> PortBudget | None:
+    def _budget(self, port: PfAddress) -> PortBudget | None:
         of = self._given_out.get(port)
         if of is None:
             return None
@@ -228,7 +228,7 @@ class Sharing:
         portion = self._node.devices[name].portion if name in self._node.devices else None
         return portion.size if portion is not None else of
 
-    def _over(self, port: PciAddress, vfs: AbstractSet[DeviceName]) -> Iterator[DeviceName]:
+    def _over(self, port: PfAddress, vfs: AbstractSet[DeviceName]) -> Iterator[DeviceName]:
         """Which of the free VFs are more than the PF gives out, if all before them are given away."""
         budget = self._budget(port)
         if budget is None:
@@ -243,7 +243,7 @@ class Sharing:
 
     def _index(self, name: DeviceName) -> int:
         identity = self._all[name].identity
-        return identity.vf_index or 0 if isinstance(identity, PciIdentity) else 0
+        return 0 if isinstance(identity, SoftwareIdentity) else identity.vf_index or 0
 
     def _called(self, name: DeviceName, other: DeviceName) -> str:
         mine, others = self._all[name], self._all[other]
@@ -252,14 +252,16 @@ class Sharing:
         return f"its {'VF' if is_whole(mine) else 'PF'} {other}"
 
 
-def port_of(thing: Shares) -> PciAddress | None:
+def port_of(thing: Shares) -> PfAddress | None:
     """The PF whose VF it is, or which it is; None for what is neither."""
-    identity = thing.identity
-    if not isinstance(identity, PciIdentity):
-        return None
-    return identity.address if is_whole(thing) else identity.pf
+    return card_of(thing.identity)
 
 
 def is_whole(thing: Shares) -> bool:
     """Whether it is a whole port. A VF that a virtual machine was given is one as well: it knows no PF."""
-    return not isinstance(thing.identity, PciIdentity) or thing.identity.vf_index is None
+    return isinstance(thing.identity, SoftwareIdentity) or thing.identity.vf_index is None
+
+
+def _set_of(port: PfAddress) -> str:
+    """The name of a PF's counter set, a DNS label: that of the PF as a device; a simulated card's own."""
+    return name_of(PciIdentity(parse_pci_address(port))) if bus_of(port) == "pci" else port

@@ -13,7 +13,7 @@ from driver.paths import Paths
 from driver.policy import NodePolicy
 from driver.provision.carry_out import Provision
 from driver.sharing import PortBudget
-from hw.model import PciAddress
+from hw.model import PfAddress
 from hw.sysfs import Sysfs
 
 COLUMNS = ("port", "interface", "vfs", "possible", "wanted", "made_by", "bandwidth", "given", "why_not")
@@ -23,7 +23,7 @@ def rows(
     paths: Paths,
     policy: NodePolicy,
     held: Mapping[DeviceName, str],
-    budgets: Mapping[PciAddress, PortBudget],
+    budgets: Mapping[PfAddress, PortBudget],
 ) -> list[Row]:
     """bandwidth: what the policy gives out of the port; given: what claims have of that."""
     by_port: Mapping[str, PortBudget] = {str(port): budget for port, budget in budgets.items()}

@@ -14,7 +14,7 @@ from driver.claimconfig import RATE
 from driver.errors import FieldProblem
 from driver.policy.sriov import MAX_VFS, LinkType, PfSelector
 from driver.strict import Key, Kind, integer, listing, record
-from hw.model import HwDevice, PciIdentity
+from hw.model import HwDevice, card_of
 
 _LINK_TYPES = {1: LinkType.ETHERNET, 32: LinkType.INFINIBAND}
 _MAX_RULES = 64
@@ -62,12 +62,12 @@ class BandwidthRule:
     ] = 100
 
     def applies_to(self, pf: HwDevice) -> bool:
-        if not isinstance(pf.identity, PciIdentity):
+        link, pci, address = pf.link, pf.pci, card_of(pf.identity)
+        if address is None:
             return False
-        link, pci = pf.link, pf.pci
         return self.match is None or self.match.selects(
             name=link.name if link else None,
-            address=pf.identity.address,
+            address=address,
             vendor=pci.vendor if pci else None,
             product=pci.product if pci else None,
             link_type=_LINK_TYPES.get(link.link_type) if link else None,

@@ -13,6 +13,7 @@ from driver.cli import sriov_ports
 from driver.inventory import build
 from driver.kube.slice_device import without_counters
 from driver.model import (
+    DeviceName,
     OfferedDevice,
     Preparation,
 )
@@ -23,6 +24,8 @@ from driver.sharing import Node, PortBudget, Sharing
 from driver.traffic import Portion
 from hw.model import (
     DeviceKind,
+    HwDevice,
+    NetdevsimIdentity,
     PciAddress,
 )
 from tests.unit.bandwidth_world import (
@@ -30,6 +33,7 @@ from tests.unit.bandwidth_world import (
     PORT,
     SET,
     held,
+    link,
     policy,
     port,
     sharing,
@@ -156,6 +160,26 @@ def test_what_was_given_is_not_taken_back_by_a_slower_port_or_another_policy() -
     assert {each.of["bandwidth"] for (each,) in uses.values()} == {"20G"}
     assert relations.budgets() == {PORT: PortBudget(of=10_000, given=20_000)}
     assert "gives out 10G, and claims have 20G" in relations.over_budget({vf_name(2): 4_000})
+
+
+def test_a_simulated_card_gives_out_what_the_policy_says_it_has() -> None:
+    card = HwDevice(kind=DeviceKind.PF, identity=NetdevsimIdentity(7, 1), link=link(3, "eni7np1"))
+    parts = [
+        HwDevice(
+            kind=DeviceKind.VF, identity=NetdevsimIdentity(7, 0, index), link=link(4 + index, f"r{index}")
+        )
+        for index in range(2)
+    ]
+    silent = build([card, *parts], policy((1_000, None))).by_name
+    assert "the speed of its port is not known" in silent[DeviceName("nsim-7-vf-0")].withheld
+    devices = build([*parts, card], policy((1_000, 1), (4_000, None), speed=5_000)).by_name
+    relations = sharing(devices, held(devices[DeviceName("nsim-7-vf-1")]))
+    uses = relations.uses(name for name, each in devices.items() if each.kind is DeviceKind.VF)
+    assert {name: (use.set, use.takes, use.of) for name, (use,) in uses.items()} == {
+        f"nsim-7-vf-{index}": ("netdevsim7", {"bandwidth": size}, {"bandwidth": "5G"})
+        for index, size in enumerate(("1G", "4G"))
+    }
+    assert relations.budgets() == {"netdevsim7": PortBudget(of=5_000, given=4_000)}
 
 
 def test_a_pf_that_was_given_has_all_of_it() -> None:

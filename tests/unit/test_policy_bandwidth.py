@@ -21,6 +21,7 @@ from hw.model import (
     PciAddress,
     PciFacts,
     PciIdentity,
+    SoftwareIdentity,
 )
 
 HEADER = "apiVersion: knd.internal/v1alpha1\nkind: NodePolicy\n"
@@ -108,9 +109,13 @@ def test_the_first_rule_that_matches_a_pf_is_the_one() -> None:
     found = policy.bandwidth_of(PF)
     assert found is not None
     assert found.size_of(0) == 2_000
-    assert (
-        policy.bandwidth_of(HwDevice(kind=DeviceKind.PF, identity=NetdevsimIdentity(1, 0), link=None)) is None
+    simulated = policy.bandwidth_of(HwDevice(kind=DeviceKind.PF, identity=NetdevsimIdentity(1, 0), link=None))
+    assert simulated is not None
+    assert simulated.size_of(0) == 3_000
+    software = HwDevice(
+        kind=DeviceKind.NETDEV, identity=SoftwareIdentity("veth", IfIndex(7), None, None), link=None
     )
+    assert policy.bandwidth_of(software) is None
     assert NodePolicy().bandwidth_of(PF) is None
 
 
