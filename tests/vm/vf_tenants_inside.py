@@ -150,11 +150,12 @@ class Eight:
     async def end(self) -> None:
         stage = self.stage
         await stage.delete(self.pods[FIRST_TO_GO])
-        for number, plan, act, point in (
-            (DIES_DETACHING, "detach", "move-home", "after-intent"),
-            (DIES_UNPREPARING, "unprepare", "restore-on-pf", "after-act"),
-        ):
-            line = stage.visited(plan, act, point)
+        # As that pod passed them: what is made up for after a death passes them on another way.
+        deaths = {
+            DIES_DETACHING: stage.visited("detach", "move-home", "after-intent"),
+            DIES_UNPREPARING: stage.visited("unprepare", "restore-on-pf", "after-act"),
+        }
+        for number, line in deaths.items():
             await stage.dying_at(line, stage.delete(self.pods[number]))
         gone = (FIRST_TO_GO, DIES_DETACHING, DIES_UNPREPARING)
         await asyncio.gather(*(stage.delete(pod) for number, pod in self.pods.items() if number not in gone))
