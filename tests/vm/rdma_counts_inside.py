@@ -199,6 +199,7 @@ def test_each_pod_is_billed_what_its_device_counted_and_bpf_saw_the_same(made: D
                     await sim.delete_pod(pods[1])
             except BaseException:
                 print(sim.agent.tail(80))
+                print([(each, value) for each, value in exposed(sim).items() if each[1]])
                 raise
 
     asyncio.run(story())
@@ -311,8 +312,7 @@ def test_the_sum_billed_of_a_shared_device_is_never_more_than_it_counted(tmp_pat
         anew = counted("soft0")["sent_pkts"]
         shared.detach(2)
         assert sum(shared.sums().values()) <= alone + together + last + anew
-        (gap, *_) = ledger.gaps()
-        assert gap.source == "rdma-hw"
+        assert "rdma-hw" in {gap.source for gap in ledger.gaps()}
 
 
 def test_sysfs_of_a_pod_s_netns_tells_what_netlink_tells() -> None:
@@ -323,7 +323,8 @@ def test_sysfs_of_a_pod_s_netns_tells_what_netlink_tells() -> None:
         run("ip", "link", "add", "rx-a", "netns", "pod-x", "type", "veth", "peer", "name", "rx-b")
         run("ip", "address", "add", "198.18.9.1/24", "dev", "rx-a", netns=path)
         run("ip", "link", "set", "rx-b", "up")
-        run("ip", "link", "set", "rx-a", "up", netns=path)
+        for link in ("lo", "rx-a"):
+            run("ip", "link", "set", link, "up", netns=path)
         run("rdma", "link", "add", "soft1", "type", "rxe", "netdev", "rx-a", netns=path)
         with open_netns(path) as pod:
             with RdmaSocket(None) as socket:
