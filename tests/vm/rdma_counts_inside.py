@@ -142,9 +142,9 @@ def billed(sim: SimNode, pod: str) -> dict[str, int]:
         return {row.counter: row.total for row in ledger.counters(pod=pod) if row.meter.source == "rdma-hw"}
 
 
-def agrees(sim: SimNode, name: str, device: dict[str, int]) -> bool:
-    """Whether the pod's series show what its device counted."""
-    now = exposed(sim)
+def agrees(sim: SimNode, name: str, end: tuple[str, Path]) -> bool:
+    """Whether the pod's series show what its device has counted by now."""
+    now, device = exposed(sim), counted(*end)
     return all(
         now.get(("knd_pod_rdma_packets_total", name, direction, "")) == device[counter]
         for direction, counter in (("egress", "sent_pkts"), ("ingress", "rcvd_pkts"))
@@ -160,14 +160,14 @@ def test_each_pod_is_billed_what_its_device_counted_and_bpf_saw_the_same(made: D
             ends = (one, netns_of(pods[0])), (two, netns_of(pods[1]))
             try:
                 await asyncio.to_thread(ping_pong, *ends, "198.18.0.1", 50)
-                told = [counted(*end) for end in ends]
-                assert all(each["sent_pkts"] >= 50 and each["rcvd_pkts"] >= 50 for each in told)
-                for number, each in enumerate(told, start=1):
+                for number, end in enumerate(ends, start=1):
                     name = f"pod-{number}"
                     await asyncio.to_thread(
-                        wait_until, lambda n=name, e=each: agrees(sim, n, e), "series that agree", PATIENCE
+                        wait_until, lambda n=name, e=end: agrees(sim, n, e), "series that agree", PATIENCE
                     )
-                    now = exposed(sim)
+                    now, each = exposed(sim), counted(*end)
+                    assert each["sent_pkts"] >= 50
+                    assert each["rcvd_pkts"] >= 50
                     assert now["knd_pod_network_packets_total", name, "egress", "roce"] == each["sent_pkts"]
                     assert now["knd_pod_network_packets_total", name, "ingress", "roce"] == each["rcvd_pkts"]
                     assert now.get(("knd_pod_unaccounted_packets_total", name, "egress", ""), 0) == 0
