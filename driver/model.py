@@ -19,7 +19,7 @@ from driver.nicconfig import InterfaceConfig as InterfaceConfig
 from driver.nicconfig import NicConfig as NicConfig
 from driver.nicconfig import VfConfig as VfConfig
 from driver.nicconfig import VfDriver as VfDriver
-from driver.rdma import RdmaBinding, RdmaInPod
+from driver.rdma import Infiniband, RdmaBinding, RdmaInPod
 from driver.traffic import Portion
 from hw.model import (
     DeviceKind,
@@ -35,6 +35,7 @@ from hw.model import (
     PortBaseline,
     PortState,
     RdmaFacts,
+    VfLinkState,
     VfSettings,
 )
 
@@ -259,6 +260,7 @@ class Preparation:
     vf_baseline: VfSettings | None = None
     """What its PF held of it; None for what is no VF, and where there is no PF to be seen."""
     rdma: RdmaBinding | None = None
+    infiniband: Infiniband | None = None
     port: PortBaseline | None = None
     """Of a PF that had VFs when it was prepared."""
     size: int | None = None
@@ -293,10 +295,15 @@ class Preparation:
     @property
     def vf_wanted(self) -> VfSettings | None:
         """What its PF is to hold of it while it is prepared; None where nothing of that is asked for."""
-        asked: Mapping[str, Any] = self.config.on_pf()
-        if self.vf_baseline is None or not asked:
+        asked: dict[str, Any] = dict(self.config.on_pf())
+        if self.vf_baseline is None:
             return None
-        return replace(self.vf_baseline, **asked)
+        if self.infiniband is not None:
+            asked |= dict.fromkeys(("node_guid", "port_guid"), self.infiniband.guid)
+            if self.vf_baseline.link_state is VfLinkState.DISABLE:
+                # As VFs are on InfiniBand until somebody says otherwise: no subnet manager would see it.
+                asked.setdefault("link_state", VfLinkState.AUTO)
+        return replace(self.vf_baseline, **asked) if asked else None
 
     @property
     def can_be_probed(self) -> bool:
@@ -305,6 +312,9 @@ class Preparation:
 
     @property
     def mac(self) -> MacAddress | None:
+        """None on InfiniBand with a GUID of ours: part of it is the driver's choice, each time anew."""
+        if self.infiniband is not None:
+            return None
         return self.config.interface.hardware_address or self.baseline.mac
 
     @property

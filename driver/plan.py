@@ -51,6 +51,7 @@ class Act(enum.StrEnum):
     RDMA_FILES = "find-rdma-files"
     RDMA_RESTORE = "name-rdma"
     RDMA_VERIFY = "verify-rdma"
+    PORT_ACTIVE = "wait-for-port"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,9 +100,14 @@ def prepare(preparation: Preparation, hook: Hook) -> Plan:
     if preparation.rdma is not None:
         steps.append(Step(act=Act.RDMA_VERIFY, budget=_RDMA_BUDGET))
     if preparation.vf_wanted is not None:
-        probes = preparation.can_be_probed and preparation.config.interface.hardware_address is not None
+        address = preparation.config.interface.hardware_address is not None
+        probes = preparation.can_be_probed and (address or preparation.infiniband is not None)
         budget = _PF_BUDGET + (_BIND_BUDGET if probes else 0.0)
         steps.append(Step(act=Act.SET_VF, undo=(Act.RESTORE_VF, Act.RESTORE), budget=budget))
+    if preparation.infiniband is not None and preparation.rdma is not None:
+        # Its driver began anew, and may have called its device something else.
+        wait = preparation.infiniband.active_seconds + _RDMA_BUDGET
+        steps += [Step(act=Act.RDMA_RESTORE), Step(act=Act.PORT_ACTIVE, budget=wait)]
     if preparation.config.by_file:
         steps.append(Step(act=Act.TO_VFIO, undo=(Act.TO_KERNEL, Act.RESTORE), budget=_BIND_BUDGET))
     elif hook is Hook.TCX and not preparation.rdma_only:
@@ -115,8 +121,10 @@ def unprepare(preparation: Preparation, *, reset: bool = False) -> Plan:
     """After the last detach. No undo: it goes forward until the device is clean or quarantined.
 
     reset: a VF's driver begins anew with it. Its PF's settings are changed while no driver has it: whoever
-    had it can see nothing of the host's VLAN, and the driver starts with the address that it is to have.
+    had it can see nothing of the host's VLAN, and the driver starts with the address that it is to have. A
+    GUID is given up in no other way.
     """
+    reset = reset or preparation.infiniband is not None
     probes = preparation.config.by_file or (reset and preparation.can_be_probed)
     on_pf = preparation.vf_baseline is not None
     netdev = not preparation.rdma_only

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from hw.model import IfName, LinkSettings, RdmaIndex, RdmaName
+from hw.model import Guid, IfName, LinkSettings, RdmaIndex, RdmaName
 
 AT_BOOT = (
     "boot the node with ib_core.netns_mode={} on the kernel's command line (or as ib_core's module option)"
@@ -85,6 +85,17 @@ class RdmaConfig:
 
 
 NO_WISHES = RdmaConfig()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Infiniband:
+    """What the policy gives a VF on InfiniBand while a claim has it: one GUID, for its node and its port.
+
+    active_seconds: how long its port may take to be active then; 0: it is not waited for.
+    """
+
+    guid: Guid
+    active_seconds: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import struct
 
 from hw import wire
-from hw.model import IfIndex, IfName
+from hw.model import IfIndex, IfName, LinkInfo
 
 KIND = "ipoib"
+_ARPHRD_INFINIBAND = 32
 _IFLA_IFNAME = 3
 _IFLA_LINK = 5
 _IFLA_LINKINFO = 18
@@ -19,6 +20,12 @@ _INFO_KIND = 1
 _INFO_DATA = 2
 _PKEY = 1
 _FULL_MEMBER = 0x8000
+
+
+def is_ipoib(link: LinkInfo) -> bool:
+    """Whether it is an interface of InfiniBand. Its address has a queue pair's number in it, which is another
+    one whenever its driver begins anew."""
+    return link.link_type == _ARPHRD_INFINIBAND
 
 
 def child_request(parent: IfIndex, name: IfName, pkey: int) -> bytes:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from hw import netdevsim
 from hw.errors import HwError
 from hw.eswitch import NO_ESWITCHES, Eswitches, is_representor, representors
+from hw.ipoib import is_ipoib
 from hw.links import Links
 from hw.model import (
     DeviceKind,
@@ -41,7 +42,6 @@ from hw.sysfs import Sysfs
 log = logging.getLogger(__name__)
 
 _LOOPBACK = 772
-_INFINIBAND = 32
 USERSPACE_DRIVERS = frozenset({"vfio-pci", "uio_pci_generic", "igb_uio", "pci-stub"})
 _ALIVE_MBPS = 10_000_000
 """A speed over 10 Tb/s is the kernel's unknown (-1 as unsigned)."""
@@ -306,7 +306,7 @@ class _View:
         pf = function.pf if function.is_vf else function.facts.address
         if link is None or pf is None:
             return None
-        must_be_up = function.is_vf and link.link_type != _INFINIBAND
+        must_be_up = function.is_vf and not is_ipoib(link)
         return PortState(
             key=pf,
             name=link.name,

@@ -19,12 +19,13 @@ from bpf.foreign import detach_foreign, foreign_programs
 from bpf.layout import Hook
 from bpf.sys import LinkId
 from driver.errors import NotNow, Refusal
-from driver.execute import port, probe, rdma, rdma_given, vf, vfio
+from driver.execute import infiniband, port, probe, rdma, rdma_given, vf, vfio
 from driver.execute.shape import Shaper
 from driver.execute.target import NotClean, Target, Vanished
 from driver.model import Attachment, Preparation
 from driver.plan import Act
 from hw.errors import Busy, Refused
+from hw.ipoib import is_ipoib
 from hw.model import (
     DeviceKind,
     Direction,
@@ -67,8 +68,9 @@ def differences(link: LinkInfo, baseline: LinkSettings, kind: DeviceKind) -> tup
         f"{name} is {getattr(now, name)!r}, should be {wanted!r}"
         for name in LinkSettings.__slots__
         if (wanted := getattr(baseline, name)) is not None and getattr(now, name) != wanted
+        if name != "mac" or not is_ipoib(link)
     ]
-    if link.mac != baseline.mac:
+    if link.mac != baseline.mac and not is_ipoib(link):
         found.append(f"address is {link.mac}, should be {baseline.mac}")
     if link.up:
         found.append("it is up")
@@ -133,6 +135,7 @@ class NodeActs:
             Act.RDMA_FILES: partial(rdma_given.note, host=self._host),
             Act.RDMA_RESTORE: partial(rdma.restore_name, host=self._host),
             Act.RDMA_VERIFY: partial(rdma.verify, host=self._host),
+            Act.PORT_ACTIVE: partial(infiniband.port_active, host=self._host),
         }
 
     def arm(self, target: Target) -> None:
@@ -196,6 +199,7 @@ class NodeActs:
     def set_vf(self, target: Target) -> None:
         """What was probed anew has its own name and settings again."""
         vf.set_vf(target, self._host)
+        infiniband.take_up(target, self._host)
         link = target.find_at_home()
         if link is not None:
             _restore_settings(target.home, link, target.preparation.baseline)
@@ -219,7 +223,7 @@ class NodeActs:
         """Last and alone: the kernel stops at what a driver refuses, and a VF's does not give up an address
         that it was given on the PF, nor take up another one given there until it is probed."""
         preparation, mac = target.preparation, target.preparation.baseline.mac
-        if mac is None or mac == link.mac:
+        if mac is None or mac == link.mac or is_ipoib(link):
             return link
         try:
             target.home.change(link.ifindex, mac=mac)

@@ -38,9 +38,17 @@ def find(socket: RdmaSocket, target: Target) -> NldevDevice | None:
     given = target.attachment.rdma if target.attachment is not None else None
     indexes = {binding.index, given.index if given is not None else None}
     by_index = next((device for device in devices if device.index in indexes), None)
-    if by_index is not None or not binding.node_guid:
+    guids = guids_of(target) - {""}
+    if by_index is not None or not guids:
         return by_index
-    return next((device for device in devices if device.node_guid == binding.node_guid), None)
+    return next((device for device in devices if device.node_guid in guids), None)
+
+
+def guids_of(target: Target) -> frozenset[str]:
+    """The node GUIDs that it may have: its own, and what the policy gave it while the claim has it, which its
+    PF vouches for. "" for none."""
+    wish = target.preparation.infiniband
+    return frozenset({binding_of(target).node_guid, *({wish.guid} if wish is not None else ())})
 
 
 def find_at_home(socket: RdmaSocket, target: Target, host: Host) -> NldevDevice | None:
@@ -174,14 +182,12 @@ def _hardware_home(target: Target, host: Host) -> None:
         if address is not None and host.sysfs.names(f"{DEVICES}/{address}") is None:
             raise Vanished(f"{target.device}: there is no PCI function {address} (any more)")
         raise NotClean(target.device, (f"its RDMA device {binding.name} did not come home",))
-    problems = [
-        f"its RDMA device's {what} is {found!a}, should be {wanted}"
-        for what, found, wanted in (
-            ("name", device.name, binding.name),
-            ("node GUID", device.node_guid or "", binding.node_guid),
-        )
-        if found != wanted
-    ]
+    problems = []
+    if device.name != binding.name:
+        problems.append(f"its RDMA device's name is {device.name!a}, should be {binding.name}")
+    found = device.node_guid or ""
+    if found not in guids_of(target):
+        problems.append(f"its RDMA device's node GUID is {found!a}, should be {binding.node_guid}")
     if problems:
         raise NotClean(target.device, tuple(problems))
 

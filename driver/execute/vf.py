@@ -16,7 +16,7 @@ from driver.errors import NotNow, Refusal
 from driver.execute import probe
 from driver.execute.target import NotClean, Target
 from driver.model import NicConfig, Preparation
-from hw.errors import Busy, HwError, NotFound, Refused
+from hw.errors import Busy, HwError, NotFound, Refused, Unsupported
 from hw.model import LinkInfo, MacAddress, NetdevsimIdentity, PciIdentity, VfSettings
 from hw.pf import read_vf, write_vf
 from hw.sriov import binding
@@ -24,8 +24,10 @@ from hw.vf import VfRates, VfValue
 
 log = logging.getLogger(__name__)
 
-ORDER = ("vlan", "mac", "rates", "spoof_check", "trust", "link_state")
-"""VLAN first: what follows could give a VF on the wrong one more than it should have."""
+GUIDS = ("node_guid", "port_guid")
+ORDER = ("vlan", "mac", "rates", "spoof_check", "trust", *GUIDS, "link_state")
+"""VLAN first: what follows could give a VF on the wrong one more than it should have. The link last: a port
+that is up without its GUID is known to the subnet manager under another."""
 KEEPS_ADDRESS = frozenset({errno.EADDRNOTAVAIL, errno.EPERM, errno.EACCES})
 """What VF drivers (igbvf, ixgbevf, iavf) say to another address than their PF gave them."""
 SETTLE_SECONDS = 2.0
@@ -68,11 +70,14 @@ def restore_vf(target: Target, host: probe.Host) -> None:
     now = _read(target, pf, vf)
     problems: list[HwError] = []
     for setting in reversed(ORDER):
-        if _is_clean(target.preparation, setting, now):
+        if _is_back(target.preparation, setting, now):
             continue
         try:
             write_vf(target.home, pf, vf, setting, value_of(baseline, setting))
         except HwError as error:
+            if setting in GUIDS and isinstance(error, Unsupported):
+                # A driver that has no GUIDs was given none.
+                continue
             problems.append(error)
     if problems:
         raise NotClean(target.device, tuple(map(str, problems)))
@@ -151,11 +156,19 @@ def _set_wish(
         raise NotNow(f"{target.device}: {error}") from error
     except Refused as error:
         config = target.preparation.config
+        if setting in GUIDS:
+            raise Refusal(
+                "GuidRefused",
+                f"{target.device} cannot have the GUID {value} of the node policy (rdma.infiniband): "
+                f"{_pf_driver(target, host)}, which drives its PF {pf.name!a}, refuses it ({error}); give it "
+                "to claims that want no InfiniBand, or leave the section out",
+            ) from error
         asked = config.on_pf()
         names = ("min_rate", "max_rate") if setting == "rates" else (setting,)
         told = " and ".join(
             f"{config.field_of(name)} {_shown(name, asked[name])}" for name in names if name in asked
         )
+        told = told or f"{setting} {value}"
         raise Refusal(
             "VfSettingRefused",
             f"{target.device} cannot have {told}: {_pf_driver(target, host)}, which drives its PF "
@@ -174,10 +187,15 @@ def _settled(target: Target, pf: LinkInfo, vf: int, wanted: VfSettings) -> str:
     give_up = time.monotonic() + SETTLE_SECONDS
     while True:
         now = _read(target, pf, vf)
+        config = target.preparation.config
+        fields = {name: config.field_of(name) for name in config.on_pf()}
+        if now.node_guid is not None:
+            # Else its driver does not tell them: the VF's own RDMA device will.
+            fields |= {name: name for name in GUIDS}
         different = "; ".join(
-            f"{target.preparation.config.field_of(name)} is {_shown(name, getattr(now, name))}, "
+            f"{field} is {_shown(name, getattr(now, name))}, "
             f"asked for is {_shown(name, getattr(wanted, name))}"
-            for name in target.preparation.config.on_pf()
+            for name, field in fields.items()
             if getattr(now, name) != getattr(wanted, name)
         )
         if not different or time.monotonic() > give_up:
@@ -202,6 +220,14 @@ def _unclean(preparation: Preparation, now: VfSettings) -> Iterator[str]:
                 yield f"{name} on its PF is {is_now}, should be {was}"
 
 
+def _is_back(preparation: Preparation, setting: str, now: VfSettings) -> bool:
+    """As _is_clean; but where no GUID is told they are written once more: none and not told look the same."""
+    untold = all(getattr(now, name) is None for name in GUIDS)
+    if setting in GUIDS and preparation.infiniband is not None and untold:
+        return False
+    return _is_clean(preparation, setting, now)
+
+
 def _is_clean(preparation: Preparation, setting: str, now: VfSettings) -> bool:
     """A setting that was not told when it was prepared has no baseline.
 
@@ -210,6 +236,9 @@ def _is_clean(preparation: Preparation, setting: str, now: VfSettings) -> bool:
     """
     baseline = preparation.vf_baseline
     assert baseline is not None
+    if setting in GUIDS:
+        told = getattr(now, setting)
+        return preparation.infiniband is None or told in (None, getattr(baseline, setting))
     if setting != "mac":
         was = value_of(baseline, setting)
         return was is None or value_of(now, setting) == was

@@ -19,7 +19,7 @@ from driver.cdi import cdi_id
 from driver.errors import ConfigError, DriverError, NotNow, Refusal
 from driver.execute.engine import EXPECTED, Token
 from driver.execute.target import Vanished, open_target
-from driver.lifecycle import one_address
+from driver.lifecycle import guids, one_address
 from driver.lifecycle.context import Context
 from driver.lifecycle.fitting import check_fits, check_pf
 from driver.lifecycle.gate import Gate
@@ -234,7 +234,7 @@ class Claims:
         ]
         if past := next((each for each in made if limits.passes_by(each)), None):
             raise ConfigError([limits.past_size(past)])
-        opened = self._open(claim.ref.uid, made)
+        opened = self._open(claim.ref.uid, made, [device for _, device, _ in wanted])
         try:
             done = [
                 self._prepare_one(preparation, config, token)
@@ -247,14 +247,16 @@ class Claims:
                 raise
             raise NotNow(str(error)) from error
 
-    def _open(self, uid: ClaimUid, made: Sequence[Preparation]) -> tuple[Preparation, ...]:
+    def _open(
+        self, uid: ClaimUid, made: Sequence[Preparation], devices: Sequence[Device]
+    ) -> tuple[Preparation, ...]:
         with self._giving_out:
             try:
                 check_budgets(self._context, {each.key.device: each.size for each in made}, uid)
             except Refusal:
                 self._projections.promise(uid, [each.key.device for each in made])
                 raise
-            opened = self._context.book.open_preparations(made)
+            opened = self._context.book.open_preparations(guids.give(self._context, made, devices))
         self._projections.promise(uid, ())
         return opened
 

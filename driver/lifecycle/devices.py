@@ -20,8 +20,10 @@ from driver.model import (
 )
 from driver.policy import NodePolicy
 from hw.eswitch import read_eswitches
+from hw.ipoib import is_ipoib
 from hw.model import (
     DeviceKind,
+    Guid,
     HwDevice,
     Identity,
     IfIndex,
@@ -220,6 +222,23 @@ class Devices:
             if settings.mac == mac and vf != own:
                 return f"VF {vf} of the same PF is given it"
         return ""
+
+    def guids_of_others(self, device: Device) -> frozenset[Guid]:
+        """GUIDs that anything but the device has or is to have, as far as this node can tell: RDMA devices at
+        home, and what PFs on InfiniBand hold of their VFs."""
+        own = device.identity
+        told: list[str | None] = []
+        with LinkSocket(None) as links, rdma_if_any() as asked:
+            found = links.dump()
+            pf = pf_link(own, found)
+            for link in filter(is_ipoib, found):
+                for index, settings in links.all_vf_settings(link.ifindex).items():
+                    is_own = isinstance(own, PciIdentity) and (link, index) == (pf, own.vf_index)
+                    told += () if is_own else (settings.node_guid, settings.port_guid)
+            mine = device.rdma.name if device.rdma is not None else None
+            if asked is not None:
+                told += [each.node_guid for each in asked.devices() if each.name != mine]
+        return frozenset(Guid(guid) for guid in told if guid)
 
     def _withheld_now(self, device: Device) -> str:
         """Work on it may have been waited for: what was offered then may not be any more."""

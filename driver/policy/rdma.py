@@ -9,8 +9,9 @@ import enum
 from dataclasses import dataclass
 from typing import Annotated
 
+from driver.policy.infiniband import InfinibandRules
 from driver.rdma import RdmaMode, SoftRdma
-from driver.strict import Key, boolean, choice
+from driver.strict import Key, boolean, choice, record
 
 
 class ModeChoice(enum.StrEnum):
@@ -57,6 +58,10 @@ class RdmaRules:
             "its own, and removed when it leaves the pod.",
         ),
     ] = SoftChoice.NONE
+    infiniband: Annotated[
+        InfinibandRules | None,
+        Key("infiniband", record(InfinibandRules), "What VFs on InfiniBand are given; absent: nothing."),
+    ] = None
     load_modules: Annotated[
         bool,
         Key(

@@ -53,6 +53,15 @@ def parse_guid(text: str) -> Guid:
     return Guid(":".join(digits[at : at + 4] for at in range(0, 16, 4)))
 
 
+def guid_number(guid: Guid) -> int:
+    return int(guid.replace(":", ""), 16)
+
+
+def guid_of_number(number: int) -> Guid:
+    """ValueError for a number that is no GUID's."""
+    return parse_guid(number.to_bytes(_GUID_BYTES).hex(":"))
+
+
 def guid_of(mac: MacAddress) -> Guid | None:
     """The port GUID in an IPoIB interface's address (its last eight bytes); None for other addresses."""
     data = bytes.fromhex(mac.replace(":", ""))

@@ -44,7 +44,7 @@ from driver.model import (
 from driver.plan import Act
 from driver.policy import NodePolicy
 from driver.rdma import RdmaBinding
-from hw.model import DeviceKind, IfIndex, IfName, LinkSettings, MacAddress, SoftwareIdentity
+from hw.model import DeviceKind, Guid, IfIndex, IfName, LinkSettings, MacAddress, SoftwareIdentity
 from tests.unit.journal_values import BOOT, preparation
 
 POOL = PoolName("node-a")
@@ -63,6 +63,12 @@ class Node:
     fail: dict[tuple[Act, DeviceName], Exception] = field(default_factory=dict)
     stall: dict[tuple[Act, DeviceName], threading.Event] = field(default_factory=dict)
     scans: int = 0
+    guids: frozenset[Guid] = frozenset()
+    """Those that others have."""
+
+    def guids_of_others(self, device: Device) -> frozenset[Guid]:
+        del device
+        return self.guids
 
     def current(self) -> dict[DeviceName, Device]:
         return self.present

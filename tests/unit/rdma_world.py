@@ -66,6 +66,8 @@ class Kernel:
     lingering: int = 0
     """Looks until what was taken away is gone."""
     changes: list[str] = field(default_factory=list)
+    protocol: str = "roce"
+    port_state: PortState = PortState.ACTIVE
     made: dict[RdmaName, list[Resource]] = field(default_factory=dict)
     """What applications have made, and the kernel itself."""
     unlisted: set[ResourceKind] = field(default_factory=set)
@@ -139,7 +141,7 @@ class Socket:
                 index=index,
                 name=each.name,
                 ports=self._kernel.ports,
-                protocol="roce",
+                protocol=self._kernel.protocol,
                 node_guid=each.guid or None,
             )
             for index, each in seen.items()
@@ -154,7 +156,7 @@ class Socket:
         return tuple(
             NldevPort(
                 number=number,
-                state=PortState.ACTIVE,
+                state=self._kernel.port_state,
                 phys_state=PhysState.LINK_UP,
                 netdev_index=IfIndex(7) if here and number == self._kernel.ports else None,
             )
