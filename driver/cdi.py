@@ -97,6 +97,7 @@ class CdiEntry:
         if self.rdma is not None:
             values[RDMA_DEVICE], values["RDMA_PORT"] = self.rdma.name, self.rdma.port
             values["RDMA_GID_INDEX"] = self.rdma.gid_index
+            values["RDMA_PKEY_INDEX"] = self.rdma.pkey_index
         edits: dict[str, object] = {
             "env": [
                 f"{env_name(what, self.key)}={value}" for what, value in values.items() if value is not None
@@ -128,7 +129,8 @@ def library_environment(entries: Sequence[CdiEntry]) -> list[str]:
     """What NCCL and UCX are told where it was asked for: one list over all devices of the claim.
 
     `=` has NCCL take names as they are, not as beginnings of names. It takes one GID index for all devices,
-    so where theirs differ it is left to find each by itself.
+    so where theirs differ it is left to find each by itself; and so it is with partitions, of which NCCL
+    takes the index and UCX the key.
     """
     for_nccl = [entry for entry in entries if entry.rdma is not None and entry.wishes.nccl]
     for_ucx = [entry.rdma for entry in entries if entry.rdma is not None and entry.wishes.ucx]
@@ -142,8 +144,14 @@ def library_environment(entries: Sequence[CdiEntry]) -> list[str]:
         found.append(f"NCCL_SOCKET_IFNAME=={','.join(names)}")
     if len(indexes) == 1 and None not in indexes:
         found.append(f"NCCL_IB_GID_INDEX={indexes.pop()}")
+    pkeys = {each.pkey_index for each in given}
+    if len(pkeys) == 1 and None not in pkeys:
+        found.append(f"NCCL_IB_PKEY={pkeys.pop()}")
     if for_ucx:
         found.append(f"UCX_NET_DEVICES={_ports(for_ucx)}")
+    chosen = {entry.wishes.partition for entry in entries if entry.rdma is not None and entry.wishes.ucx}
+    if len(chosen) == 1 and (partition := chosen.pop()) is not None:
+        found.append(f"UCX_IB_PKEY={partition:#06x}")
     return found
 
 

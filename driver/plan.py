@@ -52,6 +52,7 @@ class Act(enum.StrEnum):
     RDMA_RESTORE = "name-rdma"
     RDMA_VERIFY = "verify-rdma"
     PORT_ACTIVE = "wait-for-port"
+    PARTITION = "find-partition"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +109,9 @@ def prepare(preparation: Preparation, hook: Hook) -> Plan:
         # Its driver began anew, and may have called its device something else.
         wait = preparation.infiniband.active_seconds + _RDMA_BUDGET
         steps += [Step(act=Act.RDMA_RESTORE), Step(act=Act.PORT_ACTIVE, budget=wait)]
+    if preparation.config.rdma.partition is not None and preparation.rdma is not None:
+        # Once the port is active: the subnet manager fills its table.
+        steps.append(Step(act=Act.PARTITION))
     if preparation.config.by_file:
         steps.append(Step(act=Act.TO_VFIO, undo=(Act.TO_KERNEL, Act.RESTORE), budget=_BIND_BUDGET))
     elif hook is Hook.TCX and not preparation.rdma_only:

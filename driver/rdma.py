@@ -75,13 +75,17 @@ NO_RDMA_LIMITS = RdmaLimits()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RdmaConfig:
-    """Section `rdma` of a claim's configuration. mode None: whichever the node is in."""
+    """Section `rdma` of a claim's configuration. mode None: whichever the node is in.
+
+    partition: of InfiniBand, 15 bits, with full membership. None: whatever is first in a port's table.
+    """
 
     mode: RdmaMode | None = None
     files: tuple[RdmaFile, ...] = ()
     nccl: bool = False
     ucx: bool = False
     limits: RdmaLimits = NO_RDMA_LIMITS
+    partition: int | None = None
 
 
 NO_WISHES = RdmaConfig()
@@ -142,7 +146,8 @@ class SysfsProof:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RdmaInPod:
     """What was found of an RDMA device once it was attached. gid is the RoCE v2 address of the pod's
-    interface; without one, gid_index is None."""
+    interface; without one, gid_index is None. pkey_index is where the port's table has the partition that the
+    claim chose."""
 
     name: RdmaName
     index: RdmaIndex
@@ -150,6 +155,7 @@ class RdmaInPod:
     files: tuple[DeviceFile, ...]
     gid_index: int | None = None
     gid: str = ""
+    pkey_index: int | None = None
 
 
 NO_NETDEV = LinkSettings(

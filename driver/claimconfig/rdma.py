@@ -5,14 +5,31 @@ Invariant: as driver.claimconfig.sections.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated
 
 from driver.rdma import RdmaFile, RdmaMode
-from driver.strict import Key, Kind, boolean, choice, integer, listing, record
+from driver.strict import Key, Kind, boolean, choice, integer, listing, record, shown, text
 
 CGROUP_NUMBER: Kind[int] = integer(1, 2**31 - 1)
 """What the kernel takes (S32_MAX), without 0: a device that cannot be opened need not be given."""
+
+
+_FULL_MEMBER = 0x8000
+
+
+def _partition(value: str) -> int:
+    """The key's 15 bits. Written with the bit of full membership or without, it is the same partition."""
+    if not re.fullmatch("0x[0-9A-Fa-f]{1,4}", value):
+        raise ValueError(f"{shown(value)} is not a partition key like 0x8001")
+    key = int(value, 16) & ~_FULL_MEMBER
+    if not key:
+        raise ValueError(f"{value!r} is no partition: 0x0001 to 0x7fff, or the same with 0x8000")
+    return key
+
+
+PARTITION: Kind[int] = text(_partition, {"pattern": "^0x(?!0+$)(?!8000$)[0-9A-Fa-f]{1,4}$"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +83,17 @@ class RdmaSection:
     ucx: Annotated[
         bool | None,
         Key("ucx", boolean(), "true: UCX_NET_DEVICES names the claim's RDMA devices, in the same way."),
+    ] = None
+    partition: Annotated[
+        int | None,
+        Key(
+            "partition",
+            PARTITION,
+            "Of InfiniBand: the key of the partition that the pod is to use, like 0x8001, one that its port "
+            "is a full member of. The pod is told its index. From a claim only where the node policy allows "
+            "it: whoever chooses a partition chooses whom to reach.",
+            guarded=True,
+        ),
     ] = None
     limits: Annotated[
         RdmaLimitsSection | None,

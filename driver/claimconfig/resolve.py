@@ -227,6 +227,7 @@ def build(values: Mapping[FieldPath, object]) -> NicConfig:
             files=rdma.files or (),
             nccl=bool(rdma.nccl),
             ucx=bool(rdma.ucx),
+            partition=rdma.partition,
             limits=RdmaLimits(handles=rdma_limits.handles, objects=rdma_limits.objects),
         ),
         qos=QosConfig(

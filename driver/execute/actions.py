@@ -135,6 +135,7 @@ class NodeActs:
             Act.RDMA_FILES: partial(rdma_given.note, host=self._host),
             Act.RDMA_RESTORE: partial(rdma.restore_name, host=self._host),
             Act.RDMA_VERIFY: partial(rdma.verify, host=self._host),
+            Act.PARTITION: partial(infiniband.find_partition, host=self._host),
             Act.PORT_ACTIVE: partial(infiniband.port_active, host=self._host),
         }
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import time
 
-from driver.errors import NotNow
+from driver.errors import NotNow, Refusal
 from driver.execute import probe
 from driver.execute.rdma import find_at_home
 from driver.execute.target import NotClean, Target
 from hw.errors import HwError
-from hw.rdma.infiniband import port_guid, wait_for_port
+from hw.model import RdmaName
+from hw.rdma.infiniband import partitions, port_guid, wait_for_port
 from hw.rdma.nldev import NldevDevice, NldevPort, PortState
+from hw.sysfs import Sysfs
 
 DEVICE_SECONDS = 5.0
 """For a driver that began anew to register its RDMA device."""
@@ -62,6 +64,29 @@ def port_active(target: Target, host: probe.Host) -> None:
     found = port_guid(host.sysfs, device.name, _PORT)
     if found not in (None, wish.guid):
         raise NotClean(target.device, (f"its port's GUID is {found}, should be {wish.guid}",))
+
+
+def find_partition(target: Target, host: probe.Host) -> None:
+    """Refusal if the port is no full member of the partition that the claim chose."""
+    device = _wait_for_device(target, host)
+    index_of_partition(target, host.sysfs, device.name, _PORT)
+
+
+def index_of_partition(target: Target, sysfs: Sysfs, device: RdmaName, port: int) -> int | None:
+    """Where the port's table has it; None where the claim chose none. Refusal if it is not there."""
+    wanted = target.preparation.config.rdma.partition
+    if wanted is None:
+        return None
+    table = partitions(sysfs, device, port)
+    found = next((each.index for each in table if each.key == wanted and each.full), None)
+    if found is None:
+        keys = ", ".join(f"{each.pkey:#06x}" for each in table) or "none"
+        raise Refusal(
+            "NoPartition",
+            f"{target.device}: port {port} of its RDMA device {device} is no full member of partition "
+            f"{wanted:#06x} (rdma.partition); those of its table are {keys}, as the subnet manager gave them",
+        )
+    return found
 
 
 def _check(device: NldevDevice, target: Target) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 from driver.errors import NotNow, Refusal
+from driver.execute.infiniband import index_of_partition
 from driver.execute.probe import Host
 from driver.execute.rdma import binding_of, find
 from driver.execute.target import Target
@@ -20,6 +22,7 @@ from hw.model import LinkInfo
 from hw.rdma.gids import GidEntry, gid_table, roce_v2
 from hw.rdma.netlink import RdmaSocket
 from hw.rdma.nldev import CharacterDeviceKind, NldevDevice
+from hw.sysfs import Sysfs
 from hw.sysfs_of import sysfs_of
 
 log = logging.getLogger(__name__)
@@ -53,7 +56,25 @@ def look(target: Target, host: Host, *, gid_seconds: float = GID_SECONDS) -> Rdm
             files=_files(target, socket, device, port),
             gid_index=gid.index if gid is not None else None,
             gid=str(gid.address) if gid is not None else "",
+            pkey_index=_pkey_index(target, host, device, port),
         )
+
+
+@contextmanager
+def _sysfs(target: Target, host: Host) -> Iterator[Sysfs]:
+    """The one that shows the device."""
+    if binding_of(target).moves and target.pod_netns is not None:
+        with sysfs_of(target.pod_netns) as sysfs:
+            yield sysfs
+    else:
+        yield host.sysfs
+
+
+def _pkey_index(target: Target, host: Host, device: NldevDevice, port: int) -> int | None:
+    if target.preparation.config.rdma.partition is None:
+        return None
+    with _sysfs(target, host) as sysfs:
+        return index_of_partition(target, sysfs, device.name, port)
 
 
 def _port(target: Target, host: Host, device: NldevDevice, link: LinkInfo | None) -> int:
@@ -93,10 +114,7 @@ def _gid(
         return None
     addresses = target.preparation.config.interface.addresses
     give_up = time.monotonic() + seconds
-    with ExitStack() as stack:
-        sysfs = host.sysfs
-        if binding_of(target).moves and target.pod_netns is not None:
-            sysfs = stack.enter_context(sysfs_of(target.pod_netns))
+    with _sysfs(target, host) as sysfs:
         while True:
             try:
                 table = gid_table(sysfs, device.name, port)

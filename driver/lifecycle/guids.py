@@ -11,14 +11,12 @@ from dataclasses import replace
 
 from driver.errors import Refusal
 from driver.lifecycle.context import Context
+from driver.lifecycle.rdma import INFINIBAND
 from driver.model import Device, Preparation
 from driver.policy.infiniband import GuidRange
 from driver.rdma import Infiniband
 from hw.model import DeviceKind, Guid, PciIdentity, VfSettings
 from hw.rdma.infiniband import guid_number, guid_of, guid_of_number, parse_guid
-
-INFINIBAND = "InfiniBand"
-"""A link layer, as sysfs and libibverbs have it."""
 
 
 def choose(pool: GuidRange, identity: PciIdentity, taken: Collection[Guid]) -> Guid:

@@ -24,6 +24,8 @@ from hw.rdma.netlink import RdmaSocket
 
 log = logging.getLogger(__name__)
 
+INFINIBAND = "InfiniBand"
+"""A link layer, as sysfs and libibverbs have it."""
 _NAME_MAX = 63
 """IB_DEVICE_NAME_MAX without its end."""
 
@@ -85,6 +87,7 @@ class NodeRdma:
         except Unsupported as error:
             raise Refusal("NoRdma", f"{device.name}: {error}: modprobe it") from error
         _check_mode(device, config, rules, mode)
+        _check_partition(device, config)
         self._check_module(device, "ib_uverbs", rules)
         self._check_cgroup(device, config)
         rdma_cm = rules.load_modules or self._is_loaded("rdma_ucm")
@@ -208,6 +211,15 @@ def _mode(socket: RdmaSocket) -> RdmaMode:
 def _check_no_wishes(config: NicConfig, why: str) -> None:
     if config.rdma != NO_WISHES:
         raise Refusal("NoRdma", f"{why}, and the claim has a section rdma: leave it out, or ask for another")
+
+
+def _check_partition(device: Device, config: NicConfig) -> None:
+    on_infiniband = device.rdma is not None and device.rdma.link_layer == INFINIBAND
+    if config.rdma.partition is not None and not on_infiniband:
+        raise Refusal(
+            "NoPartition",
+            f"{device.name} is not on InfiniBand and has no partitions: leave rdma.partition out",
+        )
 
 
 def _check_mode(device: Device, config: NicConfig, rules: RdmaRules, mode: RdmaMode) -> None:

@@ -90,6 +90,13 @@ class Mlx5(Igb):
             return tuple(each.name for each in self.kernel.known.values())
         return super().names(path)
 
+    def pkeys(self, *table: str) -> None:
+        """What the subnet manager gives the VF's port."""
+        folder = self.root / f"class/infiniband/{HCA}/ports/1/pkeys"
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, key in enumerate(table):
+            (folder / str(index)).write_text(f"{key}\n")
+
     # --- the PF ---------------------------------------------------------------------------------------
 
     def dump(self) -> tuple[LinkInfo, ...]:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from driver.cdi import CdiEntry, CdiProjection, LiveFiles, cdi_id
+from driver.cdi import CdiEntry, CdiProjection, LiveFiles, cdi_id, library_environment
 from driver.errors import NotNow, Refusal
 from driver.model import ClaimUid, DeviceName, PoolName, PreparationKey, ShareId
 from driver.paths import Paths
@@ -117,6 +117,27 @@ def test_a_container_gets_the_files_of_its_rdma_device_by_their_numbers(
     ]
     assert "deviceNodes" not in second
     assert "env" not in spec["containerEdits"]
+
+
+def in_partition(number: int, index: int, partition: int = 1) -> CdiEntry:
+    made = with_rdma(number, None)
+    assert made.rdma is not None
+    given, wishes = replace(made.rdma, pkey_index=index), replace(made.wishes, partition=partition)
+    return replace(made, rdma=given, wishes=wishes)
+
+
+def test_a_container_is_told_where_its_partition_is(paths: Paths, specs: CdiProjection) -> None:
+    """NCCL takes the index, which ports may differ in, and UCX the key."""
+    specs.write(UID, [in_partition(2, 0)])
+    spec = json.loads((paths.cdi / f"knd.internal-nic-{UID}.json").read_text())
+    assert "KND_RDMA_PKEY_INDEX_PCI_2=0" in spec["devices"][0]["containerEdits"]["env"]
+    for entries, told in (
+        ([in_partition(2, 0), in_partition(3, 0)], {"NCCL_IB_PKEY=0", "UCX_IB_PKEY=0x0001"}),
+        ([in_partition(2, 0), in_partition(3, 4)], {"UCX_IB_PKEY=0x0001"}),
+        ([in_partition(2, 0), in_partition(3, 0, 2)], {"NCCL_IB_PKEY=0"}),
+        ([in_partition(2, 0), with_rdma(3)], set()),
+    ):
+        assert {each for each in library_environment(entries) if "PKEY" in each} == told
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_a_whole_number_may_be_written_as_a_float() -> None:
 def test_every_field_that_can_hurt_others_is_guarded() -> None:
     assert {
         *("interface.hardwareAddress", "vf.driver", "vf.vlan", "vf.spoofCheck", "vf.trust", "vf.minRate"),
-        *("rdma.deviceFiles", "qos.class", "qos.egress.minRate"),
+        *("rdma.deviceFiles", "rdma.partition", "qos.class", "qos.egress.minRate"),
     } == FIELDS & GUARDED_FIELDS
 
 
@@ -194,6 +194,9 @@ def test_a_rate_is_bits_per_second_in_whole_megabits(rate: str, megabits: int) -
         ({"deviceFiles": ["umad", "umad"]}, "rdma.deviceFiles[1]", "is the same as"),
         ({"nccl": "yes"}, "rdma.nccl", "must be true or false"),
         ({"device_files": []}, "rdma.device_files", "did you mean deviceFiles?"),
+        ({"partition": "0x8000"}, "rdma.partition", "is no partition"),
+        ({"partition": "0x18001"}, "rdma.partition", "is not a partition key"),
+        ({"partition": 32769}, "rdma.partition", "must be a string"),
         ({"limits": {"objects": 0}}, "rdma.limits.objects", "must be 1 to 2147483647"),
         ({"limits": {"handles": True}}, "rdma.limits.handles", "must be an integer"),
         ({"limits": {"hca_object": 1}}, "rdma.limits.hca_object", "is not"),

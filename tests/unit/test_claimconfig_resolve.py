@@ -387,6 +387,13 @@ def test_files_that_reach_the_fabrics_management_come_from_a_class_or_where_the_
         )
 
 
+def test_a_partition_is_the_same_with_its_bit_of_membership_or_without_and_is_the_admins() -> None:
+    for key in ("0x8001", "0x0001", "0x1"):
+        assert resolve(nic(), [of_class(rdma={"partition": key})], DEFAULTS).rdma.partition == 1
+    refused = problems(of_claim(rdma={"partition": "0x8001"}))
+    assert "cannot be set by a claim" in refused["rdma.partition"]
+
+
 def test_an_rdma_limit_of_a_class_is_lowered_by_a_claim_and_never_raised() -> None:
     whole = of_class(rdma={"limits": {"objects": 4096}})
     lowered = resolve(nic(), [whole, of_claim(rdma={"limits": {"objects": 16, "handles": 2}})], DEFAULTS)

@@ -15,10 +15,11 @@ from driver.clock import SystemClock
 from driver.errors import DriverError, NotNow, Refusal
 from driver.execute import infiniband, vf
 from driver.execute.engine import Token
+from driver.execute.infiniband import index_of_partition
 from driver.execute.target import NotClean
 from driver.model import NicConfig, Preparation, VfConfig, VfDriver
 from driver.plan import Act
-from driver.rdma import Infiniband
+from driver.rdma import Infiniband, RdmaConfig
 from hw.errors import Refused, Unsupported
 from hw.model import Guid, VfLinkState
 from hw.rdma import infiniband as hw_infiniband
@@ -143,6 +144,38 @@ def test_a_port_without_a_subnet_manager_fails_the_claim_unless_the_policy_waits
         return
     with pytest.raises(NotNow, match=r"is INIT after 1 s: .*subnet manager.*activeSeconds"):
         prepare(card, made)
+
+
+# --- partitions ---------------------------------------------------------------------------------------
+
+
+def in_partition(card: Mlx5, **fields: object) -> Preparation:
+    return prepared(card, config=NicConfig(rdma=RdmaConfig(partition=0x0001)), **fields)
+
+
+def test_a_partition_is_looked_for_once_the_port_is_active(tmp_path: Path, quick: None) -> None:
+    card = Mlx5(tmp_path / "sys")
+    acts = [step.act for step in plan.prepare(in_partition(card), Hook.TCX).steps]
+    assert acts.index(Act.PORT_ACTIVE) + 1 == acts.index(Act.PARTITION)
+    card.pkeys("0xffff", "0x0001", "0x0000", "0x8001")
+    prepare(card, in_partition(card))
+    assert index_of_partition(target(card, in_partition(card)), card, HCA, 1) == 3
+    assert index_of_partition(target(card, prepared(card)), card, HCA, 1) is None
+
+
+@pytest.mark.parametrize(
+    ("table", "told"), [(("0xffff", "0x0001"), "are 0xffff, 0x0001"), (("0x0000",), "are none")]
+)
+def test_a_partition_of_which_the_port_is_no_full_member_is_refused_and_nothing_stays(
+    tmp_path: Path, quick: None, table: tuple[str, ...], told: str
+) -> None:
+    card = Mlx5(tmp_path / "sys")
+    card.pkeys(*table)
+    before, made = card.held, in_partition(card)
+    with pytest.raises(Refusal, match=rf"no full member of partition 0x0001 \(rdma.partition\).* {told}"):
+        prepare(card, made)
+    assert home(card, made) == []
+    assert (card.held, card.live) == (before, None)
 
 
 def test_a_claim_that_wants_the_link_down_keeps_it_down(tmp_path: Path, quick: None) -> None:

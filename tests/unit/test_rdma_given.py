@@ -73,6 +73,25 @@ def in_pod(kernel: Kernel, sysfs: Path, prepared: Preparation) -> Stage:
     return Stage(kernel, prepared, sysfs)
 
 
+@pytest.mark.parametrize("mode", RdmaMode)
+def test_the_partitions_index_is_the_one_that_the_port_has_when_the_pod_gets_it(
+    kernel: Kernel, sysfs: Path, mode: RdmaMode
+) -> None:
+    """The subnet manager may have moved it since the claim was prepared."""
+    kernel.exclusive = mode is RdmaMode.EXCLUSIVE
+    config = NicConfig(rdma=RdmaConfig(partition=0x0002))
+    stage = in_pod(kernel, sysfs, bound(kernel, mode=mode, config=config))
+    table = sysfs / f"class/infiniband/{HCA}/ports/1/pkeys"
+    table.mkdir(parents=True)
+    for keys, index in ((("0xffff", "0x8002"), 1), (("0x8002", "0xffff"), 0)):
+        for place, key in enumerate(keys):
+            (table / str(place)).write_text(key)
+        assert rdma_given.look(stage.target, stage.host, gid_seconds=0.0).pkey_index == index
+    (table / "0").write_text("0x0002")
+    with pytest.raises(Refusal, match="no full member"):
+        rdma_given.look(stage.target, stage.host, gid_seconds=0.0)
+
+
 def test_the_index_is_that_of_the_pods_address_in_version_2_whatever_else_is_there(
     kernel: Kernel, sysfs: Path
 ) -> None:

@@ -147,6 +147,15 @@ def test_limits_are_refused_where_containers_have_no_rdma_controller(
     assert node(kernel, sysfs).binding(with_rdma(), limited, RdmaRules()) is not None
 
 
+def test_a_partition_is_refused_of_what_is_not_on_infiniband(kernel: Kernel, sysfs: Path) -> None:
+    config = NicConfig(rdma=RdmaConfig(partition=1))
+    on_infiniband = with_rdma(link_layer="InfiniBand")
+    assert node(kernel, sysfs).binding(on_infiniband, config, RdmaRules()) is not None
+    for other in (with_rdma(), device(A, 20)):
+        with pytest.raises(Refusal, match="is not on InfiniBand and has no partitions"):
+            node(kernel, sysfs).binding(other, config, RXE)
+
+
 def test_siw_is_refused_where_it_would_have_to_move(kernel: Kernel, sysfs: Path) -> None:
     rules = RdmaRules(software=SoftChoice.SIW)
     with pytest.raises(Refusal, match="siw stays where it is"):
