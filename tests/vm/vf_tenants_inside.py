@@ -204,6 +204,8 @@ def test_what_a_pod_sends_first_is_from_its_address_and_is_answered(eight: Eight
     assert eight.first_answered == dict.fromkeys(range(3, 8), True)
     for listener, frames in eight.frames.items():
         others = {MAC.format(number) for number in mates(listener) if number != listener}
+        # qemu's igb hands a VF's broadcasts back to it too.
+        frames = [frame for frame in frames if frame[0] != MAC.format(listener)]
         assert {source for source, *_ in frames} == others, listener
         first = {}
         for source, _, ethertype in frames:
