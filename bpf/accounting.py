@@ -19,7 +19,7 @@ from typing import Self
 from bpf import layout, loaded, selftest, sys
 from bpf.errors import BpffsMissing, CallRefused, LayoutMismatch
 from bpf.layout import Cell, Slot, TrafficKind
-from bpf.limits import Limits, Rules
+from bpf.limits import NO_RULES, Limits, Rules
 from bpf.loaded import Place
 from bpf.program import CompiledPrograms
 
@@ -106,8 +106,13 @@ class Accounting:
 
     def zero(self, slot: Slot) -> None:
         """Set every count of a slot to 0, and take its rules away. Only while nothing passes its programs."""
+        self.forget(slot)
+        self.limits.set(slot, NO_RULES)
+
+    def forget(self, slot: Slot) -> None:
+        """Set every count of a slot to 0, those of what was dropped included; its rules stay. As zero."""
         self._check(slot)
-        self.limits.clear(slot)
+        self.limits.forget(slot)
         sys.map_update_elem(self._counters, _KEY.pack(slot), bytes(layout.VALUE_BYTES * self._cpus))
 
     def read(self, slot: Slot) -> tuple[Cell, ...]:

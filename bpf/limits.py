@@ -83,7 +83,7 @@ NO_RULES = Rules()
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """By the police of one slot, since it was cleared; by direction."""
+    """By the police of one slot, since that was forgotten; by direction."""
 
     bytes: tuple[int, int]
     packets: tuple[int, int]
@@ -111,9 +111,15 @@ class Limits:
         sys.map_lookup_elem(self._rules, _KEY.pack(slot), value)
         return int(_RULES.unpack(value)[4])
 
-    def clear(self, slot: Slot) -> None:
-        """No rules, and nothing dropped."""
-        self.set(slot, NO_RULES)
+    def queues(self, slot: Slot) -> tuple[int, int]:
+        """The handles of the queues that the slot's rules name, by direction; 0 for none."""
+        value = bytearray(_RULES.size)
+        sys.map_lookup_elem(self._rules, _KEY.pack(slot), value)
+        _, _, out, into, *_ = _RULES.unpack(value)
+        return int(out), int(into)
+
+    def forget(self, slot: Slot) -> None:
+        """Nothing was dropped; the rules stay."""
         sys.map_update_elem(self._police, _KEY.pack(slot), bytes(_POLICE.size))
 
     def dropped(self, slots: Collection[Slot]) -> dict[Slot, Dropped]:

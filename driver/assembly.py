@@ -86,7 +86,7 @@ def assemble(
     sysfs = Sysfs(paths.sysfs)
     shaper = Shaper(accounting, lambda: policy_file.current.qos)
     host = Host(sysfs, Udev(paths.udev))
-    metering = Metering(book, ledger, clock, NodeMeters(host, boot_id), accounting.read)
+    metering = Metering(book, ledger, clock, NodeMeters(host, boot_id, shaper.dropped), accounting.read)
     acts = NodeActs(
         hook=hook,
         accounting=accounting,

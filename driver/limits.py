@@ -47,6 +47,10 @@ _POLICE_BURST_SECONDS = 20
 _LEAST_SHARE = 1000
 """A class that is guaranteed nothing has this part of the limit: HTB takes no 0."""
 
+POLICED = ("tx_policed", "rx_policed")
+QUEUE_DROPPED = ("tx_queue_dropped", "rx_queue_dropped")
+"""Counters of packets that were counted and then dropped, by the programs or by a queue; by direction."""
+
 
 class KeptBy(enum.StrEnum):
     """What keeps a limit, as status and metrics say it."""

@@ -208,8 +208,9 @@ def _with_rdma(binding: RdmaBinding | None, netdev: list[Step]) -> list[Step]:
 
 
 def detach(attachment: Attachment, preparation: Preparation) -> Plan:
-    """From the pod home. No undo. The link is down before the counters are read, so they are final; and the
-    netdev is home before the RDMA device that it belongs to is.
+    """From the pod home. No undo. The link is down before the counters are read, so they are final, and its
+    queues are there still, with what they dropped; and the netdev is home before the RDMA device that it
+    belongs to is.
 
     A device given by its files stays bound to vfio until the claim ends: a sandbox made anew is not prepared
     again. vfio resets it when its last user closes it.
@@ -217,8 +218,9 @@ def detach(attachment: Attachment, preparation: Preparation) -> Plan:
     binding = preparation.rdma
     netdev = not preparation.rdma_only
     acts = [
-        *((Act.DOWN, Act.UNSHAPE) if netdev else ()),
+        *((Act.DOWN,) if netdev else ()),
         Act.FOLD,
+        *((Act.UNSHAPE,) if netdev else ()),
         *((Act.RDMA_REMOVE,) if binding is not None and binding.software is not None else ()),
         *((Act.STRIP, Act.MOVE_HOME) if netdev else ()),
         *((Act.RDMA_HOME,) if binding is not None and binding.software is None else ()),

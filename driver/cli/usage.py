@@ -68,7 +68,8 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     usage.add_argument(
         "--counters",
         action="store_true",
-        help="instead, what devices counted themselves (RDMA, interface, VF on its PF), counter by counter, "
+        help="instead, what devices counted themselves (RDMA, interface, VF on its PF) and what "
+        "limits dropped, counter by counter, "
         "over the whole lives of those who lived in the time; without a pod, what several had together",
     )
     usage.set_defaults(run=run)

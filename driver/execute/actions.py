@@ -173,7 +173,8 @@ class NodeActs:
         assert target.attachment is not None
         self._meters.leave(target)
         self._fold(target.attachment, target.preparation)
-        self._accounting.zero(target.preparation.slot)
+        # What limits it is known by its rules, which go when that does.
+        self._accounting.forget(target.preparation.slot)
 
     def strip(self, target: Target) -> None:
         """What would travel with the device: altnames (they may clash at home), others' programs,

@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from bpf.errors import BpfError
 from driver.execute.probe import Host
 from driver.execute.rdma import find
 from driver.execute.target import Target
 from driver.journal.stretches import COUNTER_MAX, MeterKey, Reading
+from driver.limits import QUEUE_DROPPED
 from driver.model import BootId
 from driver.rdma import RdmaMode
 from hw.errors import HwError, NotFound, Refused, Unsupported
@@ -34,6 +36,9 @@ from hw.sysfs_of import sysfs_of
 INTERFACE = "interface"
 VF = "pf-vf"
 """What the PF says of its VF: also of one that a pod drives itself."""
+LIMITS = "limits"
+"""What was counted and then dropped as above a limit, in packets."""
+_QUEUE_BITS = 32
 RDMA = frozenset(Family)
 _VF_FAMILIES = (PciIdentity, NetdevsimIdentity)
 
@@ -54,16 +59,18 @@ class Shown:
 class NodeMeters:
     """The meters of this node's devices. Safe on any thread."""
 
-    def __init__(self, host: Host, boot_id: BootId) -> None:
+    def __init__(self, host: Host, boot_id: BootId, dropped: Callable[[Target], Mapping[str, int]]) -> None:
+        """dropped: as Shaper's."""
         self._host = host
         self._boot = boot_id
+        self._dropped = dropped
 
     def read(self, target: Target, *, on_pf: bool) -> tuple[Shown, ...]:
         """All that the target's device has. on_pf: ask its PF too, which asks the hardware for all of its
         VFs; of a device given by its files it is asked in any case, since nothing else tells."""
         shown: list[Shown] = []
         if not target.preparation.by_file:
-            shown += self._interface(target)
+            shown += [*self._interface(target), *self._limits(target)]
         if on_pf or target.preparation.config.by_file:
             shown += self._vf(target)
         if target.preparation.rdma is not None:
@@ -85,6 +92,21 @@ class NodeMeters:
             yield self._shown(meter, socket.statistics(link.ifindex), f"{link.ifindex}")
         except HwError as error:
             yield Shown(meter, None, str(error))
+
+    def _limits(self, target: Target) -> Iterator[Shown]:
+        if target.preparation.pod_ifname is None:
+            return
+        meter = MeterKey(target.device, LIMITS)
+        try:
+            values = self._dropped(target)
+        except (HwError, BpfError) as error:
+            yield Shown(meter, None, str(error), cross_check=True)
+            return
+        if not values:
+            return
+        wraps = dict.fromkeys(QUEUE_DROPPED, _QUEUE_BITS)
+        told = self._shown(meter, values, f"slot{target.preparation.slot}", wraps)
+        yield replace(told, cross_check=True)
 
     def _vf(self, target: Target) -> Iterator[Shown]:
         identity = target.preparation.identity

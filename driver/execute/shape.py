@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from bpf.accounting import Accounting
+from bpf.limits import NO_RULES
 from driver import limits
 from driver.errors import NotNow
 from driver.execute.target import Target
@@ -60,10 +61,26 @@ class Shaper:
         """No rules, and no link of ours in the pod. The queue of a link that moves goes by itself."""
         slot = target.preparation.slot
         ifindex = self._accounting.limits.detour(slot)
-        self._accounting.limits.clear(slot)
+        self._accounting.limits.set(slot, NO_RULES)
         detour = _detour_of(target.pod, ifindex) if target.pod is not None else None
         if detour is not None and target.pod is not None:
             target.pod.delete(detour.ifindex)
+
+    def dropped(self, target: Target) -> Mapping[str, int]:
+        """Packets that were counted and then dropped, by POLICED and QUEUE_DROPPED: by the programs since the
+        attach, by the queues since they were made, modulo 2**32. A queue that cannot be reached is left out.
+        HwError, BpfError."""
+        slot, maps = target.preparation.slot, self._accounting.limits
+        found = dict(zip(limits.POLICED, maps.dropped([slot])[slot].packets, strict=True))
+        link = target.find_in_pod()
+        places = (link.ifindex if link is not None else 0, maps.detour(slot))
+        for name, handle, ifindex in zip(limits.QUEUE_DROPPED, maps.queues(slot), places, strict=True):
+            if not handle:
+                found[name] = 0
+            elif link is not None and target.pod is not None:
+                root = target.pod.shaping.root(IfIndex(ifindex))
+                found[name] = root.drops if root is not None and root.handle == handle else 0
+        return found
 
     def is_shaped(self, target: Target) -> bool:
         """Whether the queues are as shape made them. An interface that is not there has nothing to keep."""

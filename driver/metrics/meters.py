@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from driver.execute.meters import LIMITS
+from driver.limits import QUEUE_DROPPED
 from driver.metrics.exposition import labels
 from driver.samples import MeterSample, UnaccountedSample
 
@@ -43,7 +45,12 @@ _LINK: Mapping[str, tuple[str, str]] = {
     )
 }
 
+_QUEUES = dict(zip(QUEUE_DROPPED, (_EGRESS, _INGRESS), strict=True))
+
 _HELP = {
+    "knd_pod_network_queue_dropped_packets_total": (
+        "Packets of attached devices that were counted and then found the queue of their limit full."
+    ),
     "knd_pod_rdma_bytes_total": "RDMA bytes that the device counted while this pod alone had it.",
     "knd_pod_rdma_packets_total": "RDMA packets that the device counted while this pod alone had it.",
     "knd_pod_rdma_events_total": "Further RDMA counters, by the driver's names.",
@@ -64,6 +71,9 @@ _OWNER = ("namespace", "pod", "claim", "device", "interface")
 def render_meters(samples: Sequence[MeterSample]) -> bytes:
     series: dict[str, dict[str, int]] = {}
     for sample in samples:
+        if sample.source == LIMITS and sample.counter not in _QUEUES:
+            # Shown as of now, with the limits.
+            continue
         name, pairs = _series(sample)
         series.setdefault(name, {})[labels(pairs)] = sample.total
     return _text(series)
@@ -82,6 +92,9 @@ def render_unaccounted(samples: Sequence[UnaccountedSample]) -> bytes:
 
 def _series(sample: MeterSample) -> tuple[str, Iterable[tuple[str, object]]]:
     owner = list(zip(_OWNER, sample, strict=False))
+    if sample.source == LIMITS:
+        pairs = [*owner, ("direction", _QUEUES[sample.counter]), ("source", sample.source)]
+        return "knd_pod_network_queue_dropped_packets_total", pairs
     if sample.port == 0:
         unit, direction = _LINK[sample.counter]
         return f"knd_pod_link_{unit}_total", [*owner, ("direction", direction), ("source", sample.source)]

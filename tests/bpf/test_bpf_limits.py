@@ -35,7 +35,7 @@ def fresh(accounting: Accounting) -> Iterator[None]:
     for slot in (SLOT, OTHER):
         accounting.zero(slot)
     yield
-    accounting.limits.clear(SLOT)
+    accounting.zero(SLOT)
 
 
 def run(accounting: Accounting, frame: bytes, direction: int = EGRESS, repeat: int = 1) -> sys.TestRun:
@@ -164,8 +164,13 @@ def test_new_rules_forget_nothing_that_was_dropped_and_a_new_owner_starts_withou
     accounting.limits.set(SLOT, Rules(queues=(HANDLE, 0), detour=9))
     assert accounting.limits.dropped([SLOT])[SLOT].packets == (4, 0)
     assert accounting.limits.detour(SLOT) == 9
-    accounting.zero(SLOT)
+    assert accounting.limits.queues(SLOT) == (HANDLE, 0)
+    accounting.forget(SLOT)
     assert accounting.limits.dropped([SLOT])[SLOT].packets == (0, 0)
+    assert accounting.read(SLOT) == ()
+    assert accounting.limits.detour(SLOT) == 9
+    accounting.zero(SLOT)
+    assert accounting.limits.queues(SLOT) == (0, 0)
     assert accounting.limits.detour(SLOT) == 0
     assert run(accounting, V4).priority == 0
 

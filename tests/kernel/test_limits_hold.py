@@ -150,5 +150,9 @@ def test_every_byte_is_counted_whatever_becomes_of_it(pair: Pair) -> None:
         sent = sum(sender.send(bytes(1000)) + 42 for _ in range(2000))
     dropped = pair.accounting.limits.dropped([SLOT])[SLOT]
     assert dropped.packets[0] > 0
+    told = pair.shaper.dropped(pair.target)
+    assert told["tx_policed"] == dropped.packets[0]
+    assert told["tx_queue_dropped"] > 0
+    assert told["rx_policed"] == told["rx_queue_dropped"] == 0
     # ARP and IPv6 say a little of their own meanwhile.
     assert 0 <= pair.egress_bytes() - before - sent < 2000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import socket
 import threading
 from collections.abc import Iterator
@@ -144,6 +145,32 @@ def test_a_pod_that_takes_its_limit_off_does_not_get_far_and_is_told_on() -> Non
         assert await asyncio.to_thread(seen.metric, sim, "knd_pod_network_dropped_packets_total") > 0
 
     play(1, story)
+
+
+def test_what_a_limit_dropped_is_in_the_ledger_when_the_pod_is_gone() -> None:
+    async def story(sim: SimNode, made: Devices) -> None:
+        # A queue is in use where there is a carrier.
+        seen.raise_peers(made.far)
+        pod = await limited(sim, "p", {"egress": {"rate": "1M"}})
+        other = await limited(sim, "q", {"egress": {"rate": "1M"}})
+        with flood(netns_of(pod)):
+            await wait_until_async(
+                lambda: seen.metric(sim, "knd_pod_network_dropped_packets_total") > 0,
+                within=20.0,
+                what="drops by the program",
+            )
+        shown = await asyncio.to_thread(seen.metric, sim, "knd_pod_network_dropped_packets_total")
+        await sim.delete_pod(pod)
+        await sim.delete_pod(other)
+        rows = json.loads(sim.knd("usage", "--counters", "-o", "json").stdout)
+        dropped = {
+            (row["pod"], row["counter"]): row["total"] for row in rows["rows"] if row["source"] == "limits"
+        }
+        assert dropped.keys() == {("p", "tx_policed"), ("p", "tx_queue_dropped")}
+        assert dropped["p", "tx_policed"] == shown
+        assert rows["gaps"] == []
+
+    play(2, story)
 
 
 def status_of(sim: SimNode, claim: str) -> str:

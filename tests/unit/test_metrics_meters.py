@@ -40,6 +40,8 @@ def test_traffic_is_by_direction_and_source_and_the_rest_by_its_name() -> None:
         link("rx_dropped", 3),
         link("tx_bytes", 9),
         link("tx_bytes", 8, "pf-vf"),
+        link("rx_queue_dropped", 6, "limits"),
+        link("rx_policed", 5, "limits"),
     ]
     assert shown(render_meters(samples)) == {
         ("knd_pod_rdma_bytes_total", "egress", "rdma-port"): 400,
@@ -49,6 +51,7 @@ def test_traffic_is_by_direction_and_source_and_the_rest_by_its_name() -> None:
         ("knd_pod_link_drops_total", "ingress", "interface"): 3,
         ("knd_pod_link_bytes_total", "egress", "interface"): 9,
         ("knd_pod_link_bytes_total", "egress", "pf-vf"): 8,
+        ("knd_pod_network_queue_dropped_packets_total", "ingress", "limits"): 6,
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from driver.execute import meters
-from driver.execute.meters import INTERFACE, VF, NodeMeters
+from driver.execute.meters import INTERFACE, LIMITS, VF, NodeMeters
 from driver.journal.stretches import MeterKey
 from driver.model import BootId, NicConfig, VfConfig, VfDriver
 from driver.rdma import RdmaBinding, RdmaMode
@@ -67,6 +67,18 @@ class Rdma:
         return self.counters
 
 
+class Drops:
+    """What limits dropped; nothing is known of it until it is said."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, int] | HwError = {}
+
+    def __call__(self, target: object) -> dict[str, int]:
+        if isinstance(self.values, HwError):
+            raise self.values
+        return self.values
+
+
 def device(index: int = 7, name: str = NAME, guid: str = GUID) -> Any:
     return SimpleNamespace(index=RdmaIndex(index), name=RdmaName(name), node_guid=guid)
 
@@ -77,14 +89,19 @@ def rdma() -> Rdma:
 
 
 @pytest.fixture
-def reader(tmp_path: Path, rdma: Rdma, monkeypatch: pytest.MonkeyPatch) -> NodeMeters:
+def drops() -> Drops:
+    return Drops()
+
+
+@pytest.fixture
+def reader(tmp_path: Path, rdma: Rdma, drops: Drops, monkeypatch: pytest.MonkeyPatch) -> NodeMeters:
     @contextmanager
     def sysfs_of(netns: object) -> Iterator[Sysfs]:
         yield Sysfs(tmp_path / "pod")
 
     monkeypatch.setattr(meters, "sysfs_of", sysfs_of)
     host: Any = SimpleNamespace(sysfs=Sysfs(tmp_path / "home"), rdma=rdma.open)
-    return NodeMeters(host, BootId("boot"))
+    return NodeMeters(host, BootId("boot"), drops)
 
 
 def target(
@@ -138,6 +155,19 @@ def test_an_interface_that_is_gone_or_says_no_is_told_with_the_reason(reader: No
     meter = MeterKey("dev-0", INTERFACE)
     assert shown(reader, target()) == {meter: "dev-0 is neither at home nor in its pod"}
     assert shown(reader, target(in_pod=Links(NotFound("it left")))) == {meter: "it left"}
+
+
+def test_what_limits_dropped_is_read_beside_the_interface(reader: NodeMeters, drops: Drops) -> None:
+    meter, at = MeterKey("dev-0", LIMITS), target(in_pod=Links({}))
+    drops.values = {"tx_policed": 3, "tx_queue_dropped": 4}
+    (found,) = (each for each in reader.read(at, on_pf=False) if each.meter == meter)
+    assert found.reading is not None
+    assert found.reading.values == drops.values
+    assert found.reading.wraps["tx_queue_dropped"] == 32
+    drops.values = HwError("busy")
+    assert shown(reader, at)[meter] == "busy"
+    by_file = NicConfig(vf=VfConfig(driver=VfDriver.VFIO))
+    assert meter not in shown(reader, target(in_pod=Links({}), config=by_file))
 
 
 def test_a_counter_that_shows_what_none_can_is_left_out(reader: NodeMeters) -> None:

@@ -128,6 +128,9 @@ def test_nothing_passes_uncounted_on_the_way_out(hook: Hook) -> None:
     """The link is down before its counters are read for the last time, also where an attach is undone."""
     for order in (acts(plan.detach(ATTACHMENT, BARE)), undone(plan.attach(ATTACHMENT, WITH_ADDRESSES, hook))):
         assert order.index(Act.DOWN) < order.index(Act.FOLD)
+    # What its queues dropped is read of them.
+    leaving = acts(plan.detach(ATTACHMENT, BARE))
+    assert leaving.index(Act.FOLD) < leaving.index(Act.UNSHAPE) < leaving.index(Act.MOVE_HOME)
 
 
 @pytest.mark.parametrize(

@@ -233,7 +233,8 @@ class Shared:
             preparation=self.preparations.get,
         )
         clock: Any = SimpleNamespace(wall=iter(range(1, 10_000)).__next__)
-        meters = NodeMeters(Host(Sysfs(Path("/sys")), Udev(Path("/run/udev"))), BootId("boot"))
+        host = Host(Sysfs(Path("/sys")), Udev(Path("/run/udev")))
+        meters = NodeMeters(host, BootId("boot"), lambda target: {})
         self.metering = Metering(book, ledger, clock, meters, lambda slot: ())
 
     @contextmanager
