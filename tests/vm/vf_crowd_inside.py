@@ -166,7 +166,7 @@ async def crowd(stage: Tenants) -> None:
     assert crowd_at_home() == {}
     first = len(sim.runtime.log)
     counted = {pod.spec.name: sent(pod) for pod in pods}
-    await asyncio.gather(*(sim.delete_pod(pod) for pod in pods))
+    await asyncio.gather(*(stage.delete(pod) for pod in pods))
     answers = sim.runtime.log[first:]
     assert {each.outcome for each in answers} == {HookOutcome.OK}
     assert list(sim.runtime.violations) == []
