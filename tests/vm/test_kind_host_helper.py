@@ -25,7 +25,7 @@ pytestmark = pytest.mark.timeout(600)
 
 FOLDER = PurePosixPath("/run/kind")
 NODES = ("one", "other")
-PATIENCE = 60.0
+PATIENCE = 180.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,6 +147,8 @@ def test_pods_that_are_deleted_at_once_all_give_their_devices_back_clean(stage: 
         far = stack.enter_context(netns())
         for n in range(VETHS):
             stack.enter_context(veth_pair(f"crowd{n}", f"far{n}", peer_where=far))
+            # A pod's packets pass the device only while the wire has two ends.
+            run("nsenter", f"--net={far.path}", "ip", "link", "set", f"far{n}", "up")
         try:
             loop.run(crowd(stage), STORY)
         finally:
