@@ -35,7 +35,7 @@ pytestmark = pytest.mark.timeout(900)
 
 PF = "0000:21:00.0"
 VFS = 3
-PATIENCE = 60.0
+PATIENCE = 240.0
 GUARDED = "[vf.driver, interface.hardwareAddress, vf.vlan, vf.trust, vf.spoofCheck, vf.minRate]"
 MAC = "02:00:5e:00:00:{:02x}"
 PLANS = {"prepare", "unprepare"}

@@ -119,7 +119,7 @@ async def play(
     before = dump(devices.compared)
     async with SimNode(mode=mode, policy=devices.policy, hook=hook, entry=entry, udev=devices.udev) as node:
         say(f"simulated node in {node.root}: kubelet, {mode} runtime, API server")
-        await node.start_agent(seconds=2 * PATIENCE)
+        await node.start_agent(seconds=4 * PATIENCE)
         say("agent started: registered with kubelet and the runtime, slices published")
         offered = _offered(node)
         pods = [await _start(node, name, count, say) for name, count in PODS]
@@ -299,7 +299,7 @@ async def _traffic(node: SimNode, ports: Sequence[Port], far: SimNetns, say: Say
         say("agent killed with SIGKILL; traffic goes on")
         await asyncio.sleep(WITHOUT_AGENT)
         back = await ask("mark")
-        await node.start_agent(seconds=2 * PATIENCE)
+        await node.start_agent(seconds=4 * PATIENCE)
         say("agent started again; traffic goes on")
         await asyncio.sleep(AFTER_RESTART)
         end = await ask("stop")

@@ -102,7 +102,8 @@ def hand_back(ground: Ground, nodes: Nodes, complain: Complain) -> int:
     for stray in found:
         try:
             move(stray.ifindex, nodes.path(stray.home.node), stray.home.name)
-        except (NodeAway, CannotMove) as error:
+        except (NodeAway, CannotMove, OSError) as error:
+            # OSError: the namespace is just being made, and its file is there before it, or it goes now.
             failed += 1
             complain(f"{stray.id} waits here for {stray.home.node}: {error}")
         else:
