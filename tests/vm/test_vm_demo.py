@@ -44,7 +44,8 @@ def test_every_byte_is_counted_and_every_device_comes_home(
     vm.run(["modprobe", "netdevsim"])
     before = vm.run(["bash", "-c", DEVICES]).out
     assert before.count("vfs and autoprobe 0 1") == IGB_PORTS
-    command = ["python", "-m", "kndsim.demo", "-o", "json", "--runtime", mode, "--backend", backend]
+    command = ["python", "-m", "kndsim.demo", "-o", "json", "--hook-seconds", "30"]
+    command += ["--runtime", mode, "--backend", backend]
     done = vm.run(command, check=False, timeout=300)
     assert done.out.startswith("{"), done.err
     told = json.loads(done.out)

@@ -32,6 +32,12 @@ def main() -> int:
         default="auto",
         help="what to give away; auto: the best that is idle",
     )
+    parser.add_argument(
+        "--hook-seconds",
+        type=float,
+        default=2.0,
+        help="what the runtime allows for an answer (2, as containerd; more where processors are emulated)",
+    )
     parser.add_argument("--hook", choices=["auto", "tcx", "clsact"], default="auto")
     parser.add_argument("--runtime", type=RuntimeMode, choices=list(RuntimeMode), default=RuntimeMode.POD_RPC)
     parser.add_argument(
@@ -92,6 +98,7 @@ def _run(arguments: argparse.Namespace, choice: Choice, devices: Devices) -> int
             mode=arguments.runtime,
             hook=arguments.hook,
             entry=entry,
+            hook_seconds=arguments.hook_seconds,
             unsent=1 if arguments.sabotage is Sabotage.DROP_ONE else 0,
             say=say,
         )

@@ -112,12 +112,21 @@ async def play(
     mode: RuntimeMode,
     hook: str,
     entry: Sequence[str] | None,
+    hook_seconds: float,
     unsent: int,
     say: Say,
 ) -> Result:
-    """unsent: frames added to the generator's word, to see that a difference is noticed."""
+    """hook_seconds: what the runtime allows for an answer. unsent: frames added to the generator's word, to
+    see that a difference is noticed."""
     before = dump(devices.compared)
-    async with SimNode(mode=mode, policy=devices.policy, hook=hook, entry=entry, udev=devices.udev) as node:
+    async with SimNode(
+        mode=mode,
+        policy=devices.policy,
+        hook=hook,
+        entry=entry,
+        udev=devices.udev,
+        request_timeout=hook_seconds,
+    ) as node:
         say(f"simulated node in {node.root}: kubelet, {mode} runtime, API server")
         await node.start_agent(seconds=4 * PATIENCE)
         say("agent started: registered with kubelet and the runtime, slices published")
