@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 
 from bpf.errors import BpfError
 from driver.execute.probe import Host
-from driver.execute.rdma import find
+from driver.execute.rdma import find, places_of
 from driver.execute.target import Target
 from driver.journal.stretches import COUNTER_MAX, MeterKey, Reading
 from driver.limits import QUEUE_DROPPED
 from driver.model import BootId
-from driver.rdma import RdmaMode
 from hw.errors import HwError, NotFound, Refused, Unsupported
 from hw.model import NetdevsimIdentity, PciIdentity
 from hw.netns import NetnsHandle
@@ -140,9 +139,8 @@ class NodeMeters:
     def _rdma_device(self, target: Target) -> Iterator[Shown]:
         binding = target.preparation.rdma
         assert binding is not None
-        places = [target.pod_netns, None] if binding.mode is RdmaMode.EXCLUSIVE else [None]
         problem = f"the RDMA device {binding.name} is neither at home nor in its pod"
-        for netns in dict.fromkeys(places):
+        for netns in places_of(target):
             try:
                 with self._host.rdma(netns) as socket:
                     device = find(socket, target)

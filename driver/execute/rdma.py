@@ -14,7 +14,7 @@ from driver.execute.probe import Host
 from driver.execute.target import NotClean, Target, Vanished
 from driver.rdma import RdmaBinding
 from hw.errors import NotFound, Unsupported
-from hw.netns import run_in
+from hw.netns import NetnsHandle, run_in
 from hw.rdma.netlink import RdmaSocket
 from hw.rdma.nldev import NldevDevice
 from hw.sriov.discovery import DEVICES
@@ -28,6 +28,11 @@ def binding_of(target: Target) -> RdmaBinding:
     binding = target.preparation.rdma
     assert binding is not None, "no RDMA device goes with it"
     return binding
+
+
+def places_of(target: Target) -> tuple[NetnsHandle | None, ...]:
+    """The namespaces that the device may be in, the pod's first; None is home."""
+    return (target.pod_netns, None) if binding_of(target).moves and target.pod_netns is not None else (None,)
 
 
 def find(socket: RdmaSocket, target: Target) -> NldevDevice | None:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from driver.execute.probe import Host
-from driver.execute.rdma import binding_of, find
+from driver.execute.rdma import find, places_of
 from driver.execute.target import Target
 from hw.errors import Unsupported
 from hw.model import RdmaIndex
@@ -54,8 +54,7 @@ def _listed(socket: RdmaSocket, index: RdmaIndex, kind: ResourceKind) -> Counter
 
 def made_on_target(target: Target, host: Host) -> Made | None:
     """Of the device of an attachment, where it is; None where it is neither in the pod nor at home."""
-    in_pod = binding_of(target).moves and target.pod_netns is not None
-    for netns in (target.pod_netns, None) if in_pod else (None,):
+    for netns in places_of(target):
         with host.rdma(netns) as socket:
             device = find(socket, target)
             if device is not None:

@@ -13,6 +13,7 @@ from bpf.attach import probe_tcx
 from bpf.cache import ProgramCache
 from bpf.layout import Hook
 from bpf.program import CompiledPrograms
+from tests.kernel.bpf_node import Node, counting_node
 from tests.kernel.counted_wire import Wire, counted_wire
 from tests.kernel.limited_pair import Pair, limited_pair
 
@@ -40,4 +41,18 @@ def pair(compiled: CompiledPrograms) -> Iterator[Pair]:
 def wire(compiled: CompiledPrograms) -> Iterator[Wire]:
     """A counted device and its peer."""
     with counted_wire(compiled) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> ProgramCache:
+    """That has nothing prebuilt."""
+    folder = tmp_path_factory.mktemp("programs")
+    return ProgramCache(folder, prebuilt=folder / "none")
+
+
+@pytest.fixture
+def node(cache: ProgramCache) -> Iterator[Node]:
+    """A device that can be counted, as an agent has it."""
+    with counting_node(cache) as made:
         yield made

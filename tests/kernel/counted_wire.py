@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from pyroute2 import IPRoute
 
@@ -22,6 +23,7 @@ from kndsim.waiting import wait_until
 from tests.bpf.bpffs import mounted_bpffs
 
 SLOT = Slot(2)
+BLAST = Path(__file__).resolve().parent.parent / "bench/blast.py"
 POD, PEER, NOBODY = "10.77.0.1", "10.77.0.2", "10.77.0.99"
 POD6, PEER6, NOBODY6 = "fd77::1", "fd77::2", "fd77::99"
 UDP_SEGMENT = 103

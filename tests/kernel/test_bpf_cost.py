@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys as python
-from collections.abc import Iterator
 
 import pytest
 
@@ -24,18 +23,6 @@ pytestmark = pytest.mark.usefixtures("tcx_kernel")
 MEASURING = (
     "import time; from bpf import sys; timing = sys.enable_stats(); print('on', flush=True); time.sleep(60)"
 )
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> ProgramCache:
-    folder = tmp_path_factory.mktemp("programs")
-    return ProgramCache(folder, prebuilt=folder / "none")
-
-
-@pytest.fixture
-def node(cache: ProgramCache) -> Iterator[Node]:
-    with counting_node(cache) as made:
-        yield made
 
 
 def is_timed(program: sys.ProgramFd) -> bool:

@@ -15,7 +15,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
@@ -24,6 +23,7 @@ from bpf.layout import Cell, Slot, TrafficKind
 from kndsim.links import SimNetns
 from kndsim.waiting import wait_until
 from tests.kernel.counted_wire import (
+    BLAST,
     NOBODY,
     NOBODY6,
     PEER,
@@ -37,7 +37,6 @@ from tests.kernel.counted_wire import (
     udp_socket,
 )
 
-BLAST = Path(__file__).resolve().parent.parent / "bench/blast.py"
 _, IP, TCP, ROCE = TrafficKind
 ETHERNET, UDP = 14, 8
 MTU = 9000

@@ -12,33 +12,20 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from bpf import foreign, sys, xdp
-from bpf.cache import ProgramCache
+from bpf.attach import RETURN_UNSPEC
 from bpf.errors import Ambiguous, CallRefused
 from bpf.foreign import ForeignHook, detach_foreign, foreign_programs
 from kndsim.links import netns
 from tests.bpf.bpffs import mounted_bpffs
-from tests.kernel.bpf_node import NAME, SLOT, Node, both_ways, counting_node, link_up
+from tests.kernel.bpf_node import NAME, SLOT, Node, both_ways, link_up
 
 BPF_PROG_ATTACH = 8
 PASS_XDP = struct.pack("=BBhiBBhi", 0xB7, 0, 0, 2, 0x95, 0, 0, 0)
-NEXT_TCX = struct.pack("=BBhiBBhi", 0xB7, 0, 0, -1, 0x95, 0, 0, 0)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> ProgramCache:
-    folder = tmp_path_factory.mktemp("programs")
-    return ProgramCache(folder, prebuilt=folder / "none")
-
-
-@pytest.fixture
-def node(cache: ProgramCache) -> Iterator[Node]:
-    with counting_node(cache) as made:
-        yield made
 
 
 @pytest.fixture
 def tcx_program() -> Iterator[sys.ProgramFd]:
-    with sys.prog_load(sys.ProgramType.SCHED_CLS, NEXT_TCX, name="tenant") as program:
+    with sys.prog_load(sys.ProgramType.SCHED_CLS, RETURN_UNSPEC, name="tenant") as program:
         yield program
 
 
@@ -71,7 +58,7 @@ def test_what_a_tenant_left_is_taken_off_and_ours_stays(
             for hook in (sys.AttachType.TCX_EGRESS, sys.AttachType.TCX_INGRESS):
                 with sys.link_create(tcx_program, node.device, hook) as link:
                     sys.obj_pin(link, theirs / hook.name.lower())
-            with sys.prog_load(sys.ProgramType.SCHED_CLS, NEXT_TCX, name="second") as second:
+            with sys.prog_load(sys.ProgramType.SCHED_CLS, RETURN_UNSPEC, name="second") as second:
                 attach_without_link(second, node.device, sys.AttachType.TCX_EGRESS)
             flags = sys.XDP_FLAGS_SKB_MODE
             with sys.link_create(xdp_program, node.device, sys.AttachType.XDP, flags=flags) as link:

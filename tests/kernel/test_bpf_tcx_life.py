@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,22 +18,10 @@ from bpf.cache import ProgramCache
 from bpf.errors import BpfError, BpffsMissing, CallRefused
 from bpf.layout import Hook
 from kndsim.links import netns, veth_pair
-from tests.kernel.bpf_node import NAME, OTHER_SLOT, SLOT, Node, both_ways, counting_node, link_up
+from tests.kernel.bpf_node import NAME, OTHER_SLOT, SLOT, Node, both_ways, link_up
 from tests.kernel.bpf_traffic import send_frames
 
 pytestmark = pytest.mark.usefixtures("tcx_kernel")
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> ProgramCache:
-    folder = tmp_path_factory.mktemp("programs")
-    return ProgramCache(folder, prebuilt=folder / "none")
-
-
-@pytest.fixture
-def node(cache: ProgramCache) -> Iterator[Node]:
-    with counting_node(cache) as made:
-        yield made
 
 
 def test_both_directions_are_counted_as_the_pod_sees_them(node: Node) -> None:

@@ -9,7 +9,6 @@ import subprocess
 import sys as python
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
@@ -19,6 +18,7 @@ from kndsim.links import netns
 from tests.bpf import frames as f
 from tests.kernel.bpf_traffic import Sender, virtio_header
 from tests.kernel.counted_wire import (
+    BLAST,
     NOBODY,
     NOBODY6,
     PEER,
@@ -32,7 +32,6 @@ from tests.kernel.counted_wire import (
     udp_socket,
 )
 
-BLAST = Path(__file__).resolve().parent.parent / "bench/blast.py"
 OTHER, IP, TCP, ROCE = TrafficKind
 _BPF_FUNC_SKB_VLAN_PUSH = 18
 
