@@ -132,7 +132,7 @@ def test_a_watch_that_sees_none_of_the_changes_has_a_bookmark_before_its_end(api
 
 
 def test_a_watch_of_what_nobody_changes_has_no_objects(api: ApiPeer) -> None:
-    """Bookmarks it may have: the server's version goes on with every resource there is, leases of others too."""
+    """Bookmarks it may have: the server's version goes on with every resource, leases of others too."""
     _, version = listed(api)
     with api.http.watch(SLICES, fieldSelector=api.selector, resourceVersion=version, seconds=3) as events:
         assert [each for each in events if each["type"] != "BOOKMARK"] == []

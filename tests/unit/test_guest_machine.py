@@ -44,6 +44,13 @@ def test_each_kernel_is_started_with_its_own_files_and_never_writes_the_disk(ker
     assert "kvm" not in told
 
 
+def test_further_disks_come_behind_the_first_and_are_never_written_either() -> None:
+    told = line(Request(disks=[Path("/images/more.img")]))
+    more = told.index("file=/images/more.img,format=raw,if=none,id=disk0,snapshot=on,")
+    assert more > told.index("file=/images/root.img")
+    assert "-device virtio-blk-pci,drive=disk0," in told
+
+
 def test_a_guest_has_no_network_of_the_hosts() -> None:
     assert "-netdev user" not in line(Request())
     assert "-nodefaults" in line(Request())

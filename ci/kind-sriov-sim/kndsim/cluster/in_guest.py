@@ -2,7 +2,7 @@
 
 Invariant: the node is in the guest's first network namespace, since that is where the kernel sends hardware
 home to. Everything of it ends with the guest. The programs and images are not copied: the guest reads them
-where the cache of this machine has them.
+where the cache of this machine has them, the images unpacked already.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from kndsim.cluster import conf, images
 from kndsim.cluster.binaries import binaries
 from kndsim.cluster.ground import Devices
 from kndsim.cluster.node import KUBELET_PORT, Programs
+from kndsim.cluster.unpacked import STORE, unpacked
 from kndsim.cluster.whole import Cluster, ClusterSpec, cluster_on
 from kndsim.guest import Forward, Guest, Kernel, Share, guest
 from kndsim.progress import Progress
@@ -41,6 +42,8 @@ _MODULES = (
 _NETWORK = f"""
 set -e
 modprobe -a {_MODULES}
+mkdir -p {STORE}
+mount -o noatime /dev/vdb {STORE}
 ip link add cable-0 type dummy
 ip link set cable-0 up
 ip address add {ADDRESS}/24 dev cable-0
@@ -130,7 +133,9 @@ def guest_cluster(
     if spec.nodes != 1:
         raise ValueError(f"a guest is one node, not {spec.nodes}")
     folders = {pin: binaries(pin, progress) for pin in spec.pins}
-    tars = [*images.base_images(), *spec.images]
+    programs = Programs(folders)
+    with progress.phase("images unpacked"):
+        store = unpacked([*images.base_images(), *spec.images], programs, release=spec.containerd)
     cache = cache_root().resolve()
     ports = {port: free_port() for port in _PORTS}
     with ExitStack() as stack:
@@ -143,6 +148,7 @@ def guest_cluster(
                     memory=MEMORY,
                     shares=[Share("cache", cache, PurePosixPath(cache))],
                     forwards=[Forward(here, there) for there, here in ports.items()],
+                    disks=[store],
                 )
             )
         with progress.phase("network and devices"):
@@ -151,4 +157,4 @@ def guest_cluster(
         netdevs = (*(f"net-{number}" for number in range(VFS)), f"{SIMULATED}1", f"{SIMULATED}2", ROCE)
         devices = Devices(netdevs=netdevs, uplink=None)
         ground = GuestGround(place=vm, devices=devices, shared=cache, ports=ports)
-        yield stack.enter_context(cluster_on([ground], spec, Programs(folders), tars, folder, progress))
+        yield stack.enter_context(cluster_on([ground], spec, programs, [], folder, progress))

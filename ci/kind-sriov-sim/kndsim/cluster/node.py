@@ -19,6 +19,8 @@ from kndsim.waiting import TooLate, wait_until
 
 STOPPING = 20.0
 TAIL = 25
+IMPORT = ("images", "import", "--local", "--label", "io.cri-containerd.pinned=pinned")
+"""ctr's words before a tar. Pinned, so that kubelet never removes it: it could not be pulled again."""
 IMPORT_WITHIN = 900.0
 """Of an image: seconds on a machine, minutes where the processors are emulated and busy."""
 KUBELET_PORT = 10250
@@ -140,9 +142,7 @@ class Node:
         self.start(service)
 
     def load_image(self, tar: Path) -> None:
-        """Pinned, so that kubelet never removes it: it could not be pulled again."""
-        argv = ["images", "import", "--local", "--label", "io.cri-containerd.pinned=pinned"]
-        self.ctr(*argv, str(self.ground.bring(tar)), timeout=IMPORT_WITHIN)
+        self.ctr(*IMPORT, str(self.ground.bring(tar)), timeout=IMPORT_WITHIN)
 
     def ctr(self, *args: str, timeout: float = 60) -> str:
         argv = [self.programs.find("ctr"), "--address", conf.CONTAINERD_SOCKET, "--namespace", "k8s.io"]

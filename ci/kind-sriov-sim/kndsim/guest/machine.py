@@ -94,6 +94,7 @@ class Request:
     cpus: int = 2
     shares: Sequence[Share] = ()
     forwards: Sequence[Forward] = ()
+    disks: Sequence[Path] = ()
     append: str = ""
     terminal: Terminal | None = None
 
@@ -154,7 +155,8 @@ def command(request: Request, image: Image, folder: Path, project: Path) -> list
         *("-kernel", str(image.vmlinuz(request.kernel))),
         *("-initrd", str(folder / "initrd")),
         *("-append", " ".join(filter(None, append))),
-        *_disk(image),
+        *_disk("disk", image.disk),
+        *(part for number, disk in enumerate(request.disks) for part in _disk(f"disk{number}", disk)),
         *_ports(request, folder),
         *("-object", "rng-random,filename=/dev/urandom,id=rng0", "-device", "virtio-rng-pci,rng=rng0"),
         *_shared(PROJECT_TAG, project, writable=False),
@@ -169,10 +171,10 @@ def command(request: Request, image: Image, folder: Path, project: Path) -> list
     ]
 
 
-def _disk(image: Image) -> list[str]:
-    """Nothing that the guest writes reaches the image: it goes to an unlinked file that ends with qemu."""
-    drive = f"file={_quoted(image.disk)},format=raw,if=none,id=disk,snapshot=on,cache=unsafe,aio=threads"
-    return ["-drive", drive, "-device", "virtio-blk-pci,drive=disk"]
+def _disk(name: str, file: Path) -> list[str]:
+    """Nothing that the guest writes reaches the file: it goes to an unlinked one that ends with qemu."""
+    drive = f"file={_quoted(file)},format=raw,if=none,id={name},snapshot=on,cache=unsafe,aio=threads"
+    return ["-drive", drive, "-device", f"virtio-blk-pci,drive={name},serial={name}"]
 
 
 def _ports(request: Request, folder: Path) -> list[str]:

@@ -144,6 +144,7 @@ def guest(
     cpus: int = 2,
     shares: Sequence[Share] = (),
     forwards: Sequence[Forward] = (),
+    disks: Sequence[Path] = (),
     append: str = "",
     terminal: Terminal | None = None,
     made: Image | None = None,
@@ -151,6 +152,7 @@ def guest(
 ) -> Iterator[Guest]:
     """A fresh guest with this checkout below /srv/knd (its own changes stay in it) and its BPF programs ready
     to load, Python and pytest of the project's lock in PATH. memory in MiB. append: more kernel parameters.
+    disks: raw ones, /dev/vdb and on; they are not written.
     made: the image; else the one for this checkout, built if need be.
 
     Enter it in a thread that outlives it: the kernel ends qemu with the thread that started it.
@@ -163,6 +165,7 @@ def guest(
         cpus=cpus,
         shares=tuple(shares),
         forwards=tuple(forwards),
+        disks=tuple(disks),
         append=append,
         terminal=terminal,
     )
