@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import importlib
 import os
+import re
 import shutil
 import subprocess
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ import pytest
 from kndsim.guest import cpio, debian
 from kndsim.guest.image import Image
 from kndsim.guest.kernels import Kernel, Release
-from kndsim.guest.machine import Forward, Request, Share, Terminal, Topology, boot_files, command
+from kndsim.guest.machine import Disk, Forward, Request, Share, Terminal, Topology, boot_files, command
 from kndsim.guest.vm import remove_left
 
 # The package has a function of the module's name.
@@ -39,16 +40,24 @@ def test_each_kernel_is_started_with_its_own_files_and_never_writes_the_disk(ker
     told = line(Request(kernel=kernel))
     assert told.startswith("qemu -L firmware ")
     assert f"-kernel /images/vmlinuz-{kernel} " in told
-    assert "file=/images/root.img,format=raw,if=none,id=disk,snapshot=on," in told
+    assert "file=/images/root.img,format=raw,if=none,id=disk,cache=unsafe,aio=threads,snapshot=on " in told
     assert "-accel tcg," in told
     assert "kvm" not in told
 
 
-def test_further_disks_come_behind_the_first_and_are_never_written_either() -> None:
-    told = line(Request(disks=[Path("/images/more.img")]))
-    more = told.index("file=/images/more.img,format=raw,if=none,id=disk0,snapshot=on,")
-    assert more > told.index("file=/images/root.img")
+def test_further_disks_come_behind_the_first_and_are_written_only_where_they_are_kept(tmp_path: Path) -> None:
+    file = tmp_path / "more.img"
+    file.touch()
+    told = line(Request(disks=[Disk(file), Disk(file, kept=True)]))
+    first, second = re.findall(r"-drive (file=\S*more\.img\S*)", told)
+    assert told.index(first) > told.index("file=/images/root.img")
+    assert ("snapshot=on" in first, "snapshot=on" in second) == (True, False)
     assert "-device virtio-blk-pci,drive=disk0," in told
+
+
+def test_a_disk_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"disk .*none\.img is no file"):
+        Disk(tmp_path / "none.img")
 
 
 def test_a_guest_has_no_network_of_the_hosts() -> None:

@@ -33,14 +33,19 @@ class NotReady(Exception):
     """The agents did not become ready in time: how the pods stand, their events, the end of their logs."""
 
 
+def built_image() -> Path:
+    """The agent's tar: what KND_AGENT_IMAGE names, as a machine that has a container engine makes it; else
+    it is made here."""
+    told = os.environ.get("KND_AGENT_IMAGE")
+    return Path(told) if told else agent_image()
+
+
 def deploy_agent(
     cluster: Cluster, overlay: Path = OVERLAY, *, within: float = READY_WITHIN, image: Path | None = None
 ) -> None:
     """Put the image on every node, apply the overlay, and wait until an agent is ready on each. May be
-    repeated, with another image too: then the agents are replaced. image: a tar; else what KND_AGENT_IMAGE
-    names, as a machine that has a container engine makes it; else it is made here."""
-    told = os.environ.get("KND_AGENT_IMAGE")
-    cluster.load_image(image or (Path(told) if told else agent_image()))
+    repeated, with another image too: then the agents are replaced. image: a tar, else built_image()."""
+    cluster.load_image(image or built_image())
     cluster.kubectl("apply", "-k", str(overlay))
     wait_ready(cluster, within=within)
 

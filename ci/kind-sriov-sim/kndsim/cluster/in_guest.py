@@ -22,7 +22,7 @@ from kndsim.cluster.ground import Devices
 from kndsim.cluster.node import KUBELET_PORT, Programs
 from kndsim.cluster.unpacked import STORE, unpacked
 from kndsim.cluster.whole import Cluster, ClusterSpec, cluster_on
-from kndsim.guest import Forward, Guest, Kernel, Share, guest
+from kndsim.guest import Disk, Forward, Guest, Kernel, Share, guest
 from kndsim.progress import Progress
 
 NAME = "node-1"
@@ -135,7 +135,8 @@ def guest_cluster(
     folders = {pin: binaries(pin, progress) for pin in spec.pins}
     programs = Programs(folders)
     with progress.phase("images unpacked"):
-        store = unpacked([*images.base_images(), *spec.images], programs, release=spec.containerd)
+        tars = [*images.base_images(), *spec.images]
+        store = unpacked(tars, programs, release=spec.containerd)
     cache = cache_root().resolve()
     ports = {port: free_port() for port in _PORTS}
     with ExitStack() as stack:
@@ -148,7 +149,7 @@ def guest_cluster(
                     memory=MEMORY,
                     shares=[Share("cache", cache, PurePosixPath(cache))],
                     forwards=[Forward(here, there) for there, here in ports.items()],
-                    disks=[store],
+                    disks=[Disk(store)],
                 )
             )
         with progress.phase("network and devices"):
@@ -157,4 +158,4 @@ def guest_cluster(
         netdevs = (*(f"net-{number}" for number in range(VFS)), f"{SIMULATED}1", f"{SIMULATED}2", ROCE)
         devices = Devices(netdevs=netdevs, uplink=None)
         ground = GuestGround(place=vm, devices=devices, shared=cache, ports=ports)
-        yield stack.enter_context(cluster_on([ground], spec, programs, [], folder, progress))
+        yield stack.enter_context(cluster_on([ground], spec, programs, [], folder, progress, unpacked=tars))

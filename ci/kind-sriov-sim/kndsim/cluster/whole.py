@@ -63,11 +63,15 @@ class ClusterSpec:
 class Cluster:
     """A running one. nodes by name, the control plane's first; kubeconfig is the administrator's."""
 
-    def __init__(self, nodes: Sequence[Node], kubeconfig: Path, kubectl: Path, api: ApiClient) -> None:
+    def __init__(
+        self, nodes: Sequence[Node], kubeconfig: Path, kubectl: Path, api: ApiClient, loaded: Sequence[Path]
+    ) -> None:
+        """loaded: the tars whose images every node has."""
         self.nodes: Mapping[str, Node] = {node.name: node for node in nodes}
         self.kubeconfig = kubeconfig
         self.api = api
         self._kubectl = kubectl
+        self._loaded = {tar.resolve() for tar in loaded}
         self.versions: Mapping[str, str] = {}
 
     def kubectl(self, *args: str, stdin: str = "", check: bool = True, timeout: float = 60.0) -> Done:
@@ -76,7 +80,9 @@ class Cluster:
         return kubectl.run(program, self.kubeconfig, args, stdin=stdin, check=check, timeout=timeout)
 
     def load_image(self, tar: Path) -> None:
-        """On every node."""
+        """On every node that has not got it from its start on."""
+        if tar.resolve() in self._loaded:
+            return
         for node in self.nodes.values():
             node.load_image(tar)
 
@@ -120,8 +126,10 @@ def cluster_on(
     tars: Sequence[Path],
     folder: Path,
     progress: Progress,
+    unpacked: Sequence[Path] = (),
 ) -> Iterator[Cluster]:
-    """A cluster on grounds that are there already. folder: of this machine, for keys and the kubeconfig."""
+    """A cluster on grounds that are there already. folder: of this machine, for keys and the kubeconfig.
+    tars: images to load. unpacked: tars whose images are on the grounds already."""
     nodes = [Node(each, number, spec.kubernetes, programs) for number, each in enumerate(grounds, 1)]
     head = nodes[0]
     server = f"https://{head.conf.address}:{conf.API_PORT}"
@@ -139,7 +147,7 @@ def cluster_on(
             ready = "the API server says it is ready"
             head.services.wait(API_SERVER, lambda: api.answers("/readyz"), API_WITHIN, ready)
         kubeconfig = _admin_kubeconfig(folder, keys, port)
-        made = Cluster(nodes, kubeconfig, Path(programs.find("kubectl")), api)
+        made = Cluster(nodes, kubeconfig, Path(programs.find("kubectl")), api, [*tars, *unpacked])
         with progress.phase("nodes"):
             _join(made, keys, server)
         made.versions = made.ask_versions()

@@ -5,13 +5,14 @@ from __future__ import annotations
 from kndsim.guest.channel import GuestGone
 from kndsim.guest.image import Image, image
 from kndsim.guest.kernels import Kernel
-from kndsim.guest.machine import Forward, Share, Terminal, Topology
+from kndsim.guest.machine import Disk, Forward, Share, Terminal, Topology
 from kndsim.guest.vm import BootFailed, Guest, guest
 from kndsim.guest.work import BuildFailed
 
 __all__ = [
     "BootFailed",
     "BuildFailed",
+    "Disk",
     "Forward",
     "Guest",
     "GuestGone",

@@ -62,6 +62,18 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
+class Disk:
+    """A raw disk, /dev/vdb and on. kept: what the guest writes to it stays, also if its power is cut."""
+
+    file: Path
+    kept: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.file.is_file():
+            raise ValueError(f"disk {self.file} is no file")
+
+
+@dataclass(frozen=True, slots=True)
 class Forward:
     """A TCP port of the guest's on the host's loopback."""
 
@@ -94,7 +106,7 @@ class Request:
     cpus: int = 2
     shares: Sequence[Share] = ()
     forwards: Sequence[Forward] = ()
-    disks: Sequence[Path] = ()
+    disks: Sequence[Disk] = ()
     append: str = ""
     terminal: Terminal | None = None
 
@@ -155,8 +167,12 @@ def command(request: Request, image: Image, folder: Path, project: Path) -> list
         *("-kernel", str(image.vmlinuz(request.kernel))),
         *("-initrd", str(folder / "initrd")),
         *("-append", " ".join(filter(None, append))),
-        *_disk("disk", image.disk),
-        *(part for number, disk in enumerate(request.disks) for part in _disk(f"disk{number}", disk)),
+        *_disk("disk", image.disk, kept=False),
+        *(
+            part
+            for number, disk in enumerate(request.disks)
+            for part in _disk(f"disk{number}", disk.file, kept=disk.kept)
+        ),
         *_ports(request, folder),
         *("-object", "rng-random,filename=/dev/urandom,id=rng0", "-device", "virtio-rng-pci,rng=rng0"),
         *_shared(PROJECT_TAG, project, writable=False),
@@ -171,10 +187,13 @@ def command(request: Request, image: Image, folder: Path, project: Path) -> list
     ]
 
 
-def _disk(name: str, file: Path) -> list[str]:
-    """Nothing that the guest writes reaches the file: it goes to an unlinked one that ends with qemu."""
-    drive = f"file={_quoted(file)},format=raw,if=none,id={name},snapshot=on,cache=unsafe,aio=threads"
-    return ["-drive", drive, "-device", f"virtio-blk-pci,drive={name},serial={name}"]
+def _disk(name: str, file: Path, *, kept: bool) -> list[str]:
+    """Unless kept, nothing that the guest writes reaches the file: it goes to an unlinked one that ends with
+    qemu. unsafe: what the guest flushed is in this machine's page cache, which no end of qemu takes away."""
+    parts = [f"file={_quoted(file)},format=raw,if=none,id={name}", "cache=unsafe,aio=threads"]
+    if not kept:
+        parts.append("snapshot=on")
+    return ["-drive", ",".join(parts), "-device", f"virtio-blk-pci,drive={name},serial={name}"]
 
 
 def _ports(request: Request, folder: Path) -> list[str]:

@@ -26,7 +26,17 @@ from kndsim.guest.channel import Channel, Refused
 from kndsim.guest.image import REPOSITORY, Image, image
 from kndsim.guest.inside.agent import LOGS, PIECE
 from kndsim.guest.kernels import Kernel
-from kndsim.guest.machine import MONITOR, Forward, Request, Share, Terminal, Topology, boot_files, command
+from kndsim.guest.machine import (
+    MONITOR,
+    Disk,
+    Forward,
+    Request,
+    Share,
+    Terminal,
+    Topology,
+    boot_files,
+    command,
+)
 from kndsim.place import CommandFailed, Done
 
 BOOT_SECONDS = 60.0
@@ -144,7 +154,7 @@ def guest(
     cpus: int = 2,
     shares: Sequence[Share] = (),
     forwards: Sequence[Forward] = (),
-    disks: Sequence[Path] = (),
+    disks: Sequence[Disk] = (),
     append: str = "",
     terminal: Terminal | None = None,
     made: Image | None = None,
@@ -152,7 +162,8 @@ def guest(
 ) -> Iterator[Guest]:
     """A fresh guest with this checkout below /srv/knd (its own changes stay in it) and its BPF programs ready
     to load, Python and pytest of the project's lock in PATH. memory in MiB. append: more kernel parameters.
-    disks: raw ones, /dev/vdb and on; they are not written.
+
+    Its end is that of a machine whose power is cut: nothing in it is told.
     made: the image; else the one for this checkout, built if need be.
 
     Enter it in a thread that outlives it: the kernel ends qemu with the thread that started it.
