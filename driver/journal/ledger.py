@@ -48,6 +48,7 @@ __all__ = [
     "UsageRow",
 ]
 
+_RESTARTED = "the machine restarted, and its counters with it"
 _log = logging.getLogger(__name__)
 
 _TOTAL_MAX = 2**63 - 1
@@ -211,6 +212,25 @@ class Ledger(Reading):
         """Note that an agent begins to write here, at a time in seconds since the epoch."""
         with self._writing():
             self._connection.execute("INSERT INTO restarts (at) VALUES (?)", (float(at),))
+
+    def machine_restarted(self, at: float) -> None:
+        """Note that the machine began anew before `at`, and its counters with it.
+
+        Each open account has a gap since its last reading, and goes on from zero. What began after the last
+        reading of all may be on no record, which is a gap of the ledger's.
+        """
+        with self._writing(durable=True):
+            (since,) = self._connection.execute(
+                "SELECT max(at) FROM"
+                " (SELECT max(checked) AS at FROM segments UNION SELECT max(at) FROM restarts)"
+            ).fetchone()
+            if since is not None:
+                unknown = f"{_RESTARTED}: what began after the last reading may be on no record"
+                insert_gap(self._connection, UsageGap(attachment=None, start=since, end=at, reason=unknown))
+            for account, started in self._connection.execute(
+                "SELECT id, started FROM attachments WHERE ended IS NULL"
+            ).fetchall():
+                _begin_anew(self._connection, account, started, at)
 
     def clock_stepped(self, at: float, seconds: float) -> None:
         """Note that the wall clock, which shows `at` now, has been set by so many seconds."""
@@ -392,6 +412,21 @@ def _note_totals(
         " bytes, packets, base_bytes, base_packets) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
         " ON CONFLICT DO UPDATE SET bytes = excluded.bytes, packets = excluded.packets",
         rows,
+    )
+
+
+def _begin_anew(connection: sqlite3.Connection, attachment: AttachmentId, started: float, at: float) -> None:
+    """A segment of nothing for each source of an account, and the gap before it."""
+    sources = connection.execute(
+        "SELECT source, max(segment), max(checked) FROM segments WHERE attachment = ? GROUP BY source",
+        (attachment,),
+    ).fetchall()
+    seen = max((checked for _, _, checked in sources), default=started)
+    reason = f"{_RESTARTED}: what was counted after the last reading is lost"
+    insert_gap(connection, UsageGap(attachment=attachment, start=seen, end=at, reason=reason))
+    connection.executemany(
+        "INSERT INTO segments (attachment, source, segment, checked) VALUES (?, ?, ?, ?)",
+        [(attachment, source, segment + 1, at) for source, segment, _ in sources],
     )
 
 

@@ -66,6 +66,7 @@ class Lifecycle:
 
     def __init__(self, context: Context, journal: Journal, usage: Usage, metering: Metering) -> None:
         self._context = context
+        self._journal = journal
         self.gate = Gate(journal.state().recovery)
         self.hook = context.hook
         self._projections = Projections(context)
@@ -112,6 +113,8 @@ class Lifecycle:
         # What is unwell now must not be offered as well for a moment.
         await self._health.ask_reporters()
         await self._health.look()
+        if self._journal.state().boot_changed:
+            await self._context.workers.run([], self._usage.machine_restarted)
         await self._reconcile.at_start()
         self._health.nudge()
         self._spawn(self._health.run)

@@ -62,6 +62,13 @@ class Usage:
         except DriverError as error:
             log.error("%s", error)
 
+    def machine_restarted(self) -> None:
+        """Before anything is read again: what was counted since the last checkpoint went with the machine."""
+        try:
+            self._ledger.machine_restarted(self._clock.wall())
+        except DriverError as error:
+            log.error("%s", error)
+
     def begin(self, attachment: Attachment, preparation: Preparation) -> None:
         """Open the attachment's account, before its first packet can be."""
         labels = self._labels(attachment)

@@ -116,6 +116,36 @@ def test_counters_that_began_anew_are_added_and_leave_a_gap(ledger: Ledger) -> N
     assert "tcx" in gap.reason
 
 
+def test_a_machine_that_restarted_leaves_a_gap_in_each_open_account_and_one_for_what_none_knows(
+    ledger: Ledger,
+) -> None:
+    ledger.restarted(0.5)
+    for number in (1, 2, 3):
+        ledger.begin(owner(number))
+    note(ledger, 60.0, cell(100))
+    fold(ledger, 70.0, cell(100))
+    note(ledger, 80.0, cell(40), to=TWO)
+    note(ledger, 81.0, cell(50), to=TWO, source="vf")
+    ledger.machine_restarted(200.0)
+    assert [(gap.attachment, gap.start, gap.end) for gap in ledger.gaps()] == [
+        (None, 81.0, 200.0),
+        (TWO, 81.0, 200.0),
+        (owner(3).attachment, owner(3).started, 200.0),
+    ]
+    assert all("the machine restarted" in gap.reason for gap in ledger.gaps())
+
+
+def test_counters_of_before_a_restart_and_after_it_are_added_with_no_second_gap(ledger: Ledger) -> None:
+    ledger.begin(owner(1))
+    note(ledger, 60.0, cell(100))
+    ledger.machine_restarted(90.0)
+    before = ledger.gaps()
+    note(ledger, 120.0, cell(30))
+    fold(ledger, 180.0, cell(35))
+    assert totals(ledger) == {("tcx", "EGRESS", "best-effort", "TCP"): 135}
+    assert ledger.gaps() == before
+
+
 def test_a_cell_that_vanished_was_zeroed(ledger: Ledger) -> None:
     """Readings hold only cells that are not zero: after a reboot there is none."""
     ledger.begin(owner(1))
@@ -335,6 +365,7 @@ def test_a_full_disk_refuses_each_writer_and_the_same_write_works_later(ledger: 
         lambda: note(ledger, 2.0, cell(6)),
         lambda: fold(ledger, 3.0, cell(7)),
         lambda: ledger.gap(ONE, 1.0, 2.0, "away"),
+        lambda: ledger.machine_restarted(2.5),
         lambda: ledger.forget(-1.0),
     ]
     for write in writers[:-1]:

@@ -96,10 +96,15 @@ class SimNode:
         agent_flags: Sequence[str] = (),
         request_timeout: float = 2.0,
         udev: bool = False,
+        state: Path | None = None,
     ) -> None:
-        """udev: the agent sees what the machine's udev says of links: they are the machine's own."""
+        """udev: the agent sees what the machine's udev says of links: they are the machine's own.
+
+        state: the folder for what the agent keeps, so that it outlives this node; else nothing does.
+        """
         self.name = name
         self._udev = udev
+        self._state = state
         self.mode = mode
         self._policy = policy
         self._hook = hook
@@ -133,6 +138,9 @@ class SimNode:
             (self.root / "run/udev").mkdir(parents=True)
             for name in ("control", "data"):
                 (self.root / "run/udev" / name).symlink_to(f"/run/udev/{name}")
+        if self._state:
+            (self.root / "var/lib").mkdir(parents=True)
+            (self.root / "var/lib/knd").symlink_to(self._state)
         stack.enter_context(kept_programs(self.root / "var/lib/knd/programs"))
         put_netns_check(self.root / "var/lib/knd/bin/knd-netns-check")
         self.policy_file = self.root / "policy.yaml"
