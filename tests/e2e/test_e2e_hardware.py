@@ -3,6 +3,8 @@ a pod drives the device itself."""
 
 from __future__ import annotations
 
+import re
+
 from kndsim.cluster import Cluster
 from kndsim.place import Place
 from tests.e2e.e2e_agents import Agents
@@ -78,17 +80,38 @@ def test_a_netdevsim_port_is_moved_named_and_home_again(space: Space, cluster: C
 
 
 @needs(kind=DeviceKind.VF)
-def test_a_nic_with_an_rdma_device_is_offered_as_such_and_given(space: Space, agents: Agents) -> None:
-    space.cluster_wide(
-        DeviceClass(
-            name="e2e-rdma", selectors=(f'{_DRIVER} && device.attributes["knd.internal"].rdma',)
-        ).object()
-    )
-    space.add(space.claim(nic("roce0", "198.18.3.1/24"), device_class="e2e-rdma").template("p"))
-    pod = space.pod(pod_of("p")).running()
+def test_rdma_files_open_in_the_container_that_names_the_claim_and_in_no_other(
+    space: Space, agents: Agents, cluster: Cluster
+) -> None:
+    """Devices are shared here, so every container sees them in /sys, and files alone keep one out."""
+    (node,) = cluster.nodes.values()
+    has_rdma = f'{_DRIVER} && device.attributes["knd.internal"].rdma'
+    space.cluster_wide(DeviceClass(name="e2e-rdma", selectors=(has_rdma,)).object())
+    interface = {"name": "roce0", "addresses": ["198.18.3.1/24"]}
+    config = Config(interface=interface, more={"rdma": {"nccl": True}})
+    space.add(space.claim(config, device_class="e2e-rdma").template("p"))
+    pod = space.pod(pod_of("p", Container(name="other"))).running()
     (device,) = pod.devices()
     assert agents.slice_devices(pod.node)[device]["attributes"]["rdmaDevice"]["string"] == "rxe0"
-    assert pod.first_links()["roce0"].up
+    told = dict(line.split("=", 1) for line in pod.out("env").splitlines() if "=" in line)
+    key = re.sub("[^A-Z0-9]", "_", device.upper())
+    name, index = told[f"KND_RDMA_DEVICE_{key}"], told[f"KND_RDMA_GID_INDEX_{key}"]
+    assert (told["NCCL_IB_HCA"], told["NCCL_IB_GID_INDEX"]) == (f"={name}:1", index)
+    port = f"/sys/class/infiniband/{name}/ports/1"
+    assert pod.out("cat", f"{port}/gids/{index}").strip() == "0000:0000:0000:0000:0000:ffff:c612:0301"
+    assert pod.out("cat", f"{port}/gid_attrs/types/{index}").strip() == "RoCE v2"
+    (file,) = (each for each in pod.out("ls", "/dev/infiniband").split() if each.startswith("uverbs"))
+    assert pod.out("cat", f"/sys/class/infiniband_verbs/{file}/ibdev").strip() == name
+    pod.out("sh", "-c", f"exec 3<>/dev/infiniband/{file}")
+
+    assert pod.exec("ls", "/dev/infiniband", container="other").code != 0
+    numbers = pod.out("cat", f"/sys/class/infiniband_verbs/{file}/dev").strip().replace(":", " ")
+    pod.out("mknod", "/own", "c", *numbers.split(), container="other")
+    refused = pod.exec("sh", "-c", "exec 3<>/own", container="other")
+    assert refused.code != 0
+    assert "Operation not permitted" in refused.err
+    pod.delete()
+    space.until(lambda: name not in node.place.run(["rdma", "link"]).out, 20, f"{name} is removed")
 
 
 @needs(kind=DeviceKind.VF)
