@@ -13,8 +13,10 @@ from tests.bench.outcome import Outcome, measured
 from tests.kernel.limit_traffic import TCP_SHARE, Counted, echo, round_trips, tcp, udp
 from tests.kernel.limited_pair import HOST_ADDRESS, Pair, limited_pair
 
-RATES = (100, 1000)
-"""Mb/s. More than that Python does not send on two CPUs."""
+RATES = (100, 1000, 2500, 10_000)
+"""Mb/s."""
+AT_ONCE = {100: 1, 1000: 40, 2500: 40, 10_000: 40}
+"""UDP datagrams of one call: one by one, two CPUs send about 1 Gb/s of them."""
 WINDOWS = 5
 SECONDS = 1.0
 QUESTIONS = 100
@@ -40,7 +42,7 @@ def _at(pair: Pair, rate: int) -> Iterator[Outcome]:
             yield measured(name, missing, statistics.median, "%", budget=TCP_BUDGET, note=_QUEUES)
             if flows == 4:
                 yield _latency(pair, rate)
-    with udp(pair.pod, pair.host, HOST_ADDRESS) as arriving:
+    with udp(pair.pod, pair.host, HOST_ADDRESS, datagrams=AT_ONCE[rate]) as arriving:
         arriving.rate(SECONDS)
         off = [abs(_missing(_on_wire(pair, arriving), rate)) for _ in range(WINDOWS)]
         note = "off the limit, counted at the far end's interface"
