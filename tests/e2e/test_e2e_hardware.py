@@ -88,7 +88,8 @@ def test_rdma_files_open_in_the_container_that_names_the_claim_and_in_no_other(
     has_rdma = f'{_DRIVER} && device.attributes["knd.internal"].rdma'
     space.cluster_wide(DeviceClass(name="e2e-rdma", selectors=(has_rdma,)).object())
     interface = {"name": "roce0", "addresses": ["198.18.3.1/24"]}
-    config = Config(interface=interface, more={"rdma": {"nccl": True}})
+    limits = {"handles": 8, "objects": 64}
+    config = Config(interface=interface, more={"rdma": {"nccl": True, "limits": limits}})
     space.add(space.claim(config, device_class="e2e-rdma").template("p"))
     pod = space.pod(pod_of("p", Container(name="other"))).running()
     (device,) = pod.devices()
@@ -110,6 +111,10 @@ def test_rdma_files_open_in_the_container_that_names_the_claim_and_in_no_other(
     refused = pod.exec("sh", "-c", "exec 3<>/own", container="other")
     assert refused.code != 0
     assert "Operation not permitted" in refused.err
+
+    most = {each: pod.out("cat", "/sys/fs/cgroup/rdma.max", container=each) for each in ("main", "other")}
+    assert f"{name} hca_handle=8 hca_object=64" in most["main"].splitlines()
+    assert f"{name} hca_handle=max hca_object=max" in most["other"].splitlines()
     pod.delete()
     space.until(lambda: name not in node.place.run(["rdma", "link"]).out, 20, f"{name} is removed")
 
