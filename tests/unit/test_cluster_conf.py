@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import tomllib
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 import pytest
@@ -21,6 +22,9 @@ def node(index: int = 2, *, may_raise_oom: bool = False) -> NodeConf:
         cgroup_root=f"/knd-node-{index}",
         may_raise_oom=may_raise_oom,
     )
+
+
+SLOW = replace(node(), hook_seconds=20)
 
 
 def flag(flags: list[str], name: str) -> str:
@@ -72,6 +76,14 @@ def test_containerd_offers_nri_and_cdi_where_the_driver_looks() -> None:
     runtime = plugins["io.containerd.cri.v1.runtime"]
     assert runtime["enable_cdi"]
     assert runtime["cdi_spec_dirs"] == ["/etc/cdi", "/var/run/cdi"]
+
+
+@pytest.mark.parametrize(("node_", "request_", "registration"), [(node(), "2s", "5s"), (SLOW, "20s", "50s")])
+def test_a_slow_node_waits_longer_for_a_plugin(node_: NodeConf, request_: str, registration: str) -> None:
+    text = conf.containerd_config(node_, "p:1", PurePosixPath("/runc"), PurePosixPath("/cni"))
+    nri = tomllib.loads(text)["plugins"]["io.containerd.nri.v1.nri"]
+    assert nri["plugin_request_timeout"] == request_
+    assert nri["plugin_registration_timeout"] == registration
 
 
 @pytest.mark.parametrize("allowed", [True, False])

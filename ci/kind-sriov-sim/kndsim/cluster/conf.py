@@ -59,6 +59,8 @@ class NodeConf:
     """Of kubelet: a cgroup folder of the node's own in every hierarchy."""
     may_raise_oom: bool
     """Whether processes there may lower an oom_score_adj (CAP_SYS_RESOURCE)."""
+    hook_seconds: int = 2
+    """That containerd waits for an NRI plugin, for its registration more than twice as long."""
 
     @property
     def pods(self) -> str:
@@ -272,6 +274,8 @@ disable_connections = false
 socket_path = "/var/run/nri/nri.sock"
 plugin_path = "/opt/nri/plugins"
 plugin_config_path = "/etc/nri/conf.d"
+plugin_registration_timeout = "{5 * node.hook_seconds // 2}s"
+plugin_request_timeout = "{node.hook_seconds}s"
 """
 
 

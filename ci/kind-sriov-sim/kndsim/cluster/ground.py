@@ -45,6 +45,11 @@ class Ground(Protocol):
     def may_raise_oom(self) -> bool: ...
 
     @property
+    def hook_seconds(self) -> int:
+        """That the runtime waits for a plugin: containerd's own 2 on processors that are real."""
+        ...
+
+    @property
     def devices(self) -> Devices: ...
 
     def bring(self, path: Path) -> PurePosixPath:

@@ -110,6 +110,10 @@ class GuestGround:
     def may_raise_oom(self) -> bool:
         return True
 
+    @property
+    def hook_seconds(self) -> int:
+        return 20
+
     def bring(self, path: Path) -> PurePosixPath:
         path = path.resolve()
         if path.is_relative_to(self.shared):

@@ -85,6 +85,7 @@ class MachineGround:
     address: str
     cgroup_root: str
     may_raise_oom: bool
+    hook_seconds: int = 2
     devices: Devices
     shared: tuple[Path, ...]
 

@@ -107,6 +107,7 @@ class Node:
             address=ground.address,
             cgroup_root=ground.cgroup_root,
             may_raise_oom=ground.may_raise_oom,
+            hook_seconds=ground.hook_seconds,
         )
 
     @property
