@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -171,6 +172,8 @@ def _section(reporter: pytest.TerminalReporter, title: str, lines: list[str]) ->
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Whoever sets a run a limit ends it with SIGTERM: what was made is taken down, as on Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     required = _required()
     config.pluginmanager.register(Gates(required), "knd-gates")
     if os.geteuid() == 0 and not config.option.collectonly:

@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
 
 AGENT = (sys.executable, "-m", "driver", "agent")
@@ -126,7 +127,8 @@ class AgentProcess:
         except urllib.error.HTTPError as error:
             with error:
                 return error.code, error.read().decode()
-        except OSError as error:
+        except (OSError, HTTPException) as error:
+            # The second where it ended in the middle of an answer.
             return 0, str(error)
 
     def ready(self) -> bool:

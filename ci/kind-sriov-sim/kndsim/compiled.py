@@ -20,7 +20,7 @@ _programs: dict[str, bytes] = {}
 @contextlib.contextmanager
 def kept_programs(cache: Path) -> Iterator[None]:
     """cache: an agent's own folder of BPF programs, filled with what agents of nodes before made."""
-    cache.mkdir(mode=0o700, parents=True)
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     for name, content in _programs.items():
         (cache / name).write_bytes(content)
     try:
