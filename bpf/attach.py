@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bpf import sys
-from bpf.accounting import Accounting, make_pin_directory
+from bpf.accounting import Accounting
 from bpf.errors import BpfError, CallRefused
 from bpf.layout import Hook, Slot
 from bpf.loaded import place_of
+from bpf.maps import LINKS
+from bpf.pins import make_pin_directory
 
 _SUFFIXES = ("-eg", "-in")
 _HOOKS = (sys.AttachType.TCX_EGRESS, sys.AttachType.TCX_INGRESS)
@@ -67,7 +69,7 @@ class TcxPrograms:
 
     def __init__(self, pins: Path, accounting: Accounting) -> None:
         """BpffsMissing if pins is not on a bpffs."""
-        self._links = pins / "links"
+        self._links = pins / LINKS
         self._accounting = accounting
         make_pin_directory(self._links)
 

@@ -24,6 +24,9 @@ DSCPS = 64
 PCPS = 8
 CLASSES_BYTES = DSCPS + PCPS + 4
 """struct classes { u8 dscp[64]; u8 pcp[8]; u32 flags; }, the one entry of map `classes`."""
+CLASSES_FORMAT = RULES_FORMAT = POLICE_FORMAT = 1
+"""Of the maps without counts: raised when what is in one means something else, so that another version of the
+agent does not take it over. The shape of the counts tells itself: bpf.record."""
 PCP_WINS = 1
 """Flag: a VLAN-tagged packet's class is its priority's, whatever its DSCP."""
 

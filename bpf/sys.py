@@ -68,6 +68,7 @@ class Command(enum.IntEnum):
 class MapType(enum.IntEnum):
     ARRAY = 2
     PERCPU_ARRAY = 6
+    ARRAY_OF_MAPS = 12
 
 
 class ProgramType(enum.IntEnum):
@@ -91,8 +92,6 @@ BPF_F_RDONLY_PROG = 1 << 7
 BPF_F_BEFORE = 1 << 3
 """Attach flag: in front of the others of the hook."""
 XDP_FLAGS_SKB_MODE = 1 << 1
-
-BPF_FS_MAGIC = 0xCAFE4A11
 
 
 class Fd:
@@ -210,11 +209,18 @@ class _Buffer:
 
 
 def map_create(
-    kind: MapType, *, key_size: int, value_size: int, max_entries: int, flags: int = 0, name: str
+    kind: MapType,
+    *,
+    key_size: int = 4,
+    value_size: int,
+    max_entries: int,
+    flags: int = 0,
+    inner: MapFd | None = None,
+    name: str,
 ) -> MapFd:
-    """A new, empty map. name: at most 15 letters, digits and underscores."""
+    """A new, empty map. inner: what a map of maps holds. name: at most 15 letters, digits and underscores."""
     what = f"creating BPF map {name} of {max_entries} entries"
-    values = (kind, key_size, value_size, max_entries, flags, 0, 0, name.encode())
+    values = (kind, key_size, value_size, max_entries, flags, inner.fd if inner else 0, 0, name.encode())
     return MapFd(_call(Command.MAP_CREATE, what, "=7I16s", *values)[0])
 
 
@@ -479,16 +485,6 @@ def link_info(link: LinkFd) -> LinkInfo:
     kind, number, program, _, ifindex = struct.unpack_from("=5I", _info(link, bytearray(48)))
     on_device = kind in (LinkType.XDP, LinkType.TCX)
     return LinkInfo(LinkId(number), kind, ProgramId(program), ifindex if on_device else None)
-
-
-def is_bpffs(path: Path) -> bool:
-    """Whether path, which exists, lies on a BPF filesystem. OSError if it cannot be asked."""
-    answer = ctypes.create_string_buffer(256)
-    if _libc.statfs(bytes(path), answer) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), str(path))
-    kind: int = struct.unpack_from("=q", answer.raw)[0]
-    return kind == BPF_FS_MAGIC
 
 
 def possible_cpus() -> int:

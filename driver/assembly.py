@@ -185,7 +185,7 @@ def traces(paths: Paths) -> str:
     claims = CdiProjection(paths).claims() | LiveFiles(paths).claims()
     if claims:
         return f"{len(claims)} claims have CDI specs or live files"
-    pins = [path.name for path in (paths.pins / "links").glob("*")]
+    pins = [*paths.pins.glob("links/*"), *paths.pins.glob("*/links/*")]
     return f"programs are pinned for devices ({len(pins)} links)" if pins else ""
 
 

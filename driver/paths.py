@@ -108,12 +108,13 @@ class Paths:
 
     @property
     def bpffs(self) -> Path:
-        """Pins live here, under a versioned folder. Must be the host's bpffs; the agent never mounts."""
+        """Pins live here, in a folder of ours. Must be the host's bpffs; the agent never mounts."""
         return self.root / "sys/fs/bpf"
 
     @property
     def pins(self) -> Path:
-        return self.bpffs / "knd/v1"
+        """A folder for each version's maps, and one for the links of all."""
+        return self.bpffs / "knd"
 
     @property
     def nri_socket(self) -> Path:

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bpf import cost
+from bpf import cost, earlier
 from bpf.cache import ProgramCache
 from bpf.cost import Trial
 from bpf.errors import BpfError
+from bpf.pins import is_bpffs
 from bpf.program import CompiledPrograms
 from bpf.source import compiler_version
-from bpf.sys import is_bpffs
 from driver import running
 from driver.doctor.model import Finding, Place, Subject, fail, ok, warn
 
@@ -33,6 +33,10 @@ class Programs:
     trial: Trial | None
     trial_error: str
     """Why compiled programs could not be tried."""
+    others: tuple[str, ...]
+    """Folders of versions whose counters are laid out otherwise."""
+    unreadable: tuple[str, ...]
+    """Those that cannot be read here, each with the reason."""
 
 
 def look(place: Place) -> Programs:
@@ -41,6 +45,7 @@ def look(place: Place) -> Programs:
     compiled = ProgramCache(place.paths.program_cache).find()
     trial, trial_error = _try(compiled)
     agent = running.read(place.paths)
+    others, unreadable = earlier.look(place.paths.pins)
     return Programs(
         bpffs=bpffs,
         there=there,
@@ -51,6 +56,8 @@ def look(place: Place) -> Programs:
         hook=agent.hook if agent is not None else "",
         trial=trial,
         trial_error=trial_error,
+        others=tuple(folder.path.name for folder in others),
+        unreadable=tuple(f"{each.path.name}: {each.why}" for each in unreadable),
     )
 
 
@@ -87,6 +94,19 @@ def judge(programs: Programs) -> Iterator[Finding]:
             "use the image that has them, or install the Debian package python3-bpfcc",
         )
     yield from _how_they_run(programs)
+
+    yield from _versions(programs)
+
+
+def _versions(programs: Programs) -> Iterator[Finding]:
+    if programs.others:
+        yield ok("versions", f"counts of another version are read as well: {', '.join(programs.others)}")
+    if programs.unreadable:
+        yield warn(
+            "versions",
+            f"counts of another version cannot be read here: {'; '.join(programs.unreadable)}",
+            "go on with the version that made them until its pods are gone, or have a gap in their usage",
+        )
 
 
 def _how_they_run(programs: Programs) -> Iterator[Finding]:

@@ -19,7 +19,7 @@ from bpf.foreign import detach_foreign, foreign_programs
 from bpf.layout import Hook
 from bpf.sys import LinkId
 from driver.errors import NotNow, Refusal
-from driver.execute import infiniband, port, probe, rdma, rdma_given, vf, vfio
+from driver.execute import filters, infiniband, port, probe, rdma, rdma_given, vf, vfio
 from driver.execute.shape import Shaper
 from driver.execute.target import NotClean, Target, Vanished
 from driver.model import Attachment, Preparation
@@ -28,7 +28,6 @@ from hw.errors import Busy, Refused
 from hw.ipoib import is_ipoib
 from hw.model import (
     DeviceKind,
-    Direction,
     IfName,
     LinkFlags,
     LinkInfo,
@@ -107,7 +106,7 @@ class NodeActs:
             Act.DISARM: self.disarm,
             Act.ZERO_SLOT: self.zero_slot,
             Act.MOVE_IN: move_in,
-            Act.FILTER: self.attach_filters,
+            Act.FILTER: partial(filters.attach, accounting=self._accounting),
             Act.SHAPE: self._shaper.shape,
             Act.UNSHAPE: self._shaper.unshape,
             Act.ADDRESS: add_addresses,
@@ -153,16 +152,6 @@ class NodeActs:
 
     def zero_slot(self, target: Target) -> None:
         self._accounting.zero(target.preparation.slot)
-
-    def attach_filters(self, target: Target) -> None:
-        """clsact, from inside: the program's fd is ours, the socket is the pod's."""
-        link = target.find_in_pod()
-        if link is None or target.pod is None:
-            raise NotNow(f"{target.device} left the pod's network namespace")
-        target.pod.add_clsact(link.ifindex)
-        for direction in Direction:
-            with self._accounting.load(target.preparation.slot, int(direction)) as program:
-                target.pod.add_bpf_filter(link.ifindex, direction, program.fd, "knd")
 
     def meter(self, target: Target) -> None:
         self._meters.begin(target)

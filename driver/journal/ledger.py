@@ -208,6 +208,25 @@ class Ledger(Reading):
                 UsageGap(attachment=attachment, start=float(start), end=float(end), reason=reason),
             )
 
+    def begin_anew(self, attachment: AttachmentId, source: str, wall: float, reason: str) -> None:
+        """Note that what was counted since the last reading is lost, and that the counters begin anew: what
+        they show next is all new, also where it is more than before. May be repeated."""
+        with self._writing():
+            if _account_state(self._connection, attachment) is not _AccountState.OPEN:
+                return
+            segment, checked, known = _current_segment(self._connection, attachment, str(source))
+            began = self._connection.execute(
+                "SELECT started FROM attachments WHERE id = ?", (attachment,)
+            ).fetchone()[0]
+            start = checked if checked is not None else began
+            insert_gap(
+                self._connection, UsageGap(attachment=attachment, start=start, end=float(wall), reason=reason)
+            )
+            self._connection.execute(
+                "INSERT OR REPLACE INTO segments (attachment, source, segment, checked) VALUES (?, ?, ?, ?)",
+                (attachment, str(source), segment + bool(known), float(wall)),
+            )
+
     def restarted(self, at: float) -> None:
         """Note that an agent begins to write here, at a time in seconds since the epoch."""
         with self._writing():

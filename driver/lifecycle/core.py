@@ -28,6 +28,7 @@ from driver.lifecycle.relations import sharing
 from driver.lifecycle.reporters import watch_reporters
 from driver.lifecycle.resources import Resources
 from driver.lifecycle.sandboxes import Sandboxes
+from driver.lifecycle.upgrades import Upgrades
 from driver.lifecycle.usage import Usage
 from driver.model import (
     Adjustment,
@@ -77,6 +78,7 @@ class Lifecycle:
         self._sandboxes = Sandboxes(
             context, self._projections, self._homecoming, self.gate, usage, self._health
         )
+        self._upgrades = Upgrades(context)
         self._reconcile = Reconcile(
             context,
             journal,
@@ -87,6 +89,7 @@ class Lifecycle:
             self.gate,
             self._orphans,
             self._health,
+            self._upgrades,
         )
         self._provisioning = Provisioning(
             context, self._projections, self.gate, lambda: self.links_changed(None)
@@ -261,6 +264,8 @@ class Lifecycle:
 
     async def _checkpoint(self) -> None:
         await self._context.workers.run([], self._usage.checkpoint)
+        if self.gate.settled and not self.gate.recovery:
+            await self._context.workers.run([], self._upgrades.let_go)
 
     # --- ports.ClaimHandler ---------------------------------------------------------------------------
 

@@ -10,10 +10,12 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from bpf.errors import BpfError
 from driver import plan
 from driver.errors import DriverError
+from driver.execute import filters
 from driver.execute.engine import EXPECTED, Problem
 from driver.execute.target import NotClean, Target, Vanished, open_target
 from driver.lifecycle.context import Context
@@ -221,7 +223,10 @@ class Homecoming:
     def rearm(self, preparation: Preparation, *, must_be_home: bool) -> None:
         """Programs as this version has them, on the same device: pins outlive an agent, not a reboot."""
         programs = self._context.programs
-        if programs is None or preparation.by_file:
+        if preparation.by_file:
+            return
+        if programs is None:
+            self._refilter(preparation)
             return
         device = preparation.key.device
         ifindex = self._context.devices.hint(preparation)
@@ -229,6 +234,17 @@ class Homecoming:
             programs.attach(device, ifindex, preparation.slot)
         elif programs.repoint_all({device: preparation.slot}):
             log.error("the programs of %s are gone while it is in a pod: it is not counted there", device)
+
+    def _refilter(self, preparation: Preparation) -> None:
+        """Filters of this version in place of those in the pod; a device at home has none."""
+        context = self._context
+        for attachment in context.book.attachments_of(preparation.key):
+            if attachment.state is not AttachmentState.ATTACHED or preparation.rdma_only:
+                continue
+            with self.reach(attachment) as target:
+                if target is not None and target.find_in_pod() is not None:
+                    attach = partial(filters.attach, target, accounting=context.accounting)
+                    context.engine.project(str(attachment.id), Act.FILTER, attach)
 
     def is_dead(self, preparation: Preparation) -> bool:
         """Whether the netdev that was prepared is no more. There may be another in its place, without its

@@ -24,6 +24,7 @@ from driver.lifecycle.homecoming import Homecoming
 from driver.lifecycle.orphans import Orphans
 from driver.lifecycle.projections import Projections
 from driver.lifecycle.sandboxes import Sandboxes
+from driver.lifecycle.upgrades import Upgrades
 from driver.model import (
     Attachment,
     AttachmentState,
@@ -68,10 +69,12 @@ class Reconcile:
         gate: Gate,
         orphans: Orphans,
         health: Health,
+        upgrades: Upgrades,
     ) -> None:
         self._health = health
         self._orphans = orphans
         self._context = context
+        self._upgrades = upgrades
         self._journal = journal
         self._projections = projections
         self._homecoming = homecoming
@@ -167,6 +170,7 @@ class Reconcile:
 
     async def _settle(self) -> None:
         context = self._context
+        await self._try("noting what another version counted", self._upgrades.begin)
         for attachment in context.book.attachments():
             await self._on_device(attachment.preparation.device, self._resume_attachment(attachment))
         for preparation in context.book.preparations():
@@ -176,6 +180,7 @@ class Reconcile:
             "sweeping CDI specs and live files", lambda: self._projections.sweep(self._orphans.claims())
         )
         await self._try("sweeping programs", self._sweep_programs)
+        await self._try("letting go of what another version counted", self._upgrades.finish)
         await self._mend()
         if self._journal.state().boot_changed:
             await self._try("after the reboot", self._forget_before_boot)

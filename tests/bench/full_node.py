@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from bpf import layout, sys
 from bpf.layout import TrafficKind
+from bpf.record import OURS
 from kndsim.agent import wait_until
 from kndsim.links import SimNetns
 from kndsim.node import ClaimSpec, SimNode, SimPod, any_device
@@ -119,7 +120,7 @@ def _count_something(node: SimNode, pods: Sequence[SimPod]) -> None:
             cell = (direction * layout.CLASSES + traffic_class) * layout.KINDS + KIND
             lanes[2 * cell : 2 * cell + 2] = [10**12, 10**9]
     value = struct.pack(f"={len(lanes)}Q", *lanes) * sys.possible_cpus()
-    with sys.obj_get_map(node.bpffs / "knd/v1/acct") as counters:
+    with sys.obj_get_map(node.bpffs / "knd" / OURS.folder / "acct") as counters:
         for slot in range(len(pods)):
             sys.map_update_elem(counters, _KEY.pack(slot), value)
 

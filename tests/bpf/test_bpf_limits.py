@@ -13,9 +13,7 @@ from bpf import sys
 from bpf.accounting import Accounting
 from bpf.layout import LEAF, Slot, TrafficKind
 from bpf.limits import NO_MARK, Police, Rules
-from bpf.program import CompiledPrograms
 from tests.bpf import frames as f
-from tests.bpf.bpffs import mounted_bpffs
 
 SLOT, OTHER = Slot(6), Slot(7)
 EGRESS, INGRESS = 0, 1
@@ -194,17 +192,3 @@ def test_beyond_what_it_is_guaranteed_a_class_is_like_the_others(accounting: Acc
     accounting.limits.set(SLOT, Rules(police=(Police(rate=1, burst=1), None), guaranteed=guaranteed))
     # The first goes by its share and is charged to the whole, so nothing is left for the second.
     assert [run(accounting, V4).result for _ in range(5)] == [UNSPEC] + [SHOT] * 4
-
-
-def test_a_map_without_counts_that_another_version_made_is_made_anew(programs: CompiledPrograms) -> None:
-    with mounted_bpffs() as path:
-        pins = path / "knd/v1"
-        with Accounting.open(pins, programs, slots=2) as opened, opened.load(Slot(1), EGRESS) as program:
-            sys.prog_test_run(program, V4)
-        (pins / "rules").unlink()
-        with sys.map_create(sys.MapType.ARRAY, key_size=4, value_size=8, max_entries=2, name="old") as old:
-            sys.obj_pin(old, pins / "rules")
-        with Accounting.open(pins, programs) as opened:
-            assert [cell.packets for cell in opened.read(Slot(1))] == [1]
-            opened.limits.set(Slot(1), Rules(detour=4))
-            assert opened.limits.detour(Slot(1)) == 4

@@ -12,11 +12,13 @@ import pytest
 
 from bpf import accounting as accounting_module
 from bpf import layout, source, sys
-from bpf.accounting import Accounting, make_pin_directory
+from bpf.accounting import Accounting
 from bpf.cache import ProgramCache
 from bpf.errors import BpfError, BpffsMissing, CallRefused, CompileFailed, LayoutMismatch
 from bpf.layout import Cell, Slot, TrafficKind
+from bpf.pins import make_pin_directory
 from bpf.program import CompiledPrograms
+from bpf.record import OURS
 from tests.bpf import frames as f
 from tests.bpf.bpffs import mounted_bpffs
 
@@ -38,7 +40,10 @@ def count(accounting: Accounting, slot: int, times: int = 1, direction: int = 1)
 
 
 def test_a_cell_lies_where_layout_says(pins: Path, programs: CompiledPrograms) -> None:
-    with Accounting.open(pins, programs, slots=2) as opened, sys.obj_get_map(pins / "acct") as raw:
+    with (
+        Accounting.open(pins, programs, slots=2) as opened,
+        sys.obj_get_map(pins / OURS.folder / "acct") as raw,
+    ):
         count(opened, 1, direction=1)
         values = bytearray(layout.VALUE_BYTES * sys.possible_cpus())
         sys.map_lookup_elem(raw, (1).to_bytes(4, "little"), values)
@@ -109,22 +114,23 @@ def test_counts_and_classes_outlive_the_agent(pins: Path, programs: CompiledProg
         assert second.read(Slot(2)) == (Cell(1, 1, TrafficKind.TCP, 2 * len(FRAME), 2),)
 
 
-@pytest.mark.parametrize("name", ["acct", "classes"])
-def test_a_pinned_map_of_another_layout_is_refused_and_left_alone(
+@pytest.mark.parametrize("name", ["acct", "classes", "rules", "police"])
+def test_a_map_that_somebody_else_pinned_in_our_place_is_refused_and_left_alone(
     pins: Path, programs: CompiledPrograms, name: str
 ) -> None:
+    pins = pins / OURS.folder
     make_pin_directory(pins)
     with sys.map_create(sys.MapType.ARRAY, key_size=4, value_size=8, max_entries=1, name="old") as old:
         sys.obj_pin(old, pins / name)
-    with pytest.raises(LayoutMismatch, match=f"{pins / name} has type 2.*8 bytes.*knd cleanup"):
-        Accounting.open(pins, programs)
+    with pytest.raises(LayoutMismatch, match=f"{pins / name} has type 2.*8 bytes.*remove it"):
+        Accounting.open(pins.parent, programs)
     assert (pins / name).exists()
 
 
 def test_a_pin_that_is_no_map_is_refused(pins: Path, programs: CompiledPrograms) -> None:
     with Accounting.open(pins, programs) as opened, opened.load(Slot(0), 0) as program:
-        (pins / "acct").unlink()
-        sys.obj_pin(program, pins / "acct")
+        (pins / OURS.folder / "acct").unlink()
+        sys.obj_pin(program, pins / OURS.folder / "acct")
     with pytest.raises((LayoutMismatch, CallRefused), match="acct"):
         Accounting.open(pins, programs)
 
@@ -137,7 +143,7 @@ def test_without_a_bpffs_nothing_is_made(tmp_path: Path, programs: CompiledProgr
 
 def test_pins_are_roots_alone(pins: Path, programs: CompiledPrograms) -> None:
     with Accounting.open(pins, programs):
-        assert {oct(path.stat().st_mode & 0o77) for path in (pins, pins / "acct")} == {"0o0"}
+        assert {oct(path.stat().st_mode & 0o77) for path in (pins, *pins.rglob("*"))} == {"0o0"}
 
 
 @pytest.mark.parametrize("slot", [-1, 4])
@@ -200,4 +206,4 @@ def test_programs_that_miscount_are_found_before_anything_is_pinned(
     swapped = replace(programs, programs=programs.programs[::-1])
     with pytest.raises(BpfError, match=r"the count of RoCEv2 over IPv4 is \(Cell\(direction=1"):
         Accounting.open(pins, swapped)
-    assert not (pins / "acct").exists()
+    assert not any(pins.rglob("acct"))

@@ -71,6 +71,8 @@ GOOD_PROGRAMS = programs.Programs(
     hook="tcx",
     trial=Trial(counting=18.4, empty=8.0, jited=True),
     trial_error="",
+    others=(),
+    unreadable=(),
 )
 
 
@@ -88,6 +90,8 @@ GOOD_PROGRAMS = programs.Programs(
         ({"trial": Trial(counting=200.0, empty=50.0, jited=False)}, "mode", Verdict.WARN, "interprets"),
         ({"trial": None, "trial_error": "EPERM"}, "mode", Verdict.FAIL, "EPERM"),
         ({}, "cost", Verdict.OK, "18 ns"),
+        ({"others": ("layout-1",)}, "versions", Verdict.OK, "layout-1"),
+        ({"unreadable": ("layout-1: odd",)}, "versions", Verdict.WARN, "layout-1: odd"),
     ],
 )
 def test_programs(change: dict[str, object], check: str, verdict: Verdict, words: str) -> None:
