@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from bpf import sys
 from bpf.accounting import Accounting
@@ -26,6 +27,8 @@ from bpf.layout import Hook, Slot
 from bpf.loaded import place_of
 from bpf.maps import LINKS
 from bpf.pins import make_pin_directory
+
+T = TypeVar("T")
 
 _SUFFIXES = ("-eg", "-in")
 _HOOKS = (sys.AttachType.TCX_EGRESS, sys.AttachType.TCX_INGRESS)
@@ -216,7 +219,7 @@ def probe_tcx() -> Hook:
 
     CallRefused or OSError if not even that can be tried: no CAP_SYS_ADMIN, no BPF.
     """
-    return _in_new_netns(_try_tcx)
+    return in_new_netns(_try_tcx)
 
 
 def _try_tcx() -> Hook:
@@ -230,9 +233,9 @@ def _try_tcx() -> Hook:
     return Hook.TCX
 
 
-def _in_new_netns(work: Callable[[], Hook]) -> Hook:
+def in_new_netns(work: Callable[[], T]) -> T:
     """Run work in a thread of its own, which alone is in the netns and takes it along when it ends."""
-    results: list[Hook] = []
+    results: list[T] = []
     errors: list[Exception] = []
 
     def run() -> None:
@@ -245,7 +248,7 @@ def _in_new_netns(work: Callable[[], Hook]) -> Hook:
         except Exception as error:  # noqa: BLE001 - raised again in the caller's thread
             errors.append(error)
 
-    thread = threading.Thread(target=run, name="knd-tcx-probe")
+    thread = threading.Thread(target=run, name="knd-probe")
     thread.start()
     thread.join()
     if errors:

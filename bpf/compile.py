@@ -44,6 +44,7 @@ def _flags(directory: Path) -> list[str]:
         "POLICE_BYTES": layout.POLICE_BYTES,
         "RULES_ONE_CLASS": layout.RULES_ONE_CLASS,
         "RULES_MARK": layout.RULES_MARK,
+        "RULES_DEPART": layout.RULES_DEPART,
         "LEAF": layout.LEAF,
         "SLOT_SENTINEL": program.SLOT_SENTINEL,
         "PSEUDO_MAP_FD": program.PSEUDO_MAP_FD,

@@ -24,7 +24,8 @@ DSCPS = 64
 PCPS = 8
 CLASSES_BYTES = DSCPS + PCPS + 4
 """struct classes { u8 dscp[64]; u8 pcp[8]; u32 flags; }, the one entry of map `classes`."""
-CLASSES_FORMAT = RULES_FORMAT = POLICE_FORMAT = 1
+CLASSES_FORMAT = POLICE_FORMAT = 1
+RULES_FORMAT = 2
 """Of the maps without counts: raised when what is in one means something else, so that another version of the
 agent does not take it over. The shape of the counts tells itself: bpf.record."""
 PCP_WINS = 1
@@ -37,6 +38,7 @@ POLICE_BYTES = 176
 RULES_ANY = 1
 RULES_ONE_CLASS = 2
 RULES_MARK = 4
+RULES_DEPART = 8
 LEAF = 0x10
 """The minor number of class 0's queue; the others' follow."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import struct
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ NO_MARK = 0xFF
 """In place of a DSCP: as the pod had it."""
 COST_SHIFT = 20
 """Costs are in 2**-20 ns per byte, as in c/limit.h."""
+CREDIT_SHIFT = 12
+"""A credit is in 2**12 ns there: a GiB at 1 Mbit/s fits in 32 bits."""
 _RULES = struct.Struct("=IIIIII8s20Q")
 _POLICE = struct.Struct("=22Q")
 _KEY = struct.Struct("=I")
@@ -55,7 +58,10 @@ class Police:
 class Rules:
     """Of one slot. queues are handles of HTBs by direction, 0 for none; detour the ifindex of an ifb in the
     device's netns, 0 for none; marks the DSCP each class leaves with, or NO_MARK; guaranteed what the police
-    lets each class have whatever the others do, by direction and class in bytes per second."""
+    lets each class have whatever the others do, by direction and class in bytes per second.
+
+    credit: packets that leave are told when, for a queue that waits until then and is full at the police's
+    burst; it is what may leave at once after a pause, in bytes of that. None: they are told nothing."""
 
     one_class: int | None = None
     queues: tuple[int, int] = (0, 0)
@@ -63,6 +69,17 @@ class Rules:
     marks: tuple[int, ...] = _DEFAULT_MARKS
     police: tuple[Police | None, Police | None] = (None, None)
     guaranteed: tuple[tuple[int, ...], ...] = _NOTHING
+    credit: int | None = None
+
+    def __post_init__(self) -> None:
+        out = self.police[0]
+        if self.credit is not None and (out is None or self.credit >= out.burst):
+            raise ValueError("times of departure need a rate, and a burst above the credit")
+
+    @property
+    def _credit(self) -> int:
+        out = self.police[0]
+        return self.credit * _NS // out.rate >> CREDIT_SHIFT if self.credit and out is not None else 0
 
     def pack(self) -> bytes:
         """As struct rules."""
@@ -73,8 +90,9 @@ class Rules:
         flags |= 0 if self.marks == _DEFAULT_MARKS else layout.RULES_MARK
         costs = (each.cost if each else 0 for each in self.police)
         bursts = (each.ahead_ns if each else 0 for each in self.police)
+        flags |= 0 if self.credit is None else layout.RULES_DEPART
         shares = (_cost(each) if each else 0 for way in self.guaranteed for each in way)
-        told = (flags, self.one_class or 0, *self.queues, self.detour, 0, bytes(self.marks))
+        told = (flags, self.one_class or 0, *self.queues, self.detour, self._credit, bytes(self.marks))
         return _RULES.pack(*told, *costs, *bursts, *shares)
 
 
@@ -107,16 +125,35 @@ class Limits:
 
     def detour(self, slot: Slot) -> int:
         """The ifb that the slot's rules name, as an ifindex of the device's netns; 0 for none."""
-        value = bytearray(_RULES.size)
-        sys.map_lookup_elem(self._rules, _KEY.pack(slot), value)
-        return int(_RULES.unpack(value)[4])
+        return self._fields(slot)[4]
 
     def queues(self, slot: Slot) -> tuple[int, int]:
         """The handles of the queues that the slot's rules name, by direction; 0 for none."""
+        _, _, out, into, _ = self._fields(slot)
+        return out, into
+
+    def departs(self, slot: Slot) -> bool:
+        """Whether the slot's rules tell packets when to leave."""
+        return bool(self._fields(slot)[0] & layout.RULES_DEPART)
+
+    def _fields(self, slot: Slot) -> tuple[int, int, int, int, int]:
+        """Flags, class, queues and detour."""
         value = bytearray(_RULES.size)
         sys.map_lookup_elem(self._rules, _KEY.pack(slot), value)
-        _, _, out, into, *_ = _RULES.unpack(value)
-        return int(out), int(into)
+        flags, one_class, out, into, detour, *_ = _RULES.unpack(value)
+        return int(flags), int(one_class), int(out), int(into), int(detour)
+
+    def waiting(self, slot: Slot) -> float | None:
+        """Seconds until what the slot's pod sends now would leave; None where it is not told when."""
+        rules, police = bytearray(_RULES.size), bytearray(_POLICE.size)
+        sys.map_lookup_elem(self._rules, _KEY.pack(slot), rules)
+        flags, _, _, _, _, credit, *_ = _RULES.unpack(rules)
+        if not flags & layout.RULES_DEPART:
+            return None
+        sys.map_lookup_elem(self._police, _KEY.pack(slot), police)
+        due, *_ = _POLICE.unpack(police)
+        ahead = int(due) - time.monotonic_ns() - (int(credit) << CREDIT_SHIFT)
+        return max(ahead, 0) / _NS
 
     def forget(self, slot: Slot) -> None:
         """Nothing was dropped; the rules stay."""

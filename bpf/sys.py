@@ -28,7 +28,7 @@ _LOAD_TRIES = 5
 """BPF_PROG_LOAD gives EAGAIN when a signal is pending."""
 _SK_BUFF_BYTES = 256
 """More than struct __sk_buff of uapi linux/bpf.h has on any kernel; the rest stays 0."""
-_SK_BUFF_PRIORITY_AT = 32
+_SK_BUFF_LEFT = struct.Struct("=32xI116xQ")
 _TEST_RUN_GROWS = 256
 """More bytes than a program could add to a packet here."""
 _PROG_INFO_BYTES = 232
@@ -305,13 +305,14 @@ class Runs:
 
 @dataclass(frozen=True, slots=True)
 class TestRun:
-    """result is the program's return value, nanoseconds the mean of all repeats; packet and priority are what
-    the last of them left."""
+    """result is the program's return value, nanoseconds the mean of all repeats; packet, priority and
+    departure (tstamp) are what the last of them left."""
 
     result: int
     nanoseconds: int
     packet: bytes
     priority: int
+    departure: int
 
 
 def prog_test_run(program: ProgramFd, packet: bytes, *, context: bytes = b"", repeat: int = 1) -> TestRun:
@@ -327,8 +328,8 @@ def prog_test_run(program: ProgramFd, packet: bytes, *, context: bytes = b"", re
     raw = _call(Command.PROG_TEST_RUN, "test-running a BPF program", "=IIIIQQIIIIQQIIII", *args)[1]
     result, _, size = struct.unpack_from("=iII", raw, 4)
     (nanoseconds,) = struct.unpack_from("=I", raw, 36)
-    (priority,) = struct.unpack_from("=I", left_ctx, _SK_BUFF_PRIORITY_AT)
-    return TestRun(result, nanoseconds, bytes(left[:size]), priority)
+    priority, departure = _SK_BUFF_LEFT.unpack_from(left_ctx)
+    return TestRun(result, nanoseconds, bytes(left[:size]), priority, departure)
 
 
 def enable_stats() -> StatsFd:

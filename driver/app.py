@@ -155,6 +155,7 @@ class App:
         self._metrics.watch_limits(made.lifecycle.keeping.limits)
         self._metrics.watch_bandwidth(made.lifecycle.port_bandwidth)
         self._metrics.watch_dropped(made.lifecycle.keeping.dropped)
+        self._metrics.watch_waiting(made.lifecycle.keeping.waiting)
         monitor = stack.enter_context(LinkMonitor())
         await made.lifecycle.start()
         stack.push_async_callback(self._stop_lifecycle, made.lifecycle)

@@ -18,7 +18,7 @@ from driver.model import Device, NicConfig, Preparation
 from driver.qos import PodMarks, QosClass, QosPolicy
 from driver.traffic import Enforcement, QosConfig
 from hw.model import DeviceKind, Direction
-from hw.qdisc import ROOT_HANDLE, HtbClass, HtbTree, Minor
+from hw.qdisc import ROOT_HANDLE, FqQueue, HtbClass, HtbTree, Minor
 
 _MBIT = 125_000
 """Bytes per second."""
@@ -44,6 +44,9 @@ is dropped that a queue in place would have taken."""
 _BACKSTOP_BURST_SECONDS = 10
 _BACKSTOP_BURST_LEAST = 4 * _GSO_MOST
 _POLICE_BURST_SECONDS = 20
+_FRAME_LEAST = 42
+"""Bytes of a packet without payload, as counted."""
+_FQ_ROOM_LEAST = 1000
 _LEAST_SHARE = 1000
 """A class that is guaranteed nothing has this part of the limit: HTB takes no 0."""
 
@@ -57,13 +60,14 @@ class KeptBy(enum.StrEnum):
 
     DEVICE = "device"
     QUEUE = "htb"
+    DEPARTURES = "fq"
     DETOUR = "ifb"
     POLICE = "police"
 
     @property
     def cooperative(self) -> bool:
-        """Whether a pod with NET_ADMIN can disturb it: what it has then is a quarter more."""
-        return self in (KeptBy.QUEUE, KeptBy.DETOUR)
+        """Whether a pod with NET_ADMIN can disturb it: what it has then is at most a quarter more."""
+        return self in (KeptBy.QUEUE, KeptBy.DEPARTURES, KeptBy.DETOUR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +88,7 @@ class Shaping:
     """What is to be done to an interface. rules are those of a detour, but for its index, which is known once
     there is one. gso_max_size None: as the device has it. ingress_police: where there can be no detour."""
 
-    egress: HtbTree | None
+    egress: HtbTree | FqQueue | None
     ingress: HtbTree | None
     rules: Rules
     gso_max_size: int | None
@@ -205,8 +209,9 @@ def _kept_by(config: NicConfig, enforcement: Enforcement) -> NicConfig:
     return replace(config, qos=replace(config.qos, enforcement=enforcement))
 
 
-def shaping(config: NicConfig, policy: QosPolicy, *, mtu: int) -> Shaping:
-    """Of an interface that the node's kernel drives. config is a preparation's; mtu the interface's."""
+def shaping(config: NicConfig, policy: QosPolicy, *, mtu: int, departs: bool = False) -> Shaping:
+    """Of an interface that the node's kernel drives. config is a preparation's; mtu the interface's. departs:
+    what it sends is told when to leave, and waits in one queue."""
     qos = config.qos
     egress, ingress = _software_rates(qos, policy)
     classes = policy.classes
@@ -222,31 +227,34 @@ def shaping(config: NicConfig, policy: QosPolicy, *, mtu: int) -> Shaping:
         out = replace(out, burst=max(qos.egress_burst, 2 * mtu))
     queue = max(ingress * _MBIT // _INGRESS_QUEUE_SECONDS, _INGRESS_QUEUE_LEAST)
     into = _tree(ingress, classes, _GSO_MOST, queue) if ingress else None
+    departing = out if departs else None
     return Shaping(
-        egress=out,
+        egress=_one_queue(departing) if departing is not None else out,
         ingress=into,
         rules=Rules(
             one_class=_one_class(qos, policy),
             queues=(ROOT_HANDLE if egress else 0, ROOT_HANDLE if ingress else 0),
             marks=_marks(policy),
             police=(
-                _backstop(egress, out.burst) if out is not None else None,
+                _out_police(egress, out, departs=departs) if out is not None else None,
                 _backstop(ingress, queue) if into is not None else None,
             ),
             guaranteed=(_guaranteed(out), _guaranteed(into)),
+            credit=departing.burst if departing is not None else None,
         ),
         gso_max_size=gso,
         ingress_police=_police(ingress) if ingress else None,
     )
 
 
-def kept(config: NicConfig, policy: QosPolicy, *, detour: bool) -> tuple[Kept, ...]:
-    """The limits of an attached interface, as the same shaping keeps them. detour: it has one."""
+def kept(config: NicConfig, policy: QosPolicy, *, detour: bool, departs: bool = False) -> tuple[Kept, ...]:
+    """The limits of an attached interface, as the same shaping keeps them. detour: it has one; departs: as of
+    shaping."""
     qos = config.qos
     egress, ingress = (0, 0) if config.by_file else _software_rates(qos, policy)
     found = []
     if egress:
-        found.append(Kept(Direction.EGRESS, egress, KeptBy.QUEUE))
+        found.append(Kept(Direction.EGRESS, egress, KeptBy.DEPARTURES if departs else KeptBy.QUEUE))
     elif qos.on_pf and qos.egress_rate:
         found.append(Kept(Direction.EGRESS, qos.egress_rate, KeptBy.DEVICE))
     if ingress:
@@ -300,6 +308,21 @@ def _backstop(rate: int, burst: int) -> Police:
     most, of = _BACKSTOP
     limit = rate * _MBIT * most // of
     return Police(limit, max(limit // _BACKSTOP_BURST_SECONDS, _BACKSTOP_BURST_LEAST, 2 * burst))
+
+
+def _one_queue(tree: HtbTree) -> FqQueue:
+    """With room for all that the program lets wait in it, however small the packets are."""
+    return FqQueue(packets=max(_waiting(tree) // _FRAME_LEAST, _FQ_ROOM_LEAST))
+
+
+def _out_police(rate: int, tree: HtbTree, *, departs: bool) -> Police:
+    """Of the clock that says when packets leave: what would wait for longer than in one of the tree's queues
+    is dropped, so nothing is sent above the limit even if there is no queue that waits."""
+    return Police(tree.rate, _waiting(tree)) if departs else _backstop(rate, tree.burst)
+
+
+def _waiting(tree: HtbTree) -> int:
+    return tree.burst + tree.classes[0].queue
 
 
 def _guaranteed(tree: HtbTree | None) -> tuple[int, ...]:

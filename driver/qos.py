@@ -88,6 +88,14 @@ class PodMarks(enum.StrEnum):
     CLEAR = "clear"
 
 
+class EgressShaper(enum.StrEnum):
+    """What queues what the node's kernel limits on its way out of a pod. htb: by class. fq: by the time at
+    which the program on the interface says that a packet leaves, all classes in one queue."""
+
+    HTB = "htb"
+    FQ = "fq"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PodLimits:
     """What any pod's interface has at most, in Mb/s; 0: no limit."""
@@ -103,6 +111,7 @@ class QosPolicy:
     classes: tuple[QosClass, ...]
     marks: PodMarks = PodMarks.TRUST
     limits: PodLimits = PodLimits()
+    shaper: EgressShaper = EgressShaper.HTB
 
     def index_of(self, name: str) -> int | None:
         """Of a class; None if there is none of that name."""
@@ -162,6 +171,16 @@ def class_problems(classes: Sequence[QosClass]) -> tuple[FieldProblem, ...]:
             FieldProblem("qosClasses", f"index {missing[0]} is missing: indices go from 0 without a gap")
         )
     return tuple(found)
+
+
+def shaper_problems(classes: Sequence[QosClass], shaper: EgressShaper) -> Iterator[FieldProblem]:
+    """What of the classes the shaper could not keep, with paths like `qosClasses[2].ceiling`."""
+    for position, entry in enumerate(classes):
+        if shaper is EgressShaper.FQ and entry.ceiling < 100:
+            yield FieldProblem(
+                f"qosClasses[{position}].ceiling",
+                "is kept by htb only, and shaper is fq: leave one of them out",
+            )
 
 
 def _twice(

@@ -1,4 +1,5 @@
-"""Shaping by HTB: a limit, and classes that share it, on a link of one network namespace; and ifb links.
+"""Shaping by HTB: a limit, and classes that share it, on a link of one network namespace; queues by fq, whose
+packets say when they leave; and ifb links.
 
 Invariant: encoding and decoding are pure and total over what a kernel or a tenant can put in a message. Rates
 are bytes per second and sizes bytes, of Ethernet frames without preamble and checksum: HTB counts the headers
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import struct
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NewType
@@ -63,12 +65,21 @@ _TICK_NS = 64
 _FQ_CODEL = {"target": 1, "limit": 2, "ecn": 4, "memory": 9}
 _CODEL_TARGET_US = 5_000
 _CODEL_PACKETS = 10_240
+_FQ = {"packets": 1, "flow_packets": 2}
+_FQ_PRIOMAP = 16
+_FQ_ONE_BAND = struct.pack("=i16B", 3, *[1] * 16)
+"""struct tc_prio_qopt. A priority here is a class of ours and says nothing of fq's bands, which came with
+6.7; older kernels look past it."""
 
 _IFLA_IFNAME, _IFLA_LINKINFO, _IFLA_INFO_KIND = 3, 18, 1
 
 
 class NoFairQueues(HwError):
     """This kernel has no fq_codel."""
+
+
+class NoDepartures(HwError):
+    """This kernel has no fq."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +109,14 @@ class HtbTree:
         minors = [TOP, *(each.minor for each in self.classes)]
         if len(set(minors)) < len(minors) or self.default not in minors[1:]:
             raise ValueError("the classes of a tree need a minor number each, and the default is one of them")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FqQueue:
+    """Sends each packet when the packet says (skb->tstamp), by CLOCK_MONOTONIC. It has room for so many
+    packets."""
+
+    packets: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,8 +160,27 @@ class Qdiscs:
             self._set_class(ifindex, each.minor, parent, _options(each.rate, each.ceil, each.priority, tree))
             self._set_queue(ifindex, each, fair=fair)
 
+    def queue(self, ifindex: IfIndex, wanted: FqQueue) -> None:
+        """Make it the link's root qdisc, or change the one that is there into it. NoDepartures where the
+        kernel has none."""
+        if self._fq(ifindex) is None:
+            self._clear(ifindex)
+        encode = _message(_RTM_NEWQDISC, ifindex, ROOT_HANDLE, _AT_ROOT, "fq", _fq_options(wanted))
+        try:
+            self._transport.change(
+                self._what("set a fq queue of", ifindex), encode, _NLM_F_CREATE | _NLM_F_REPLACE
+            )
+        except Refused as error:
+            if error.errno == errno.ENOENT:
+                raise NoDepartures(str(error)) from error
+            raise
+
+    def is_queued(self, ifindex: IfIndex, wanted: FqQueue) -> bool:
+        """Whether the link's root qdisc is that, now."""
+        return self._fq(ifindex) == wanted
+
     def unshape(self, ifindex: IfIndex) -> None:
-        """Take our tree off; another's, or none, is left as it is."""
+        """Take our tree or queue off; another's, or none, is left as it is."""
         found = self.root(ifindex)
         if found is None or found.handle != ROOT_HANDLE:
             return
@@ -186,6 +224,12 @@ class Qdiscs:
 
     def _begin(self, ifindex: IfIndex, tree: HtbTree) -> None:
         """HTB's default class cannot be changed: whatever is in its place goes with all its classes."""
+        self._clear(ifindex)
+        options = wire.attribute(_HTB_INIT, _HTB_GLOBAL.pack(_HTB_VERSION, 10, tree.default, 0, 0))
+        encode = _message(_RTM_NEWQDISC, ifindex, ROOT_HANDLE, _AT_ROOT, "htb", options)
+        self._transport.change(self._what("limit", ifindex), encode, _NLM_F_CREATE | _NLM_F_REPLACE)
+
+    def _clear(self, ifindex: IfIndex) -> None:
         encode = _message(_RTM_DELQDISC, ifindex, 0, _AT_ROOT)
         with contextlib.suppress(NotFound):
             try:
@@ -194,9 +238,6 @@ class Qdiscs:
                 # There is none but the kernel's own.
                 if error.errno not in (errno.ENOENT, errno.EINVAL):
                     raise
-        options = wire.attribute(_HTB_INIT, _HTB_GLOBAL.pack(_HTB_VERSION, 10, tree.default, 0, 0))
-        encode = _message(_RTM_NEWQDISC, ifindex, ROOT_HANDLE, _AT_ROOT, "htb", options)
-        self._transport.change(self._what("limit", ifindex), encode, _NLM_F_CREATE | _NLM_F_REPLACE)
 
     def _set_class(self, ifindex: IfIndex, minor: Minor, parent: int, options: bytes) -> None:
         encode = _message(_RTM_NEWTCLASS, ifindex, ROOT_HANDLE | minor, parent, "htb", options)
@@ -232,6 +273,22 @@ class Qdiscs:
             wanted = {TOP: _AT_ROOT} | {each.minor: ROOT_HANDLE | TOP for each in tree.classes}
             return _HTB_GLOBAL.unpack_from(told)[2] == tree.default and parents == wanted
         return False
+
+    def _fq(self, ifindex: IfIndex) -> FqQueue | None:
+        """Ours, as it is; None where the root is something else. One with less room for a flow
+        has only that."""
+        for payload in self._dump_qdiscs(ifindex):
+            index, handle, parent, attributes = _parsed(payload)
+            if (index, handle, parent) != (ifindex, ROOT_HANDLE, _AT_ROOT):
+                continue
+            if wire.text(attributes.get(_TCA_KIND, b"")) != "fq":
+                return None
+            told = wire.attributes(attributes.get(_TCA_OPTIONS, b""))
+            rooms = [told.get(number, b"") for number in _FQ.values()]
+            if any(len(room) != 4 for room in rooms):
+                return None
+            return FqQueue(packets=min(int.from_bytes(room, sys.byteorder) for room in rooms))
+        return None
 
     def _classes(self, ifindex: IfIndex) -> Mapping[Minor, _Found]:
         encode = _message(_RTM_GETTCLASS, ifindex, 0, 0)
@@ -293,6 +350,13 @@ def _fq_codel(leaf: HtbClass) -> bytes:
     }
     return b"".join(
         wire.attribute(_FQ_CODEL[name], struct.pack("=I", min(value, _U32))) for name, value in values.items()
+    )
+
+
+def _fq_options(wanted: FqQueue) -> bytes:
+    room = struct.pack("=I", min(wanted.packets, _U32))
+    return b"".join(wire.attribute(number, room) for number in _FQ.values()) + wire.attribute(
+        _FQ_PRIOMAP, _FQ_ONE_BAND
     )
 
 

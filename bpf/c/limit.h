@@ -12,7 +12,7 @@ struct rules {
 	u32 class; /* of every packet, with RULES_ONE_CLASS */
 	u32 queues[KND_DIRECTIONS]; /* handle of an HTB whose minor numbers are KND_LEAF + class; 0: none */
 	u32 detour; /* ifindex of an ifb, whose queue what comes in waits in; 0: none */
-	u32 reserved;
+	u32 credit; /* with RULES_DEPART: what may leave at once after a pause, in 2**12 ns */
 	u8 mark[KND_CLASSES]; /* the DSCP that packets of each class leave with; above 63: what they have */
 	u64 cost[KND_DIRECTIONS]; /* 2**-20 ns that a byte takes at the limit; 0: none */
 	u64 burst[KND_DIRECTIONS]; /* how far ahead of time packets may come, in ns */
@@ -22,6 +22,7 @@ struct rules {
 #define RULES_ANY 1 /* there are some: the others are looked at */
 #define RULES_ONE_CLASS 2
 #define RULES_MARK 4
+#define RULES_DEPART 8 /* what leaves is told when, for a queue that waits until then */
 
 /* Of map `police`. due: when all that was let through would have passed at the limit, as ktime. */
 struct police {
@@ -33,62 +34,93 @@ struct police {
 
 _Static_assert(sizeof(struct rules) == KND_RULES_BYTES, "struct rules differs from bpf/layout.py");
 _Static_assert(sizeof(struct police) == KND_POLICE_BYTES, "struct police differs from bpf/layout.py");
-_Static_assert(RULES_MARK == KND_RULES_MARK && RULES_ONE_CLASS == KND_RULES_ONE_CLASS,
+_Static_assert(RULES_MARK == KND_RULES_MARK && RULES_ONE_CLASS == KND_RULES_ONE_CLASS &&
+	       RULES_DEPART == KND_RULES_DEPART,
 	       "a flag differs from bpf/layout.py");
 
 #define COST_SHIFT 20
 #define TRIES 4
 #define ANY_BURST (~0ULL)
+#define TOO_LATE (~0ULL)
+#define CREDIT_SHIFT 12
+#define MARK_SHIFT 2 /* congestion is told from a quarter of a full queue on */
 #define DSCP_MAX 63
 #define IPV6_CLASS_AT_MOST 0x0fc0 /* the DSCP's bits in the first two bytes of an IPv6 header */
 
-/* A virtual clock that is charged cost, unless it is further ahead of now than burst. Several CPUs charge one
- * clock, so what is too late for one is tried again; whoever was overtaken each time is let through and charged
- * all the same. */
-INLINE bool is_late(volatile u64 *due, u64 now, u64 cost, u64 burst)
+/* A virtual clock that is charged cost, unless it is further ahead of now than burst: by how much it was ahead, or
+ * TOO_LATE. Several CPUs charge one clock, so what is too late for one is tried again; whoever was overtaken each
+ * time is let through and charged all the same. */
+INLINE u64 charge(volatile u64 *due, u64 now, u64 cost, u64 burst)
 {
+	u64 ahead = 0;
 	u32 i;
 
 #pragma unroll
 	for (i = 0; i < TRIES; i++) {
 		u64 before = *due, from = before > now ? before : now;
 
-		if (from - now > burst)
-			return true;
+		ahead = from - now;
+		if (ahead > burst)
+			return TOO_LATE;
 		if (__sync_val_compare_and_swap(due, before, from + cost) == before)
-			return false;
+			return ahead;
 	}
 	__sync_fetch_and_add(due, cost);
-	return false;
+	return ahead;
 }
 
 /* What a class is guaranteed passes whatever the others send, and is charged to the whole like everything: so the
  * others have that much less, and the flood of one class costs no other its share. */
-INLINE bool too_much(struct police *police, const struct rules *rules, enum direction direction,
-		     const struct counted *counted)
+INLINE u64 charge_all(struct police *police, const struct rules *rules, enum direction direction, u64 now,
+		      const struct counted *counted)
 {
-	u64 now = bpf_ktime_get_ns(), bytes = counted->bytes;
+	u64 bytes = counted->bytes;
 	u64 cost = (bytes * rules->cost[direction]) >> COST_SHIFT, burst = rules->burst[direction];
 	u32 class = bounded(counted->class, 7);
 	u64 share = rules->share[direction][class];
 
-	if (share && !is_late(&police->share_due[direction][class], now, (bytes * share) >> COST_SHIFT, burst))
+	if (share && charge(&police->share_due[direction][class], now, (bytes * share) >> COST_SHIFT, burst) !=
+			     TOO_LATE)
 		burst = ANY_BURST;
-	return is_late(&police->due[direction], now, cost, burst);
+	return charge(&police->due[direction], now, cost, burst);
 }
 
-INLINE bool dropped(const struct rules *rules, u32 slot, enum direction direction, const struct counted *counted)
+/* One queue of all classes: a packet leaves when what came before it has passed at the limit. A sender that asked
+ * to be later has that. The queue's clock is the one of bpf_ktime_get_ns. */
+INLINE void depart(struct __sk_buff *skb, const struct rules *rules, u64 now, u64 ahead)
+{
+	u64 credit = (u64)rules->credit << CREDIT_SHIFT, full = rules->burst[DIRECTION_EGRESS] - credit;
+
+	if (ahead <= credit)
+		return;
+	ahead -= credit;
+	if (skb->tstamp < now + ahead)
+		skb->tstamp = now + ahead;
+	if (ahead > full >> MARK_SHIFT)
+		bpf_skb_ecn_set_ce(skb);
+}
+
+INLINE bool dropped(struct __sk_buff *skb, const struct rules *rules, u32 slot, enum direction direction,
+		    const struct counted *counted)
 {
 	struct police *police;
+	u64 now, ahead;
 
 	if (!rules->cost[direction])
 		return false;
 	police = bpf_map_lookup_elem((void *)bpf_pseudo_fd(KND_PSEUDO_MAP_FD, KND_MAP_POLICE), &slot);
-	if (!police || !too_much(police, rules, direction, counted))
+	if (!police)
 		return false;
-	__sync_fetch_and_add(&police->dropped_bytes[direction], counted->bytes);
-	__sync_fetch_and_add(&police->dropped_packets[direction], counted->packets);
-	return true;
+	now = bpf_ktime_get_ns();
+	ahead = charge_all(police, rules, direction, now, counted);
+	if (ahead == TOO_LATE) {
+		__sync_fetch_and_add(&police->dropped_bytes[direction], counted->bytes);
+		__sync_fetch_and_add(&police->dropped_packets[direction], counted->packets);
+		return true;
+	}
+	if (direction == DIRECTION_EGRESS && (rules->flags & RULES_DEPART))
+		depart(skb, rules, now, ahead);
+	return false;
 }
 
 /* The two bits beside the DSCP, which congestion is told by, stay. */
@@ -117,7 +149,7 @@ INLINE int enforce(struct __sk_buff *skb, const struct frame *f, const struct ru
 	if (direction == DIRECTION_EGRESS && (rules->flags & RULES_MARK))
 		mark(skb, f, rules->mark[bounded(counted->class, 7)]);
 	/* Last, as it has many ends: the verifier follows each of them through all that comes after. */
-	if (dropped(rules, slot, direction, counted))
+	if (dropped(skb, rules, slot, direction, counted))
 		return TC_ACT_SHOT;
 	return direction == DIRECTION_INGRESS && rules->detour ? bpf_redirect(rules->detour, 0) : TC_ACT_UNSPEC;
 }

@@ -10,24 +10,28 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bpf.attach import probe_tcx
+from bpf.attach import in_new_netns, probe_tcx
 from bpf.errors import BpfError
 from bpf.layout import Hook
 from driver.doctor.model import Finding, Place, Subject, fail, ok, warn
 from hw.errors import HwError
+from hw.model import IfIndex
 from hw.netlink import LinkSocket
 from hw.netns import socket_cookie
+from hw.qdisc import FqQueue
 from hw.sysfs import Sysfs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
-    """hook None: hook_error says why it could not be tried."""
+    """hook None: hook_error says why it could not be tried. fq_error: why packets cannot be told
+    when to leave."""
 
     release: str
     cookie_error: str
     hook: Hook | None
     hook_error: str
+    fq_error: str
     pci_netdevs: int
     without_parent: tuple[str, ...]
     """Netdevs of PCI functions of which netlink does not tell the function."""
@@ -48,6 +52,7 @@ def look(place: Place) -> Kernel:
         cookie_error=_try_cookie(),
         hook=hook,
         hook_error=hook_error,
+        fq_error=_try_fq(),
         pci_netdevs=len(on_pci),
         without_parent=tuple(sorted(on_pci - told)),
     )
@@ -67,6 +72,18 @@ def _try_hook() -> tuple[Hook | None, str]:
         return probe_tcx(), ""
     except (BpfError, OSError) as error:
         return None, str(error)
+
+
+def _try_fq() -> str:
+    def on_loopback() -> None:
+        with LinkSocket(None) as links:
+            links.shaping.queue(IfIndex(socket.if_nametoindex("lo")), FqQueue(packets=1000))
+
+    try:
+        in_new_netns(on_loopback)
+    except (HwError, OSError) as error:
+        return str(error)
+    return ""
 
 
 def judge(kernel: Kernel) -> Iterator[Finding]:
@@ -93,6 +110,11 @@ def judge(kernel: Kernel) -> Iterator[Finding]:
             "NET_ADMIN can take them off",
             "boot a kernel with tcx (6.6 has it) for the stronger promise",
         )
+    if kernel.fq_error:
+        said = f"limits are kept by htb, also where the policy says `shaper: fq`: {kernel.fq_error}"
+        yield ok("fq", said)
+    else:
+        yield ok("fq", "limits can be kept by times of departure: `shaper: fq` of the node policy")
     if kernel.without_parent:
         yield fail(
             "parent-device",

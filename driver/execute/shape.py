@@ -1,8 +1,9 @@
 """Acts that keep an interface in its pod to its limits, and that take this off again.
 
 Invariant: shape makes what driver.limits says of what there is, however often it is run: a limit changes in
-place, with nothing lost of what waits or was counted. What it makes is in the pod's netns and dies with it;
-the qdisc goes with the move home, and the one link made is known by the rules, which no tenant can change.
+place, with nothing lost of what waits or was counted, and by the same means as long as there is one. What is
+made is in the pod's netns and dies with it; the qdisc goes with the move home, and the one link made is known
+by the rules, which no tenant can change.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from bpf.limits import NO_RULES
 from driver import limits
 from driver.errors import NotNow
 from driver.execute.target import Target
-from driver.qos import QosPolicy
+from driver.qos import EgressShaper, QosPolicy
 from hw.errors import NotFound, Refused, Unsupported
 from hw.model import IfIndex, IfName, LinkInfo
 from hw.netlink import LinkSocket
-from hw.qdisc import HtbTree, NoFairQueues
+from hw.qdisc import FqQueue, HtbTree, NoDepartures, NoFairQueues
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class Shaper:
         self._accounting = accounting
         self._policy = policy
         self._fair = True
+        self._departures = True
 
     def shape(self, target: Target) -> None:
         """Everything that the config and the policy say of the interface's traffic, as the policy is now."""
@@ -42,10 +44,12 @@ class Shaper:
         if link is None or target.pod is None:
             raise NotNow(f"{target.device} left the pod's network namespace")
         preparation = target.preparation
-        wanted = limits.shaping(preparation.config, self._policy(), mtu=link.mtu)
+        wanted = self._wanted(target, link)
         slot = preparation.slot
+        if isinstance(wanted.egress, FqQueue) and not self._depart(target.pod, link.ifindex, wanted.egress):
+            wanted = self._wanted(target, link)
         before = _detour_of(target.pod, self._accounting.limits.detour(slot))
-        if wanted.egress is not None:
+        if isinstance(wanted.egress, HtbTree):
             self._queue(target.pod, link.ifindex, wanted.egress)
         detour = (
             self._detour(target.pod, link, before, wanted.ingress) if wanted.ingress is not None else None
@@ -87,14 +91,29 @@ class Shaper:
         link = target.find_in_pod()
         if link is None or target.pod is None:
             return True
-        wanted = limits.shaping(target.preparation.config, self._policy(), mtu=link.mtu)
-        if wanted.egress is not None and not target.pod.shaping.is_shaped(link.ifindex, wanted.egress):
+        wanted = self._wanted(target, link)
+        if not _has(target.pod, link.ifindex, wanted.egress):
             return False
         detour = self._accounting.limits.detour(target.preparation.slot)
         if wanted.ingress is None or not detour:
             return True
         found = _detour_of(target.pod, detour)
-        return found is not None and found.up and target.pod.shaping.is_shaped(found.ifindex, wanted.ingress)
+        return found is not None and found.up and _has(target.pod, found.ifindex, wanted.ingress)
+
+    def _wanted(self, target: Target, link: LinkInfo) -> limits.Shaping:
+        preparation, policy, maps = target.preparation, self._policy(), self._accounting.limits
+        out, _ = maps.queues(preparation.slot)
+        departs = maps.departs(preparation.slot) if out else policy.shaper is EgressShaper.FQ
+        return limits.shaping(preparation.config, policy, mtu=link.mtu, departs=departs and self._departures)
+
+    def _depart(self, pod: LinkSocket, ifindex: IfIndex, queue: FqQueue) -> bool:
+        """False where the kernel has no such queue."""
+        try:
+            pod.shaping.queue(ifindex, queue)
+        except NoDepartures as error:
+            log.warning("limits are kept by htb on this node, though its policy says fq (shaper): %s", error)
+            self._departures = False
+        return self._departures
 
     def _queue(self, pod: LinkSocket, ifindex: IfIndex, tree: HtbTree) -> None:
         if self._fair:
@@ -137,6 +156,15 @@ def _make_detour(pod: LinkSocket, ifindex: IfIndex) -> LinkInfo:
         if made is not None:
             return made
     raise NotFound(f"no ifb link could be made in the pod: it has others by the name knd-in{ifindex}")
+
+
+def _has(pod: LinkSocket, ifindex: IfIndex, wanted: HtbTree | FqQueue | None) -> bool:
+    match wanted:
+        case HtbTree():
+            return pod.shaping.is_shaped(ifindex, wanted)
+        case FqQueue():
+            return pod.shaping.is_queued(ifindex, wanted)
+    return True
 
 
 def _detour_of(pod: LinkSocket, ifindex: int) -> LinkInfo | None:

@@ -17,8 +17,7 @@ from driver.execute.target import Target, open_target
 from driver.lifecycle.context import Context
 from driver.lifecycle.homecoming import Homecoming
 from driver.lifecycle.projections import Projections
-from driver.limits import Kept, KeptBy
-from driver.limits import kept as kept_limits
+from driver.limits import Kept
 from driver.model import Attachment, AttachmentId, AttachmentState, Preparation
 from driver.plan import Act
 from hw.model import Direction
@@ -32,7 +31,6 @@ _ABOVE = 1.02
 _WAITING_SECONDS = 0.02
 _ALL_EVERY = 30
 """Passes of watch from one look at everybody to the next: of who sends little, only a look tells."""
-_QUEUES = {Direction.EGRESS: KeptBy.QUEUE, Direction.INGRESS: KeptBy.DETOUR}
 
 Labels = tuple[str, ...]
 """namespace, pod, claim, device, interface, direction, and for a limit by what it is kept."""
@@ -102,6 +100,15 @@ class Keeping:
             for direction in Direction
         }
 
+    def waiting(self) -> Mapping[Labels, float]:
+        """Seconds that what a pod sends now waits, of every device whose packets are told when to leave."""
+        maps = self._context.accounting.limits
+        return {
+            _labels(attachment, preparation, Direction.EGRESS): seconds
+            for attachment, preparation in self._attached()
+            if (seconds := maps.waiting(preparation.slot)) is not None
+        }
+
     # --- in a worker ----------------------------------------------------------------------------------
 
     def _suspects(self) -> tuple[AttachmentId, ...]:
@@ -133,9 +140,7 @@ class Keeping:
 
     def _queued(self, preparation: Preparation) -> list[Kept]:
         """What queues keep, each way."""
-        detour = bool(self._context.accounting.limits.detour(preparation.slot))
-        found = kept_limits(preparation.config, self._context.policy().qos, detour=detour)
-        return [kept for kept in found if kept.by is _QUEUES[kept.direction]]
+        return [kept for kept in self._projections.limits_of(preparation) if kept.by.cooperative]
 
     def _apply(self, id: AttachmentId) -> None:
         with self._target(id) as target:

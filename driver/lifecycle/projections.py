@@ -147,8 +147,13 @@ class Projections:
     def limits_of(self, preparation: Preparation) -> tuple[limits.Kept, ...]:
         """The limits that are in force for an attached device."""
         context = self._context
-        detour = bool(context.accounting.limits.detour(preparation.slot))
-        return limits.kept(preparation.config, context.policy().qos, detour=detour)
+        maps, slot = context.accounting.limits, preparation.slot
+        return limits.kept(
+            preparation.config,
+            context.policy().qos,
+            detour=bool(maps.detour(slot)),
+            departs=maps.departs(slot),
+        )
 
     def offer(self) -> None:
         """Say what this node offers. A device in use keeps the attributes it had when it was prepared,

@@ -179,6 +179,14 @@ class Metrics:
             lambda: CounterMetricFamily("knd_pod_network_dropped_packets", text, labels=_POD_LABELS), read
         )
 
+    def watch_waiting(self, read: Callable[[], Mapping[tuple[str, ...], float]]) -> None:
+        """Seconds in the queue of times of departure, by _POD_LABELS."""
+        name, text = (
+            "knd_pod_network_queue_delay_seconds",
+            "How long what the pod sends now waits for its limit.",
+        )
+        self._watched.add(lambda: GaugeMetricFamily(name, text, labels=_POD_LABELS), read)
+
     def _watch_flag(self, name: str, text: str, read: Callable[[], object]) -> None:
         self._watched.add(lambda: GaugeMetricFamily(name, text, labels=()), lambda: {(): 1 if read() else 0})
 

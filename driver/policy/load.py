@@ -13,7 +13,7 @@ from driver.errors import ConfigError, FieldProblem
 from driver.policy.bandwidth import bandwidth_problems
 from driver.policy.rules import NodePolicy
 from driver.policy.yaml_tree import parse_yaml
-from driver.qos import class_problems
+from driver.qos import class_problems, shaper_problems
 from driver.strict import Kind, Node, Problem, Problems, record
 
 API_VERSION = "knd.internal/v1alpha1"
@@ -32,7 +32,11 @@ def load_policy(text: str, source: str) -> NodePolicy:
     policy = _POLICY.decode(root, problems) if root is not None else None
     found = list(problems)
     if policy is not None and root is not None and not found:
-        together = (*class_problems(policy.classes), *bandwidth_problems(policy.port_bandwidth))
+        together = (
+            *class_problems(policy.classes),
+            *shaper_problems(policy.classes, policy.shaper),
+            *bandwidth_problems(policy.port_bandwidth),
+        )
         found += [_placed(root, problem) for problem in together]
     if policy is None or found:
         found.sort(key=lambda problem: problem.line or 0)

@@ -20,7 +20,7 @@ from driver.policy.patterns import GLOBS, IDS, matches
 from driver.policy.rdma import DEFAULT_RDMA, RdmaRules
 from driver.policy.sriov import PF_RULES, PfRule
 from driver.policy.usage import DEFAULT_USAGE, UsagePolicy
-from driver.qos import DEFAULT_CLASSES, PodLimits, PodMarks, QosClass, QosPolicy
+from driver.qos import DEFAULT_CLASSES, EgressShaper, PodLimits, PodMarks, QosClass, QosPolicy
 from driver.strict import Key, Kind, Node, Problems, boolean, choice, converted, listing, record, shown
 from hw.model import DeviceKind, HwDevice, LinkInfo
 
@@ -286,6 +286,15 @@ class NodePolicy:
     pod_limits: Annotated[
         PodLimits, Key("podLimits", _POD_LIMITS, "What each pod's interface has at most; changes at once.")
     ] = _NO_LIMITS
+    shaper: Annotated[
+        EgressShaper,
+        Key(
+            "shaper",
+            choice(EgressShaper),
+            "htb: limits of what pods send are queued by class. fq: by times of departure, with "
+            "congestion told early, where the kernel has it. Of interfaces that have no limit yet.",
+        ),
+    ] = EgressShaper.HTB
     hook: Annotated[HookPreference, Key("hook", choice(HookPreference), "Where counting sits.")] = (
         HookPreference.AUTO
     )
@@ -310,7 +319,9 @@ class NodePolicy:
 
     @property
     def qos(self) -> QosPolicy:
-        return QosPolicy(classes=self.classes, marks=self.pod_marks, limits=self.pod_limits)
+        return QosPolicy(
+            classes=self.classes, marks=self.pod_marks, limits=self.pod_limits, shaper=self.shaper
+        )
 
     def selects(self, link: LinkInfo) -> bool:
         """Whether an interface that is not hardware is to be offered. Loopback never is."""

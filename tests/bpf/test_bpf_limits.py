@@ -5,6 +5,7 @@ A packet is counted first: whatever becomes of it, the cell it is in is the same
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -192,3 +193,70 @@ def test_beyond_what_it_is_guaranteed_a_class_is_like_the_others(accounting: Acc
     accounting.limits.set(SLOT, Rules(police=(Police(rate=1, burst=1), None), guaranteed=guaranteed))
     # The first goes by its share and is charged to the whole, so nothing is left for the second.
     assert [run(accounting, V4).result for _ in range(5)] == [UNSPEC] + [SHOT] * 4
+
+
+FAR = 1 << 62
+"""A time to leave, in ns, that is centuries away."""
+
+
+@pytest.mark.parametrize("frame", [V4, V6, ARP], ids=["v4", "v6", "arp"])
+def test_packets_are_told_to_leave_one_after_the_other_and_of_a_full_queue_first(
+    accounting: Accounting, frame: bytes
+) -> None:
+    """At a rate of one byte in a second: a packet's place in the queue is told by whole seconds."""
+    size, started = len(frame), time.monotonic_ns()
+    police = Police(rate=1, burst=10 * size)
+    accounting.limits.set(SLOT, Rules(queues=(HANDLE, 0), police=(police, None), credit=2 * size))
+    sent = with_checksum(frame) if frame is V4 else frame
+    ran = [run(accounting, sent) for _ in range(14)]
+    assert [each.result for each in ran] == [UNSPEC] * 11 + [SHOT] * 3
+    waiting = accounting.limits.waiting(SLOT)
+    assert waiting is not None
+    assert waiting / size == pytest.approx(9, abs=0.5)
+    # The first three begin within the credit.
+    assert [each.departure for each in ran[:3]] == [0] * 3
+    places = [(each.departure - started) / (size * 1e9) for each in ran[3:11]]
+    assert places == pytest.approx(range(1, 9), abs=0.5)
+    # The queue has room for eight; from the third on it is more than a quarter full.
+    told = [each.packet != sent for each in ran[:11]]
+    assert told == [False] * 5 + [frame is not ARP] * 6
+    if frame is V4:
+        assert (ran[10].packet[15] & 3, checksum_of(ran[10].packet[14:34])) == (3, 0)
+    if frame is V6:
+        assert ran[10].packet[15] >> 4 & 3 == 3
+
+
+def test_a_sender_that_asked_to_leave_later_does(accounting: Accounting) -> None:
+    police = Police(rate=1, burst=10 * len(V4))
+    accounting.limits.set(SLOT, Rules(police=(police, None), credit=1))
+    context = bytes(152) + FAR.to_bytes(8, "little")
+    with accounting.load(SLOT, EGRESS) as program:
+        ran = [sys.prog_test_run(program, V4, context=context) for _ in range(3)]
+    assert [each.departure for each in ran] == [FAR] * 3
+
+
+def test_who_is_not_told_of_congestion_is_not_marked(accounting: Accounting) -> None:
+    deaf = bytearray(V4)
+    deaf[15] &= ~3
+    accounting.limits.set(SLOT, Rules(police=(Police(rate=1, burst=10 * len(V4)), None), credit=1))
+    ran = [run(accounting, bytes(deaf)) for _ in range(9)]
+    assert {each.packet for each in ran} == {bytes(deaf)}
+
+
+def test_times_to_leave_are_for_what_leaves(accounting: Accounting) -> None:
+    police = Police(rate=1, burst=10 * len(V4))
+    accounting.limits.set(SLOT, Rules(police=(police, police), credit=1))
+    assert accounting.limits.departs(SLOT)
+    ran = [run(accounting, V4, INGRESS) for _ in range(5)]
+    assert {(each.packet, each.departure) for each in ran} == {(V4, 0)}
+    accounting.limits.set(SLOT, Rules(police=(police, police)))
+    assert not accounting.limits.departs(SLOT)
+    assert accounting.limits.waiting(SLOT) is None
+    ran = [run(accounting, V4, EGRESS) for _ in range(5)]
+    assert {(each.packet, each.departure) for each in ran} == {(V4, 0)}
+
+
+@pytest.mark.parametrize("police", [None, Police(rate=1, burst=5)])
+def test_times_to_leave_need_a_rate_and_room_to_wait(police: Police | None) -> None:
+    with pytest.raises(ValueError, match="times of departure"):
+        Rules(police=(police, None), credit=5)

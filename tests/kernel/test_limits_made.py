@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from driver.qos import EgressShaper
 from hw.model import LinkInfo
 from hw.qdisc import ROOT_HANDLE
 from tests.kernel.limited_pair import SLOT, Pair
@@ -78,3 +81,21 @@ def test_an_end_leaves_no_link_and_no_rule_and_may_come_twice(pair: Pair) -> Non
         pair.shaper.unshape(pair.target)
         assert detours(pair) == []
         assert pair.accounting.limits.detour(SLOT) == 0
+
+
+def test_what_keeps_a_limit_is_chosen_when_there_is_one_first_and_htb_where_there_is_no_fq(
+    pair: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    pod = pair.target.pod
+    assert pod is not None
+    kinds = []
+    for shaper, limit in (("fq", 100), ("htb", 50), ("htb", 0), ("htb", 50), ("fq", 20)):
+        pair.policy = replace(pair.policy, shaper=EgressShaper(shaper))
+        pair.limit(egress=limit)
+        assert pair.shaper.is_shaped(pair.target)
+        assert has_queue(pair) == bool(limit)
+        root = pod.shaping.root(pair.ifindex)
+        kinds.append(root.kind if root is not None and limit else "")
+        assert pair.accounting.limits.departs(SLOT) == (kinds[-1] == "fq")
+    assert kinds[1:] == [kinds[0], "", "htb", "htb"]
+    assert kinds[0] == ("htb" if "limits are kept by htb on this node" in caplog.text else "fq")

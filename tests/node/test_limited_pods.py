@@ -20,7 +20,8 @@ from kndsim.node import ClaimSpec, SimNode, SimPod, interface
 from kndsim.runtime import RuntimeMode
 from kndsim.waiting import wait_until_async
 from tests.node import seen_outside as seen
-from tests.node.node_stage import play
+from tests.node.departing_pod import asking, kept_by
+from tests.node.node_stage import devices, node, play
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -171,6 +172,17 @@ def test_what_a_limit_dropped_is_in_the_ledger_when_the_pod_is_gone() -> None:
         assert rows["gaps"] == []
 
     play(2, story)
+
+
+def test_times_of_departure_are_kept_by_htb_and_it_is_said_where_there_is_no_fq() -> None:
+    async def story(made: Devices) -> None:
+        async with node(made) as sim:
+            kind = await kept_by(sim, made, 20.0)
+            said = "limits are kept by htb on this node" in sim.agent.tail(1000)
+            assert said == (kind == "htb")
+
+    with devices(1) as made:
+        asyncio.run(story(asking(made)))
 
 
 def status_of(sim: SimNode, claim: str) -> str:

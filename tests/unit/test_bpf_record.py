@@ -16,7 +16,7 @@ from bpf.record import OURS, RECORD_BYTES, WITHOUT_RECORD, Record, Shape
 WRITTEN = (
     '{"acct": {"bytes_at": 0, "cell_bytes": 16, "classes": 8, "first_at": 0, "kinds": ["other", "ip", "tcp",'
     ' "roce"], "packets_at": 8, "value_bytes": 1024}, "format": 1, "maps": {"classes": "1 of 76",'
-    ' "police": "1 of 176", "rules": "1 of 192"}}'
+    ' "police": "1 of 176", "rules": "2 of 192"}}'
 )
 """Pinned on nodes. When this differs, a map has another shape or meaning, and that is right: say so here."""
 

@@ -40,7 +40,13 @@ def worst(findings: Iterable[Finding]) -> Verdict:
 
 
 GOOD_KERNEL = kernel.Kernel(
-    release="6.12.1", cookie_error="", hook=Hook.TCX, hook_error="", pci_netdevs=2, without_parent=()
+    release="6.12.1",
+    cookie_error="",
+    hook=Hook.TCX,
+    hook_error="",
+    fq_error="",
+    pci_netdevs=2,
+    without_parent=(),
 )
 
 
@@ -48,6 +54,8 @@ GOOD_KERNEL = kernel.Kernel(
     ("change", "check", "verdict", "words"),
     [
         ({}, "bpf", Verdict.OK, "tcx"),
+        ({}, "fq", Verdict.OK, "shaper: fq"),
+        ({"fq_error": "no such qdisc"}, "fq", Verdict.OK, "no such qdisc"),
         ({"hook": Hook.CLSACT}, "bpf", Verdict.WARN, "take them off"),
         ({"hook": None, "hook_error": "EPERM"}, "bpf", Verdict.FAIL, "EPERM"),
         ({"cookie_error": "Protocol not available"}, "netns-cookie", Verdict.FAIL, "6.12.1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import struct
 
 import pytest
@@ -10,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hw import wire
-from hw.errors import HwError
+from hw.errors import HwError, Refused
 from hw.model import IfIndex
-from hw.qdisc import ROOT_HANDLE, TOP, HtbClass, HtbTree, Minor, Qdiscs
+from hw.qdisc import ROOT_HANDLE, TOP, FqQueue, HtbClass, HtbTree, Minor, NoDepartures, Qdiscs
 
 ROOT = 0xFFFFFFFF
 LEAF = HtbClass(minor=Minor(16), rate=1_000, ceil=12_500_000, priority=3, queue=100_000)
@@ -156,3 +157,59 @@ def test_whatever_is_in_the_options_of_our_tree_is_read_or_refused(options: byte
         assert not asked([forged], [of_class], [of_class]).is_shaped(IfIndex(5), TREE)
     with contextlib.suppress(HwError):
         asked([forged]).root(IfIndex(5))
+
+
+def fq(packets: int, of_a_flow: int, handle: int = ROOT_HANDLE, kind: bytes = b"fq\0") -> bytes:
+    rooms = ((1, packets), (2, of_a_flow))
+    options = b"".join(wire.attribute(number, struct.pack("=I", room)) for number, room in rooms)
+    return tc(5, handle, ROOT, kind, wire.attribute(2, options))
+
+
+QUEUE = FqQueue(packets=4000)
+
+
+@pytest.mark.parametrize(
+    ("there", "ours"),
+    [
+        ([fq(4000, 4000)], True),
+        ([fq(4000, 100)], False),
+        ([fq(10, 4000)], False),
+        ([fq(4000, 4000, handle=0x80010000)], False),
+        ([fq(4000, 4000, kind=b"htb\0")], False),
+        ([tc(5, ROOT_HANDLE, ROOT, b"fq\0")], False),
+        ([tc(5, ROOT_HANDLE, ROOT, b"fq\0", wire.attribute(2, b"x"))], False),
+        ([tc(6, ROOT_HANDLE, ROOT, b"fq\0")], False),
+        ([], False),
+    ],
+)
+def test_a_queue_by_departure_is_known_by_its_room(there: list[bytes], ours: bool) -> None:
+    found = False
+    with contextlib.suppress(HwError):
+        found = asked(there).is_queued(IfIndex(5), QUEUE)
+    assert found is ours
+
+
+@pytest.mark.parametrize(("there", "kinds"), [([fq(10, 10)], [36]), ([htb()], [37, 36]), ([], [37, 36])])
+def test_a_queue_by_departure_changes_in_place_and_takes_the_place_of_others(
+    there: list[bytes], kinds: list[int]
+) -> None:
+    kernel = Kernel(there)
+    Qdiscs(kernel, "a pod").queue(IfIndex(5), QUEUE)  # type: ignore[arg-type]
+    assert [struct.unpack_from("=H", sent, 4)[0] for sent in kernel.sent] == kinds
+    assert struct.pack("=I", 4000) in kernel.sent[-1]
+
+
+def test_a_kernel_without_fq_is_told_from_one_that_refuses() -> None:
+    class Without(Kernel):
+        error = errno.ENOENT
+
+        def change(self, what: str, encode: object, flags: int = 0) -> None:
+            super().change(what, encode, flags)
+            if len(self.sent) > 1:
+                raise Refused(what, self.error)
+
+    with pytest.raises(NoDepartures):
+        Qdiscs(Without([]), "a pod").queue(IfIndex(5), QUEUE)  # type: ignore[arg-type]
+    Without.error = errno.EPERM
+    with pytest.raises(Refused):
+        Qdiscs(Without([]), "a pod").queue(IfIndex(5), QUEUE)  # type: ignore[arg-type]

@@ -104,7 +104,9 @@ class World:
             book=self.book,
             workers=self.workers,
             hook="tcx",
-            accounting=SimpleNamespace(limits=SimpleNamespace(detour=lambda slot: 0)),
+            accounting=SimpleNamespace(
+                limits=SimpleNamespace(detour=lambda slot: 0, departs=lambda slot: False)
+            ),
             devices=SimpleNamespace(
                 current=lambda: self.devices,
                 get=lambda name: self.devices.get(name),

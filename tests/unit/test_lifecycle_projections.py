@@ -69,7 +69,9 @@ class World:
             hook="tcx",
             pool="node-a",
             policy=lambda: self.policy,
-            accounting=SimpleNamespace(limits=SimpleNamespace(detour=lambda slot: 0)),
+            accounting=SimpleNamespace(
+                limits=SimpleNamespace(detour=lambda slot: 0, departs=lambda slot: False)
+            ),
             devices=SimpleNamespace(
                 current=lambda: self.devices,
                 vfio_files=lambda address: (Path("/dev/vfio/vfio"), Path("/dev/vfio/15")),

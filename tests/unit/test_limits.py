@@ -16,7 +16,7 @@ from driver.model import Device, NicConfig, VfConfig, VfDriver
 from driver.qos import DEFAULT_CLASSES, PodLimits, PodMarks, QosClass, QosPolicy
 from driver.traffic import Enforcement, QosConfig
 from hw.model import DeviceKind, Direction, VfSettings
-from hw.qdisc import ROOT_HANDLE
+from hw.qdisc import ROOT_HANDLE, FqQueue, HtbTree
 from tests.unit.claims_world import A, device
 
 POLICY = QosPolicy(classes=DEFAULT_CLASSES)
@@ -132,6 +132,25 @@ def test_a_tree_is_one_that_the_kernel_takes_and_that_keeps_its_word(
         assert shares == (*[leaf.rate for leaf in tree.classes], *[0] * 6)
 
 
+@given(st.integers(1, 400_000), st.integers(576, 9216), st.none() | st.integers(1, 1 << 30))
+def test_times_of_departure_keep_the_limit_itself_and_wait_as_long_as_a_tree(
+    rate: int, mtu: int, burst: int | None
+) -> None:
+    config = asked(egress_rate=rate, egress_burst=burst, ingress_rate=rate, enforcement=Enforcement.SOFTWARE)
+    tree, made = (limits.shaping(config, POLICY, mtu=mtu, departs=each) for each in (False, True))
+    assert isinstance(tree.egress, HtbTree)
+    assert isinstance(made.egress, FqQueue)
+    police = made.rules.police[0]
+    assert police is not None
+    assert (police.rate, made.rules.credit) == (tree.egress.rate, tree.egress.burst)
+    assert police.burst - tree.egress.burst == tree.egress.classes[0].queue
+    assert made.egress.packets >= police.burst // 64
+    assert made.rules.guaranteed == tree.rules.guaranteed
+    assert (made.ingress, made.gso_max_size) == (tree.ingress, tree.gso_max_size)
+    assert tree.rules.credit is None
+    assert made.rules.pack()
+
+
 def test_what_comes_in_is_policed_where_there_is_no_detour() -> None:
     made = limits.shaping(asked(ingress_rate=100), POLICY, mtu=1500)
     by_detour, without = made.rules_with(7), made.rules_with(0)
@@ -161,6 +180,8 @@ def test_what_is_kept_is_told_with_what_keeps_it() -> None:
         (Direction.EGRESS, 100, KeptBy.QUEUE),
         (Direction.INGRESS, 50, KeptBy.DETOUR),
     ]
+    told = [str(each) for each in limits.kept(SOFTWARE, POLICY, detour=False, departs=True)]
+    assert told == ["egress at most 100 Mb/s (fq, cooperative)"]
     (egress,) = limits.kept(HARDWARE, POLICY, detour=False)
     assert str(egress) == "egress at most 100 Mb/s (device)"
     strict = replace(POLICY, limits=PodLimits(egress=50, ingress=40))

@@ -24,7 +24,7 @@ from driver.policy import (
     policy_schema,
 )
 from driver.policy.rules import OWN_ATTRIBUTES, POLICY_ATTRIBUTES
-from driver.qos import DEFAULT_CLASSES
+from driver.qos import DEFAULT_CLASSES, EgressShaper
 from hw.model import (
     DeviceKind,
     HwDevice,
@@ -292,6 +292,16 @@ def test_overlapping_classes_are_refused_with_the_line_of_the_second() -> None:
         "policy.yaml:3: qosClasses: index 1 is missing: indices go from 0 without a gap",
         "policy.yaml:7: qosClasses[1].dscp: 1 is already in class a",
     ]
+
+
+def test_a_ceiling_that_fq_could_not_keep_is_refused_and_htb_keeps_it() -> None:
+    classes = "qosClasses:\n- {name: a, index: 0}\n- {name: b, index: 1, ceiling: 80}\n"
+    assert problems(HEADER + classes + "shaper: fq\n") == [
+        "policy.yaml:5: qosClasses[1].ceiling: is kept by htb only, and shaper is fq: leave one of them out"
+    ]
+    assert load_policy(HEADER + classes, "policy.yaml").qos.shaper is EgressShaper.HTB
+    assert load_policy(HEADER + "shaper: fq\n", "policy.yaml").qos.shaper is EgressShaper.FQ
+    assert "shaper" in problems(HEADER + "shaper: tbf\n")[0]
 
 
 @settings(deadline=None)
