@@ -13,11 +13,13 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from kndsim.demo.choice import PhysicalFunction
 from kndsim.demo.sriov import make_vfs
+from kndsim.kubelet_model import SimClaim
 from kndsim.netns import in_netns
 from kndsim.node import ClaimSpec, SimNode, SimPod, interface
 from kndsim.runtime import RuntimeMode
@@ -26,6 +28,8 @@ from kndsim.waiting import wait_until_async
 PF = "0000:21:00.0"
 DISK = "/dev/vdb"
 MOUNTED = Path("/mnt/records")
+CLAIMS = MOUNTED / "claims.json"
+"""As kubelet has what is prepared on disk, so that it can let go of it after a restart."""
 PATIENCE = 240.0
 IN_POD = "net1"
 READ, UNREAD, YOUNG, AFTER = 500, 70, 30, 40
@@ -75,12 +79,18 @@ async def before(sim: SimNode) -> None:
     send(old, UNREAD)
     young = await start(sim, "young")
     send(young, YOUNG)
+    with CLAIMS.open("w") as file:
+        json.dump([asdict(claim) for pod in (old, young) for claim in pod.claims], file)
+        file.flush()
+        os.fsync(file.fileno())
     tell(read=read, cut=time.time())
     await asyncio.Event().wait()
 
 
 async def after(sim: SimNode) -> None:
     found = ledger(sim)
+    held = [SimClaim(**claim) for claim in json.loads(CLAIMS.read_text())]
+    await sim.kubelet.unprepare(sim.driver, held, force=True)
     pod = await start(sim, "after")
     send(pod, AFTER)
     await sim.delete_pod(pod)
