@@ -81,19 +81,17 @@ def test_a_netdevsim_port_is_moved_named_and_home_again(space: Space, cluster: C
 
 @needs(kind=DeviceKind.VF)
 def test_rdma_files_open_in_the_container_that_names_the_claim_and_in_no_other(
-    space: Space, agents: Agents, cluster: Cluster
+    space: Space, cluster: Cluster
 ) -> None:
-    """Devices are shared here, so every container sees them in /sys, and files alone keep one out."""
+    """By this policy each pod's interface has a soft RoCE device made on it. Devices are shared, so every
+    container sees them in /sys, and files alone keep one out."""
     (node,) = cluster.nodes.values()
-    has_rdma = f'{_DRIVER} && device.attributes["knd.internal"].rdma'
-    space.cluster_wide(DeviceClass(name="e2e-rdma", selectors=(has_rdma,)).object())
     interface = {"name": "roce0", "addresses": ["198.18.3.1/24"]}
     limits = {"handles": 8, "objects": 64}
     config = Config(interface=interface, more={"rdma": {"nccl": True, "limits": limits}})
-    space.add(space.claim(config, device_class="e2e-rdma").template("p"))
+    space.add(space.claim(config).template("p"))
     pod = space.pod(pod_of("p", Container(name="other"))).running()
     (device,) = pod.devices()
-    assert agents.slice_devices(pod.node)[device]["attributes"]["rdmaDevice"]["string"] == "rxe0"
     told = dict(line.split("=", 1) for line in pod.out("env").splitlines() if "=" in line)
     key = re.sub("[^A-Z0-9]", "_", device.upper())
     name, index = told[f"KND_RDMA_DEVICE_{key}"], told[f"KND_RDMA_GID_INDEX_{key}"]

@@ -1,4 +1,4 @@
-"""A node that is a whole machine: a guest with real virtual functions, netdevsim ports and soft RoCE.
+"""A node that is a whole machine: a guest with real virtual functions, netdevsim ports, soft RoCE at hand.
 
 Invariant: the node is in the guest's first network namespace, since that is where the kernel sends hardware
 home to. Everything of it ends with the guest. The programs and images are not copied: the guest reads them
@@ -32,7 +32,6 @@ MEMORY = 5120
 CGROUP = "/knd-node"
 VFS = 8
 SIMULATED = "net-nsim-"
-ROCE = "net-rxe"
 _PORTS = (conf.API_PORT, KUBELET_PORT)
 _MODULES = (
     "bridge br_netfilter veth dummy overlay nf_tables nft_chain_nat vfio-pci "
@@ -79,9 +78,6 @@ done
 exec 3</proc/self/ns/net
 link() {{ cat "/sys/class/net/{SIMULATED}$1/ifindex"; }}
 echo "3:$(link 1) 3:$(link 2)" >/sys/bus/netdevsim/link_device
-ip link add {ROCE} type veth peer name roce-wire
-ip link set roce-wire up
-rdma link add rxe0 type rxe netdev {ROCE}
 """
 
 
@@ -159,7 +155,7 @@ def guest_cluster(
         with progress.phase("network and devices"):
             vm.run(["sh", "-c", _NETWORK])
             vm.run(["sh", "-c", _DEVICES], timeout=120)
-        netdevs = (*(f"net-{number}" for number in range(VFS)), f"{SIMULATED}1", f"{SIMULATED}2", ROCE)
+        netdevs = (*(f"net-{number}" for number in range(VFS)), f"{SIMULATED}1", f"{SIMULATED}2")
         devices = Devices(netdevs=netdevs, uplink=None)
         ground = GuestGround(place=vm, devices=devices, shared=cache, ports=ports)
         yield stack.enter_context(cluster_on([ground], spec, programs, [], folder, progress, unpacked=tars))
