@@ -86,17 +86,21 @@ INLINE u64 charge_all(struct police *police, const struct rules *rules, enum dir
 }
 
 /* One queue of all classes: a packet leaves when what came before it has passed at the limit. A sender that asked
- * to be later has that. The queue's clock is the one of bpf_ktime_get_ns. */
+ * to be later (TCP's pacing, SO_TXTIME) has that, but no later than a full queue would have it: or what a pod saved up
+ * by asking would leave at one moment. The queue's clock is the one of bpf_ktime_get_ns. */
 INLINE void depart(struct __sk_buff *skb, const struct rules *rules, u64 now, u64 ahead)
 {
 	u64 credit = (u64)rules->credit << CREDIT_SHIFT, full = rules->burst[DIRECTION_EGRESS] - credit;
+	u64 asked = skb->tstamp, first = now;
 
-	if (ahead <= credit)
-		return;
-	ahead -= credit;
-	if (skb->tstamp < now + ahead)
-		skb->tstamp = now + ahead;
-	if (ahead > full >> MARK_SHIFT)
+	if (ahead > credit)
+		first += ahead - credit;
+	if (first > now || asked > now) {
+		if (asked > now + full)
+			asked = now + full;
+		skb->tstamp = asked > first ? asked : first;
+	}
+	if (first - now > full >> MARK_SHIFT)
 		bpf_skb_ecn_set_ce(skb);
 }
 
