@@ -110,7 +110,10 @@ def test_rdma_files_open_in_the_container_that_names_the_claim_and_in_no_other(
     assert refused.code != 0
     assert "Operation not permitted" in refused.err
 
-    for container, most in (("main", "hca_handle=8 hca_object=64"), ("other", "hca_handle=max hca_object=max")):
+    for container, most in (
+        ("main", "hca_handle=8 hca_object=64"),
+        ("other", "hca_handle=max hca_object=max"),
+    ):
         told_of = pod.out("cat", "/sys/fs/cgroup/rdma.max", container=container).splitlines()
         assert [name, *most.split()] in [line.split() for line in told_of]
     pod.delete()
