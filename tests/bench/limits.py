@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bpf.cache import ProgramCache
+from kndsim.traffic import UDP_OVERHEAD
 from tests.bench.outcome import Outcome, measured
 from tests.kernel.limit_traffic import TCP_SHARE, UDP_PAYLOAD, Counted, echo, round_trips, tcp, udp
 from tests.kernel.limited_pair import HOST_ADDRESS, Pair, limited_pair
@@ -24,8 +25,6 @@ TCP_BUDGET, UDP_BUDGET = 5.0, 2.0
 """Percent."""
 LATENCY_BUDGET = 10.0
 """ms, at 100 Mb/s."""
-_HEADERS = 42
-"""Bytes of Ethernet, IPv4 and UDP."""
 _QUEUES = "HTB on a veth; what is missing of the payload that a limit has room for"
 
 
@@ -72,7 +71,8 @@ def _latency(pair: Pair, rate: int) -> Outcome:
 
 def _headers_too(datagrams: int) -> float:
     """What counts on a wire, over what a veth counts: datagrams of one call pass it under one header."""
-    return datagrams * (UDP_PAYLOAD + _HEADERS) / (datagrams * UDP_PAYLOAD + _HEADERS)
+    headers = UDP_OVERHEAD[4]
+    return datagrams * (UDP_PAYLOAD + headers) / (datagrams * UDP_PAYLOAD + headers)
 
 
 def _on_wire(pair: Pair, arriving: Counted) -> float:

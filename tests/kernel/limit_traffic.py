@@ -27,7 +27,6 @@ _PATIENCE = 0.2
 """Seconds that a sender waits for room."""
 TCP_SHARE = 1448 / 1514
 """Payload of an Ethernet frame that is full, with IPv4 and TCP's timestamps."""
-UDP_SHARE = UDP_PAYLOAD / (UDP_PAYLOAD + 42)
 
 
 @dataclass
