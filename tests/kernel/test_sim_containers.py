@@ -18,6 +18,7 @@ from kndsim.runtime import (
     ContainerFailed,
     RuntimeMode,
 )
+from kndsim.waiting import wait_until
 from tests.kernel.sim_support import (
     POD,
     alive,
@@ -35,7 +36,9 @@ def root(short_tmp: Path) -> Iterator[Path]:
 
 
 def environment_of(pid: int) -> list[bytes]:
-    return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    """A program is known to have started before the kernel has put its environment into its memory: until
+    then it reads as empty."""
+    return wait_until(Path(f"/proc/{pid}/environ").read_bytes).split(b"\0")
 
 
 def write_spec(root: Path, name: str, spec: object) -> None:
