@@ -54,8 +54,9 @@ CHECKPOINT_EVERY = 60.0
 """Seconds between ledger checkpoints: a crash loses at most this much, and the gap is recorded."""
 PRUNE_EVERY = 86400.0
 """Seconds between looks at the ledger for what is too old."""
-LIMITS_EVERY = 1.0
-"""Seconds between looks at whether pods keep to their limits: counters only, unless one does not."""
+LIMITS_EVERY = 0.4
+"""Seconds between looks at whether pods keep to their limits: counters only, unless one does not. The look
+after the next sees a whole one without them: a limit taken off under traffic is told within a second."""
 METERS_EVERY = 30.0
 """Seconds between readings of what devices count themselves: a thread in each pod's netns for a moment."""
 LAST_CHECKPOINT = 5.0

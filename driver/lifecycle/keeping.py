@@ -27,10 +27,10 @@ log = logging.getLogger(__name__)
 LIMIT_REMOVED = "LimitRemoved"
 _MBIT = 125_000
 _ABOVE = 1.02
-"""What a pod hands over in a second is at most its limit, but for what waits in its queue."""
+"""What a pod hands over is at most its limit over the time, but for what waits in its queue."""
 _WAITING_SECONDS = 0.02
-_ALL_EVERY = 30
-"""Passes of watch from one look at everybody to the next: of who sends little, only a look tells."""
+_ALL_EVERY = 75
+"""Passes of watch, some 30 s, from one look at everybody to the next: of who sends little, only a look tells."""
 
 Labels = tuple[str, ...]
 """namespace, pod, claim, device, interface, direction, and for a limit by what it is kept."""

@@ -314,7 +314,7 @@ def test_a_device_that_its_pod_moved_on_is_limited_and_counted_there_and_told() 
                 await scene.inside(move)
                 with frames_from(nested, scene.index) as flood:
                     counted = await asyncio.to_thread(scene.counted, "egress")
-                    await seen.until(lambda: scene.told() > 0, "an event", seconds=45)
+                    await seen.until(lambda: scene.told() > 0, "an event")
                     await seen.until(lambda: scene.counted("egress") > counted, "the count to go on")
                     assert flood.sent > 0
                 assert seen.metric(sim, "knd_pod_network_dropped_packets_total", direction="egress") > 0
