@@ -1,4 +1,5 @@
-"""`python -m tests.bench`: measure the budgets and print a table, or with `-o json` one object.
+"""`python -m tests.bench`: measure the budgets and print a table, or with `-o json` one object, and keep the
+object in build/bench.json; with --record as the document of the product too.
 
 Judges nothing by its exit code: it is 0 unless something could not be measured.
 """
@@ -10,11 +11,17 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from kndsim.node import private_mounts
 from tests.bench import agent_life, big_node, full_node, hook_latency, limits, per_packet
-from tests.bench.outcome import Outcome, as_json, as_table
+from tests.bench.outcome import Outcome, as_table
+from tests.bench.report import Machine, Report
 
+ROOT = Path(__file__).parents[2]
+KEPT = ROOT / "build/bench.json"
+RECORDED = ROOT / "deploy/benchmarks.json"
+DOCUMENT = ROOT / "deploy/BENCHMARKS.md"
 FULL_NODE = ("memory", "api", "scrape", "idle")
 Work = Callable[[], list[Outcome]]
 
@@ -38,7 +45,12 @@ def main() -> int:
     parser.add_argument(
         "--thorough", action="store_true", help="1,000 attaches and detaches, however long they take"
     )
+    parser.add_argument(
+        "--record", action="store_true", help=f"write {DOCUMENT.relative_to(ROOT)} of a whole run"
+    )
     arguments = parser.parse_args()
+    if arguments.record and arguments.only:
+        parser.error("--record is of a whole run: not with --only")
     if os.geteuid() != 0:
         parser.error("moving network devices needs root")
     groups = dict(GROUPS)
@@ -49,9 +61,19 @@ def main() -> int:
         families = ", ".join(name for group in GROUPS for name in group)
         parser.error(f"--only {arguments.only}: the families of rows are {families}")
     private_mounts()
-    outcomes = [each for each in _run(chosen) if _matches(each.name, arguments.only)]
-    print(as_json(outcomes) if arguments.output == "json" else as_table(outcomes), flush=True)
+    machine = Machine.this()
+    report = Report.of(machine, (each for each in _run(chosen) if _matches(each.name, arguments.only)))
+    _keep(report, record=arguments.record)
+    print(report.as_json() if arguments.output == "json" else as_table(report.outcomes), flush=True)
     return 0
+
+
+def _keep(report: Report, *, record: bool) -> None:
+    KEPT.parent.mkdir(exist_ok=True)
+    KEPT.write_text(report.as_json())
+    if record:
+        RECORDED.write_text(report.as_json())
+        DOCUMENT.write_text(report.document())
 
 
 def _thorough() -> list[Outcome]:

@@ -7,7 +7,6 @@ say the same); if the budget lies inside it, `within` is None: this run cannot t
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -98,26 +97,6 @@ def of_differences(pairs: Sequence[tuple[float, float]]) -> float:
     return statistics.median(one - other for one, other in pairs)
 
 
-def as_json(outcomes: Iterable[Outcome]) -> str:
-    """One object: name to value, unit, budget, within, ratio, samples, spread, note."""
-    return json.dumps(
-        {
-            each.name: {
-                "value": _rounded(each.value),
-                "unit": each.unit,
-                "budget": each.budget,
-                "within": each.within,
-                "ratio": None if each.ratio is None else _rounded(each.ratio),
-                "samples": each.samples,
-                "spread": [_rounded(limit) for limit in each.spread],
-                "note": each.note,
-            }
-            for each in outcomes
-        },
-        indent=2,
-    )
-
-
 def as_table(outcomes: Iterable[Outcome]) -> str:
     lines = [f"{'':30} {'value':>9} {'range':>19}  {'unit':11} {'budget':>7} {'ratio':>6}  {'':8} note"]
     for each in outcomes:
@@ -136,10 +115,6 @@ def _word(outcome: Outcome) -> str:
     if outcome.budget is None:
         return ""
     return {True: "kept", False: "BROKEN", None: "unclear"}[outcome.within]
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")
 
 
 def _short(value: float) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import statistics
+from pathlib import Path
 
 import pytest
 
+from tests.bench.__main__ import GROUPS
 from tests.bench.outcome import (
     Outcome,
-    as_json,
     as_table,
     counted,
     high,
@@ -17,6 +18,9 @@ from tests.bench.outcome import (
     of_differences,
     of_medians,
 )
+from tests.bench.report import Machine, Report
+
+HERE = Machine.this()
 
 
 def median_of(samples: list[float], budget: float | None) -> Outcome:
@@ -71,7 +75,7 @@ def test_nothing_at_all_keeps_a_budget_of_nothing() -> None:
 
 
 def test_the_json_has_what_a_program_needs() -> None:
-    row = json.loads(as_json([median_of(STEADY, 20.0)]))["row"]
+    row = json.loads(Report.of(HERE, [median_of(STEADY, 20.0)]).as_json())["rows"]["row"]
     assert set(row) == {"value", "unit", "budget", "within", "ratio", "samples", "spread", "note"}
     assert row["within"] is True
     assert row["samples"] == 40
@@ -81,3 +85,17 @@ def test_the_json_has_what_a_program_needs() -> None:
 def test_the_table_says_where_the_samples_do_not_agree() -> None:
     assert "unclear" in as_table([median_of([5.0, 15.0] * 20, 10.0)])
     assert "BROKEN" in as_table([median_of(STEADY, 5.0)])
+
+
+def test_what_was_written_reads_as_what_was_measured() -> None:
+    outcomes = [median_of([10 / 3, 20.0], 20.0), counted("files", 0, "files", budget=0)]
+    report = Report.of(HERE, outcomes)
+    assert Report.from_json(report.as_json()) == report
+
+
+def test_the_table_in_the_documents_is_what_the_benchmark_printed() -> None:
+    deploy = Path(__file__).parents[2] / "deploy"
+    recorded = Report.from_json((deploy / "benchmarks.json").read_text())
+    assert (deploy / "BENCHMARKS.md").read_text() == recorded.document()
+    families = {outcome.name.partition(".")[0] for outcome in recorded.outcomes}
+    assert families == {name for group in GROUPS for name in group}, "a whole run, of what is measured today"
