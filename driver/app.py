@@ -150,6 +150,7 @@ class App:
         self._metrics.watch_recovery(lambda: made.lifecycle.gate.recovery)
         self._metrics.watch_published(lambda: hub.slices_published)
         self._metrics.watch_api_requests(lambda: hub.requests)
+        self._metrics.watch_events_dropped(lambda: hub.events_dropped)
         self._metrics.watch_devices(made.lifecycle.device_counts)
         self._metrics.watch_unhealthy(made.lifecycle.unhealthy_counts)
         self._metrics.watch_limits(made.lifecycle.keeping.limits)

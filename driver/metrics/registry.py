@@ -128,6 +128,13 @@ class Metrics:
             lambda: {(request,): number for request, number in read().items()},
         )
 
+    def watch_events_dropped(self, read: Callable[[], int]) -> None:
+        """Events so far that the cluster was not told."""
+        text = "Kubernetes events left out: over the rate, or over what may wait for the API server."
+        self._watched.add(
+            lambda: CounterMetricFamily("knd_events_dropped", text, labels=[]), lambda: {(): read()}
+        )
+
     def watch_limits(self, read: Callable[[], Mapping[tuple[str, ...], float]]) -> None:
         """The limits in force, by _POD_LABELS and by what they are kept."""
         text = "Limit of an attached device that is in force, by what it is kept."

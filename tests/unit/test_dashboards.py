@@ -46,6 +46,7 @@ def exported() -> Mapping[str, frozenset[str]]:
     metrics.watch_recovery(lambda: "")
     metrics.watch_published(lambda: True)
     metrics.watch_api_requests(lambda: {"get claims": 1})
+    metrics.watch_events_dropped(lambda: 1)
     metrics.hook_done("RunPodSandbox", 0.1, "ok")
     metrics.call_done("prepare", 0.1, "ok")
     metrics.step_done("move-in", 0.1, "ok")

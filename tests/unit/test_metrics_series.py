@@ -186,6 +186,8 @@ def test_what_is_counted_and_watched_is_shown() -> None:
     metrics.watch_published(lambda: True)
     metrics.watch_unready(lambda: ("NRI: not connected",))
     metrics.watch_api_requests(lambda: {"get resourceclaims": 7})
+    metrics.watch_events_dropped(lambda: 2)
+    assert value(metrics, "knd_events_dropped_total") == 2
     assert value(metrics, "knd_events_total", reason="DeviceQuarantined") == 1
     assert value(metrics, "knd_bare_containers_total") == 3
     assert value(metrics, "knd_devices", state="offered") == 4
