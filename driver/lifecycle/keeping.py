@@ -30,7 +30,7 @@ _ABOVE = 1.02
 """What a pod hands over is at most its limit over the time, but for what waits in its queue."""
 _WAITING_SECONDS = 0.02
 _ALL_EVERY = 75
-"""Passes of watch, some 30 s, from one look at everybody to the next: of who sends little, only a look tells."""
+"""Passes of watch, in 30 s, from one look at everybody to the next: of who sends little, only that tells."""
 
 Labels = tuple[str, ...]
 """namespace, pod, claim, device, interface, direction, and for a limit by what it is kept."""
