@@ -51,7 +51,9 @@ class RdmaDevices:
         if link is None:
             return own
         found = [*own, *(one for one in self.software if any(port.carries(link) for port in one.ports))]
-        carrying = ((one, port) for one in found for port in one.ports if port.carries(link))
+        # The one port of a function's one device is plain from its place, whatever is made on the netdev.
+        plain = own if len(own) == 1 and len(own[0].ports) == 1 else ()
+        carrying = ((one, port) for one in found for port in one.ports if one in plain or port.carries(link))
         first, port = next(carrying, (None, None))
         if first is None or port is None:
             return tuple(found)

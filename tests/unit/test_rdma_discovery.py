@@ -242,6 +242,17 @@ def test_software_is_known_by_the_netdev_it_is_made_on_whatever_its_name(tmp_pat
     assert device.rdma.name == "soft0"
 
 
+def test_software_on_a_netdev_comes_after_its_hardware(tmp_path: Path) -> None:
+    """An admin may have tried something; what pods use is the card's own."""
+    one = TWO.replace("netdev 0000:81:00.0 ens4d1 dev_port=1\n", "")
+    one = "".join(line for line in one.splitlines(keepends=True) if "rdma_9" not in line)
+    root = write_tree(tmp_path, one + SOFT)
+    told = Told(("rdma_10", [None]), ("soft0", [DUAL[0].ifindex]))
+    (device,) = by_link(scan(Sysfs(root), DUAL[:1], Uplinks(), asked=told)).values()
+    assert device.rdma
+    assert (device.rdma.name, device.rdma.software, device.more_rdma) == ("rdma_10", False, ("soft0",))
+
+
 def test_hardware_is_not_asked_for_the_netdevs_of_its_one_port(tmp_path: Path) -> None:
     """Each question is a command to a card's firmware, and a node may have a thousand VFs."""
     root = write_tree(tmp_path, (TREES / "ai_node.tree").read_text())
