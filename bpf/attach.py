@@ -157,13 +157,14 @@ class TcxPrograms:
         halves = (pair.egress, pair.ingress) if pair is not None else ()
         return frozenset(half.link for half in halves if half is not None)
 
-    def own_links(self) -> frozenset[sys.LinkId]:
-        """Of all names: what foreign_programs and detach_foreign must leave alone."""
-        states = (_state(path) for path in self._links.iterdir() if path.name.endswith(_SUFFIXES))
-        return frozenset(state.link for state in states if state is not None)
-
     def _pin(self, name: str, way: int) -> Path:
         return self._links / f"{name}{_SUFFIXES[way]}"
+
+
+def pinned_links(pins: Path) -> frozenset[sys.LinkId]:
+    """Of every device and every release of the agent, for whoever only looks."""
+    states = (_state(path) for path in pins.rglob(f"{LINKS}/*") if path.name.endswith(_SUFFIXES))
+    return frozenset(state.link for state in states if state is not None)
 
 
 def _check_name(name: str) -> None:

@@ -7,6 +7,7 @@ what is measured; how much that is, is measured too.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
@@ -35,6 +36,14 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
+class Runs:
+    """Of one program, while the kernel timed them; nanoseconds of all together."""
+
+    count: int
+    nanoseconds: int
+
+
+@dataclass(frozen=True, slots=True)
 class Timed:
     """What passed one program while it was timed. A run is a packet as the kernel hands it over: one that
     stands for many segments is one."""
@@ -56,7 +65,7 @@ def trial(programs: CompiledPrograms) -> Trial:
     """On maps of its own, some tens of milliseconds. CallRefused."""
     with scratch(programs) as tried, _empty() as empty:
         counting = [_fastest(program, golden.frame) for golden in GOLDEN for program in tried.programs]
-        jited = all(sys.prog_is_jited(program) for program in tried.programs)
+        jited = all(is_jited(program) for program in tried.programs)
         return Trial(sum(counting) / len(counting), _fastest(empty, GOLDEN[0].frame), jited)
 
 
@@ -69,14 +78,25 @@ def measure(counters: frozenset[sys.MapId], wait: Callable[[], None]) -> Measure
         if not found:
             raise BpfError("no program of this node's agent is loaded: no device is prepared")
         timing = _timing(empty)
-        before = [sys.prog_runs(program) for _, program in found]
+        before = [runs_of(program) for _, program in found]
         wait()
-        after = [sys.prog_runs(program) for _, program in found]
+        after = [runs_of(program) for _, program in found]
     timed = (
         Timed(place, last.count - first.count, last.nanoseconds - first.nanoseconds)
         for (place, _), first, last in zip(found, before, after, strict=True)
     )
     return Measured(timing, tuple(sorted(timed, key=lambda each: (each.place.slot, each.place.direction))))
+
+
+def runs_of(program: sys.ProgramFd) -> Runs:
+    """Since it was loaded; only what ran while somebody had statistics enabled."""
+    nanoseconds, count = struct.unpack_from("=QQ", sys.prog_info(program), 192)
+    return Runs(count, nanoseconds)
+
+
+def is_jited(program: sys.ProgramFd) -> bool:
+    """Whether it runs as machine code; else the kernel interprets it."""
+    return bool(struct.unpack_from("=I", sys.prog_info(program), 16)[0])
 
 
 def _empty() -> sys.ProgramFd:
@@ -91,8 +111,8 @@ def _timing(empty: sys.ProgramFd) -> float:
     """The median of several: an interrupt is in the one or other."""
     costs = []
     for _ in range(_ROUNDS):
-        before = sys.prog_runs(empty)
+        before = runs_of(empty)
         sys.prog_test_run(empty, GOLDEN[0].frame, repeat=_REPEATS)
-        after = sys.prog_runs(empty)
+        after = runs_of(empty)
         costs.append((after.nanoseconds - before.nanoseconds) / max(after.count - before.count, 1))
     return median(costs)

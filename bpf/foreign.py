@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import enum
 import errno
-from collections.abc import Set
 from dataclasses import dataclass
 
 from bpf import sys, xdp
@@ -34,27 +33,45 @@ class ForeignProgram:
     links: tuple[sys.LinkId, ...] = ()
 
 
-def foreign_programs(ifindex: int, *, own: Set[sys.LinkId]) -> tuple[ForeignProgram, ...]:
-    """What is on a device of this thread's netns, less our links: those of TcxPrograms.own_links().
+@dataclass(frozen=True, slots=True)
+class Own:
+    """What is not foreign: links, of TcxPrograms.links_of, and programs, by whatever they are attached.
+    everything: no pod can have left any."""
+
+    links: frozenset[sys.LinkId] = frozenset()
+    programs: frozenset[sys.ProgramId] = frozenset()
+    everything: bool = False
+
+
+def described(hook: ForeignHook, program: sys.ProgramFd) -> str:
+    """For people: bpftool knows it by the number."""
+    return f"{hook} {sys.prog_name(program)!a} (program {sys.prog_id(program)})"
+
+
+def foreign_programs(ifindex: int, *, own: Own) -> tuple[ForeignProgram, ...]:
+    """What is on a device of this thread's netns, less what is ours.
 
     OSError (ENODEV: no such device), CallRefused.
     """
+    if own.everything:
+        return ()
     found = [
         ForeignProgram(_hook(where), entry.program, (entry.link,) if entry.link else ())
         for where in _TCX
         for entry in _query(ifindex, where)
-        if entry.link not in own
+        if entry.link not in own.links and entry.program not in own.programs
     ]
     attached = xdp.attached_programs(ifindex)
     links = _xdp_links(ifindex) if attached else {}
     found += [
         ForeignProgram(ForeignHook.XDP, program, links.get(program, ()))
         for program in dict.fromkeys(attached.values())
+        if program not in own.programs and not own.links & set(links.get(program, ()))
     ]
     return tuple(found)
 
 
-def detach_foreign(ifindex: int, *, own: Set[sys.LinkId]) -> tuple[ForeignProgram, ...]:
+def detach_foreign(ifindex: int, *, own: Own) -> tuple[ForeignProgram, ...]:
     """Take off what foreign_programs gives, whoever holds it, and say what it was.
 
     CallRefused or OSError from the kernel; Ambiguous: only an XDP program is left.

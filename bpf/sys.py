@@ -50,6 +50,7 @@ class Command(enum.IntEnum):
     PROG_LOAD = 5
     OBJ_PIN = 6
     OBJ_GET = 7
+    PROG_ATTACH = 8
     PROG_DETACH = 9
     PROG_TEST_RUN = 10
     PROG_GET_NEXT_ID = 11
@@ -89,6 +90,8 @@ class LinkType(enum.IntEnum):
 
 BPF_F_RDONLY_PROG = 1 << 7
 """Map flag: programs may read it only."""
+BPF_F_REPLACE = 1 << 2
+"""Attach flag: in the place of another."""
 BPF_F_BEFORE = 1 << 3
 """Attach flag: in front of the others of the hook."""
 XDP_FLAGS_SKB_MODE = 1 << 1
@@ -296,14 +299,6 @@ def _prog_load(kind: ProgramType, instructions: bytes, name: str, log: bytearray
 
 
 @dataclass(frozen=True, slots=True)
-class Runs:
-    """Of one program, while the kernel timed them; nanoseconds of all together."""
-
-    count: int
-    nanoseconds: int
-
-
-@dataclass(frozen=True, slots=True)
 class TestRun:
     """result is the program's return value, nanoseconds the mean of all repeats; packet, priority and
     departure (tstamp) are what the last of them left."""
@@ -354,6 +349,12 @@ def prog_detach(program: ProgramFd, ifindex: int, where: AttachType) -> None:
     _call(Command.PROG_DETACH, f"detaching a BPF program from interface {ifindex}", "=IIIIIIQ", *args)
 
 
+def prog_attach(program: ProgramFd, ifindex: int, where: AttachType, old: ProgramFd | None = None) -> None:
+    """Without a link, in the place of old or behind all others. ENOENT if old is not there."""
+    args = (ifindex, program.fd, where, BPF_F_REPLACE if old else 0, old.fd if old else 0, 0, 0)
+    _call(Command.PROG_ATTACH, f"attaching a BPF program to interface {ifindex}", "=IIIIIIQ", *args)
+
+
 def prog_query(ifindex: int, where: AttachType) -> tuple[Attached, ...]:
     """What is at a tcx hook of a device in this thread's netns, in the order of running."""
     what = f"listing the BPF programs of interface {ifindex}"
@@ -377,9 +378,10 @@ def link_create(program: ProgramFd, ifindex: int, where: AttachType, *, flags: i
     return LinkFd(_call(Command.LINK_CREATE, what, "=IIIIIIQ", *args)[0])
 
 
-def link_update(link: LinkFd, program: ProgramFd) -> None:
-    """Put program in the place of the link's present one; no packet sees neither."""
-    args = (link.fd, program.fd, 0, 0)
+def link_update(link: LinkFd, program: ProgramFd, old: ProgramFd | None = None) -> None:
+    """Put program in the place of the link's present one; no packet sees neither. old: EPERM unless it is
+    that one."""
+    args = (link.fd, program.fd, BPF_F_REPLACE if old else 0, old.fd if old else 0)
     _call(Command.LINK_UPDATE, "replacing the program of a BPF link", "=IIII", *args)
 
 
@@ -426,6 +428,11 @@ def obj_get_map(path: Path) -> MapFd:
     return MapFd(_obj_get(path))
 
 
+def obj_get_program(path: Path) -> ProgramFd:
+    """CallRefused with ENOENT if there is no such pin."""
+    return ProgramFd(_obj_get(path))
+
+
 def obj_get_link(path: Path) -> LinkFd:
     """CallRefused with ENOENT if there is no such pin."""
     return LinkFd(_obj_get(path))
@@ -458,17 +465,6 @@ def prog_id(program: ProgramFd) -> ProgramId:
 def prog_name(program: ProgramFd) -> str:
     """As it was loaded under."""
     return prog_info(program)[64:80].split(b"\0", 1)[0].decode("ascii", "replace")
-
-
-def prog_runs(program: ProgramFd) -> Runs:
-    """Since it was loaded; only what ran while somebody had statistics enabled."""
-    nanoseconds, count = struct.unpack_from("=QQ", prog_info(program), 192)
-    return Runs(count, nanoseconds)
-
-
-def prog_is_jited(program: ProgramFd) -> bool:
-    """Whether it runs as machine code; else the kernel interprets it."""
-    return bool(struct.unpack_from("=I", prog_info(program), 16)[0])
 
 
 def prog_maps(program: ProgramFd) -> frozenset[MapId]:

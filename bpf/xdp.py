@@ -27,6 +27,9 @@ _IFLA_XDP_FD = 1
 _IFLA_XDP_ATTACHED = 2
 _IFLA_XDP_FLAGS = 3
 _IFLA_XDP_PROG_ID = 4
+_IFLA_XDP_EXPECTED_FD = 8
+_XDP_FLAGS_UPDATE_IF_NOEXIST = 1 << 0
+_XDP_FLAGS_REPLACE = 1 << 4
 _ATTACHED_MULTI = 4
 _ANSWER_BYTES = 1 << 18
 _SECONDS = 5.0
@@ -62,6 +65,17 @@ def detach(ifindex: int, mode: XdpMode) -> None:
     inner = _pack(_IFLA_XDP_FD, struct.pack("=i", -1)) + _pack(
         _IFLA_XDP_FLAGS, struct.pack("=I", _MODE_FLAGS[mode])
     )
+    message = _LINK_MESSAGE.pack(0, 0, ifindex, 0, 0) + _pack(_IFLA_XDP | _NLA_F_NESTED, inner)
+    _request(_RTM_SETLINK, message, _NLM_F_ACK)
+
+
+def replace(ifindex: int, mode: XdpMode, old_fd: int | None, new_fd: int) -> None:
+    """Put a program in the place of another, or of none. OSError (EEXIST: that is not what is there; EBUSY: a
+    link's is)."""
+    flags = _MODE_FLAGS[mode] | (_XDP_FLAGS_UPDATE_IF_NOEXIST if old_fd is None else _XDP_FLAGS_REPLACE)
+    inner = _pack(_IFLA_XDP_FD, struct.pack("=i", new_fd)) + _pack(_IFLA_XDP_FLAGS, struct.pack("=I", flags))
+    if old_fd is not None:
+        inner += _pack(_IFLA_XDP_EXPECTED_FD, struct.pack("=i", old_fd))
     message = _LINK_MESSAGE.pack(0, 0, ifindex, 0, 0) + _pack(_IFLA_XDP | _NLA_F_NESTED, inner)
     _request(_RTM_SETLINK, message, _NLM_F_ACK)
 

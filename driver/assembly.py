@@ -6,6 +6,7 @@ Invariant: the caller holds the TakeoverLock: two of these on one root would wri
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,13 @@ from bpf.accounting import Accounting
 from bpf.attach import TcxPrograms, probe_tcx
 from bpf.cache import ProgramCache
 from bpf.layout import Hook
+from bpf.parked import Parked
 from driver.cdi import CdiProjection, LiveFiles
 from driver.clock import Clock
 from driver.errors import DriverError
 from driver.execute.actions import NodeActs
 from driver.execute.engine import Engine, Observer
+from driver.execute.foreign import Foreign
 from driver.execute.meters import NodeMeters
 from driver.execute.probe import Host
 from driver.execute.shape import Shaper
@@ -71,6 +74,11 @@ class Assembly:
     journal: Journal
 
 
+def _policy_of(file: PolicyFile) -> Callable[[], NodePolicy]:
+    """The one in force whenever it is asked for."""
+    return lambda: file.current
+
+
 def assemble(
     stack: ExitStack, settings: Settings, policy_file: PolicyFile, clock: Clock, outside: Outside
 ) -> Assembly:
@@ -83,9 +91,10 @@ def assemble(
     tcx = TcxPrograms(paths.pins, accounting) if hook is Hook.TCX else None
     book = Book(journal, slots=settings.slots)
     usage = _usage(book, ledger, accounting, clock, hook, policy_file, outside.pods)
-    sysfs = Sysfs(paths.sysfs)
-    shaper = Shaper(accounting, lambda: policy_file.current.qos)
+    sysfs, policy = Sysfs(paths.sysfs), _policy_of(policy_file)
+    shaper = Shaper(accounting, lambda: policy().qos)
     host = Host(sysfs, Udev(paths.udev))
+    foreign = Foreign(Parked(paths.pins), tcx, lambda: policy().foreign_programs)
     metering = Metering(book, ledger, clock, NodeMeters(host, boot_id, shaper.dropped), accounting.read)
     acts = NodeActs(
         hook=hook,
@@ -95,11 +104,8 @@ def assemble(
         meters=metering,
         host=host,
         shaper=shaper,
+        foreign=foreign,
     )
-
-    def policy() -> NodePolicy:
-        return policy_file.current
-
     context = Context(
         driver=paths.driver,
         pool=PoolName(settings.node),
@@ -113,6 +119,7 @@ def assemble(
         ledger=ledger,
         engine=Engine(journal=journal, acts=acts.table(), clock=clock, observer=outside.observer),
         shaper=shaper,
+        foreign=foreign,
         workers=DeviceWorkers(clock),
         devices=Devices(sysfs, policy),
         rdma=NodeRdma(host),

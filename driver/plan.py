@@ -44,6 +44,8 @@ class Act(enum.StrEnum):
     TO_KERNEL = "bind-to-kernel"
     VERIFY_VFIO = "verify-vfio"
     RESTORE_PORT = "restore-port"
+    NOTE_FOREIGN = "note-foreign-programs"
+    PUT_FOREIGN_BACK = "put-foreign-programs-back"
     RDMA_IN = "move-rdma-in"
     RDMA_HOME = "move-rdma-home"
     RDMA_ADD = "make-rdma"
@@ -96,8 +98,13 @@ _HOMEWARD = (Act.DOWN, Act.UNSHAPE, Act.STRIP, Act.MOVE_HOME, Act.RESTORE)
 
 
 def prepare(preparation: Preparation, hook: Hook) -> Plan:
-    """Everything slow that needs no pod. clsact filters die in a move, so only tcx is armed here."""
-    steps = [] if preparation.rdma_only else [Step(act=Act.TIDY, budget=0.1)]
+    """Everything slow that needs no pod. clsact filters die in a move, so only tcx is armed here. What others
+    have on the device is on record before anything is done to it."""
+    steps = []
+    if not preparation.by_file:
+        steps.append(Step(act=Act.NOTE_FOREIGN, undo=(Act.PUT_FOREIGN_BACK,), budget=0.1))
+    if not preparation.rdma_only:
+        steps.append(Step(act=Act.TIDY, budget=0.1))
     if preparation.rdma is not None:
         steps.append(Step(act=Act.RDMA_VERIFY, budget=_RDMA_BUDGET))
     if preparation.vf_wanted is not None:
@@ -133,7 +140,7 @@ def unprepare(preparation: Preparation, *, reset: bool = False) -> Plan:
     on_pf = preparation.vf_baseline is not None
     netdev = not preparation.rdma_only
     acts = [
-        *(() if preparation.by_file else (Act.DISARM,)),
+        *(() if preparation.by_file else (Act.DISARM, Act.PUT_FOREIGN_BACK)),
         *((Act.UNBIND,) if probes else ()),
         *((Act.RESTORE_VF,) if on_pf else ()),
         *((Act.TO_KERNEL,) if probes else ()),

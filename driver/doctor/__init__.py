@@ -7,7 +7,7 @@ per subject; a new one is added to SUBJECTS.
 from collections.abc import Iterator
 from typing import Any
 
-from driver.doctor import kernel, kubelet, policy, programs, rdma, records, rights, runtime, sriov
+from driver.doctor import foreign, kernel, kubelet, policy, programs, rdma, records, rights, runtime, sriov
 from driver.doctor.model import Finding, Place, Subject, Verdict, fail, ok, warn
 
 SUBJECTS: tuple[Subject[Any], ...] = (
@@ -18,6 +18,7 @@ SUBJECTS: tuple[Subject[Any], ...] = (
     policy.SUBJECT,
     kubelet.SUBJECT,
     runtime.SUBJECT,
+    foreign.SUBJECT,
     sriov.SUBJECT,
     rdma.SUBJECT,
 )

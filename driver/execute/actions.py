@@ -15,11 +15,12 @@ from typing import Protocol
 
 from bpf.accounting import Accounting
 from bpf.attach import TcxPrograms
-from bpf.foreign import detach_foreign, foreign_programs
+from bpf.foreign import Own, detach_foreign, foreign_programs
 from bpf.layout import Hook
-from bpf.sys import LinkId
+from bpf.sys import LinkId, ProgramId
 from driver.errors import NotNow, Refusal
 from driver.execute import filters, infiniband, port, probe, rdma, rdma_given, vf, vfio
+from driver.execute.foreign import Foreign
 from driver.execute.shape import Shaper
 from driver.execute.target import NotClean, Target, Vanished
 from driver.model import Attachment, Preparation
@@ -53,6 +54,7 @@ class Meters(Protocol):
         """They do no more."""
 
 
+_NOTHING = Own()
 _RESTORABLE = (
     *("name", "mtu", "broadcast", "txqlen", "group", "alias", "link_mode"),
     *("gso_max_size", "gro_max_size", "gso_max_segs", "gso_ipv4_max_size", "gro_ipv4_max_size"),
@@ -60,7 +62,9 @@ _RESTORABLE = (
 """Of LinkSettings, what one message sets; flags, altnames and MAC go their own ways."""
 
 
-def differences(link: LinkInfo, baseline: LinkSettings, kind: DeviceKind) -> tuple[str, ...]:
+def differences(
+    link: LinkInfo, baseline: LinkSettings, kind: DeviceKind, own: Own = _NOTHING
+) -> tuple[str, ...]:
     """What keeps a link at home from being clean: every field that is not as in its baseline."""
     now = LinkSettings.of(link, kind=kind)
     found = [
@@ -73,7 +77,7 @@ def differences(link: LinkInfo, baseline: LinkSettings, kind: DeviceKind) -> tup
         found.append(f"address is {link.mac}, should be {baseline.mac}")
     if link.up:
         found.append("it is up")
-    if link.xdp_prog_ids:
+    if not own.everything and not own.programs.issuperset(map(ProgramId, link.xdp_prog_ids)):
         found.append("an XDP program is attached")
     return tuple(found)
 
@@ -91,7 +95,9 @@ class NodeActs:
         meters: Meters,
         host: probe.Host,
         shaper: Shaper,
+        foreign: Foreign,
     ) -> None:
+        self._foreign = foreign
         self._hook = hook
         self._shaper = shaper
         self._host = host
@@ -123,10 +129,12 @@ class NodeActs:
             Act.SET_VF: self.set_vf,
             Act.RESTORE_VF: partial(vf.restore_vf, host=self._host),
             Act.VERIFY_VF: vf.verify_vf,
-            Act.UNBIND: partial(probe.release, host=self._host),
+            Act.UNBIND: self.unbind,
             Act.TO_KERNEL: partial(probe.to_kernel, host=self._host),
             Act.VERIFY_VFIO: partial(vfio.verify_vfio, sysfs=self._host.sysfs),
             Act.RESTORE_PORT: self.restore_port,
+            Act.NOTE_FOREIGN: self._foreign.note,
+            Act.PUT_FOREIGN_BACK: self._foreign.put_back,
             Act.RDMA_IN: partial(rdma.move_in, host=self._host),
             Act.RDMA_HOME: partial(rdma.move_home, host=self._host),
             Act.RDMA_ADD: partial(rdma.add, host=self._host),
@@ -175,17 +183,21 @@ class NodeActs:
             target.pod.remove_altnames(link.ifindex, link.altnames)
         if LinkFlags.NOARP in link.flags and not target.preparation.baseline.noarp:
             target.pod.change(link.ifindex, clear_flags=LinkFlags.NOARP)
-        own = self._own_links(target)
+        own = self._foreign.own(target.device)
         run_in(target.pod_netns, lambda: detach_foreign(link.ifindex, own=own))
 
     def restore(self, target: Target) -> None:
         """Everything a pod could have left on the device, off; every compared field as it was."""
         link = self._put_in_order(target)
         if link is not None:
-            detach_foreign(link.ifindex, own=self._own_links(target))
+            detach_foreign(link.ifindex, own=self._foreign.own(target.device))
 
     def tidy(self, target: Target) -> None:
         self._put_in_order(target)
+
+    def unbind(self, target: Target) -> None:
+        probe.release(target, self._host)
+        self._foreign.forget(target)
 
     def set_vf(self, target: Target) -> None:
         """What was probed anew has its own name and settings again."""
@@ -247,10 +259,11 @@ class NodeActs:
         baseline = preparation.baseline
         if link.mac != baseline.mac and link.mac is not None and link.mac == target.given_mac():
             baseline = replace(baseline, mac=link.mac)
-        problems = list(differences(link, baseline, preparation.kind))
+        own = self._foreign.own(target.device)
+        problems = list(differences(link, baseline, preparation.kind, own))
         if target.home.addresses(link.ifindex):
             problems.append("it has addresses")
-        if foreign_programs(link.ifindex, own=self._own_links(target)):
+        if foreign_programs(link.ifindex, own=own):
             problems.append("programs of others are attached")
         if problems:
             raise NotClean(target.device, tuple(problems))

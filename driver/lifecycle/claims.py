@@ -51,6 +51,7 @@ from hw.model import DeviceKind, IfName, LinkSettings
 
 log = logging.getLogger(__name__)
 
+FOREIGN_PROGRAMS = "ForeignPrograms"
 UNPREPARE_PATIENCE = 10.0
 """Seconds that unprepare waits for a clean device before it quarantines it and lets the pod go."""
 
@@ -278,6 +279,9 @@ class Claims:
         hint = context.devices.hint(preparation)
         with open_target(preparation, None, context.host_netns, None, hint) as target:
             context.engine.run(plan.prepare(preparation, context.hook), target, token)
+            if told := context.foreign.told(target):
+                log.warning("%s", told)
+                self._tell(preparation.claim, FOREIGN_PROGRAMS, told)
             return replace(preparation, rdma=context.rdma.binding_now(target))
 
     def _check_free(self, device: Device, ref: ClaimRef) -> None:
@@ -323,6 +327,7 @@ class Claims:
             if errors:
                 self._withhold(leaving, _why_kept(errors))
                 return
+        context.foreign.sweep(leaving.key.device, context.devices.hint(leaving))
         context.book.close_preparation(leaving)
         self._reset.discard(leaving.key)
 

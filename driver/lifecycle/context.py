@@ -15,6 +15,7 @@ from bpf.layout import Hook
 from driver.cdi import CdiProjection, LiveFiles
 from driver.clock import Clock
 from driver.execute.engine import Engine
+from driver.execute.foreign import Foreign
 from driver.execute.shape import Shaper
 from driver.execute.target import Target
 from driver.journal.ledger import Ledger
@@ -55,6 +56,7 @@ class Context:
     ledger: Ledger
     engine: Engine[Target]
     shaper: Shaper
+    foreign: Foreign
     workers: DeviceWorkers
     devices: Devices
     rdma: NodeRdma

@@ -208,6 +208,10 @@ class Homecoming:
             None,
             context.devices.hint(preparation),
         ) as target:
+            try:
+                context.foreign.note_anew(target)
+            except EXPECTED as error:
+                return (Problem(Act.NOTE_FOREIGN, error),)
             return context.engine.bring_home(plan.tidy(preparation), target)
 
     def make_ready(self, preparation: Preparation) -> tuple[Problem, ...]:

@@ -115,6 +115,7 @@ class Orphans:
         gone = [device for device, pair in pairs.items() if pair is not None and not pair.alive]
         for device in gone:
             programs.detach(device)
+            self._context.foreign.sweep(device, None)
             self._context.book.release(device)
         if gone:
             self._context.devices.rescan()
@@ -142,7 +143,7 @@ class Orphans:
                     mac=device.settings.mac if device.settings is not None else None,
                     clear_flags=LinkFlags.PROMISC | LinkFlags.ALLMULTI | LinkFlags.NOARP,
                 )
-            own = self._context.programs.own_links() if self._context.programs is not None else frozenset()
-            detach_foreign(device.ifindex, own=own)
+            detach_foreign(device.ifindex, own=self._context.foreign.own(device.name))
+            self._context.foreign.sweep(device.name, device.ifindex)
         except (HwError, BpfError, OSError) as error:
             log.error("%s: %s", device.name, error)

@@ -171,6 +171,7 @@ class Reconcile:
     async def _settle(self) -> None:
         context = self._context
         await self._try("noting what another version counted", self._upgrades.begin)
+        await self._try("taking over devices in pods", self._adopt)
         for attachment in context.book.attachments():
             await self._on_device(attachment.preparation.device, self._resume_attachment(attachment))
         for preparation in context.book.preparations():
@@ -187,6 +188,13 @@ class Reconcile:
             await self._note(self._journal.boot_done)
         self._gate.settled = True
         self._projections.offer()
+
+    def _adopt(self) -> None:
+        context, book = self._context, self._context.book
+        in_pods = {a.preparation.device for a in book.attachments() if a.boot_id == context.boot_id}
+        # A reboot made every device anew: nothing that is on one is a pod's.
+        withheld = frozenset() if self._journal.state().boot_changed else frozenset(book.quarantines())
+        context.foreign.adopt(in_pods, withheld)
 
     def _resume_attachment(self, attachment: Attachment) -> Callable[[], object]:
         def work() -> None:
@@ -238,10 +246,14 @@ class Reconcile:
             book.release(device)
 
     def _sweep_programs(self) -> None:
-        programs = self._context.programs
+        context = self._context
+        wanted = {p.key.device for p in context.book.preparations()} | self._orphans.devices()
+        for device in context.foreign.devices() - wanted:
+            known = context.devices.get(device)
+            context.foreign.sweep(device, known.ifindex if known is not None else None)
+        programs = context.programs
         if programs is None:
             return
-        wanted = {p.key.device for p in self._context.book.preparations()} | self._orphans.devices()
         for name in programs.names():
             if DeviceName(name) not in wanted:
                 log.info("removing the programs left on %s", name)

@@ -8,6 +8,7 @@ from driver.policy.load import load_policy, policy_schema
 from driver.policy.rules import (
     DeviceRule,
     DeviceSelector,
+    ForeignChoice,
     HookPreference,
     NetdevSelector,
     NodePolicy,
@@ -19,6 +20,7 @@ from driver.policy.usage import UsagePolicy
 __all__ = [
     "DeviceRule",
     "DeviceSelector",
+    "ForeignChoice",
     "HookPreference",
     "NetdevSelector",
     "NodePolicy",

@@ -69,6 +69,14 @@ class HookPreference(enum.StrEnum):
     CLSACT = "clsact"
 
 
+class ForeignChoice(enum.StrEnum):
+    """What is done with programs that others (a CNI's agent, monitoring) have on a device that a pod gets."""
+
+    KEEP = "keep"
+    REPORT = "report"
+    DETACH = "detach"
+
+
 class ResetPolicy(enum.StrEnum):
     """What is done to a VF between tenants, beyond restoring its settings."""
 
@@ -307,6 +315,16 @@ class NodePolicy:
     reset: Annotated[ResetPolicy, Key("reset", choice(ResetPolicy), "VFs between tenants.")] = (
         ResetPolicy.REPROBE
     )
+    foreign_programs: Annotated[
+        ForeignChoice,
+        Key(
+            "foreignPrograms",
+            choice(ForeignChoice),
+            "BPF programs of others on a device: keep: they go into the pod with it. report: they do, and an "
+            "event says so. detach: they are off until it is home, and a claim is refused whose device could "
+            "not have them back.",
+        ),
+    ] = ForeignChoice.REPORT
     rdma: Annotated[RdmaRules, Key("rdma", record(RdmaRules), "RDMA on this node.")] = DEFAULT_RDMA
 
     def __post_init__(self) -> None:

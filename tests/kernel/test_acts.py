@@ -23,6 +23,7 @@ from hw.sysfs import Sysfs
 from hw.udev import Udev
 from kndsim.links import SimNetns, netns, private_host, soft_link, veth_pair
 from tests.unit.journal_values import preparation
+from tests.unit.no_foreign import NO_FOREIGN
 
 
 @pytest.fixture
@@ -64,6 +65,7 @@ def device(pod: SimNetns) -> Iterator[tuple[Target, NodeActs]]:
             meters=None,
             host=Host(Sysfs(Path("/sys")), Udev(Path("/none"))),
             shaper=SimpleNamespace(shape=None, unshape=None),
+            foreign=NO_FOREIGN,
         )  # type: ignore[arg-type]
         yield target, acts
 

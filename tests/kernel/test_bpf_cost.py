@@ -26,9 +26,9 @@ MEASURING = (
 
 
 def is_timed(program: sys.ProgramFd) -> bool:
-    before = sys.prog_runs(program).count
+    before = cost.runs_of(program).count
     sys.prog_test_run(program, bytes(60), repeat=10)
-    return sys.prog_runs(program).count == before + 10
+    return cost.runs_of(program).count == before + 10
 
 
 def test_every_packet_of_the_measured_time_is_told_by_direction_and_none_else(node: Node) -> None:
@@ -86,4 +86,4 @@ def test_a_trial_tells_what_counting_adds_and_whether_it_is_machine_code(cache: 
     tried = cost.trial(cache.ensure())
     assert 0 < tried.empty < tried.counting < 10_000
     with sys.prog_load(sys.ProgramType.SCHED_CLS, RETURN_UNSPEC, name="witness") as witness:
-        assert tried.jited == sys.prog_is_jited(witness)
+        assert tried.jited == cost.is_jited(witness)

@@ -12,9 +12,9 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from bpf import foreign, sys, xdp
-from bpf.attach import RETURN_UNSPEC
+from bpf.attach import RETURN_UNSPEC, pinned_links
 from bpf.errors import Ambiguous, CallRefused
-from bpf.foreign import ForeignHook, detach_foreign, foreign_programs
+from bpf.foreign import ForeignHook, Own, detach_foreign, foreign_programs
 from kndsim.links import netns
 from tests.bpf.bpffs import mounted_bpffs
 from tests.kernel.bpf_node import NAME, SLOT, Node, both_ways, link_up
@@ -65,7 +65,7 @@ def test_what_a_tenant_left_is_taken_off_and_ours_stays(
                 sys.obj_pin(link, theirs / "xdp")
 
         pod.run(settle_in)
-        own = node.tcx.own_links()
+        own = Own(pinned_links(node.pins))
         found = pod.run(lambda: foreign_programs(node.device, own=own))
         assert [program.hook for program in found] == [
             ForeignHook.TCX_EGRESS,
@@ -83,7 +83,7 @@ def test_what_a_tenant_left_is_taken_off_and_ours_stays(
 
 def test_xdp_attached_by_netlink_is_taken_off(node: Node, xdp_program: sys.ProgramFd) -> None:
     node.host.netlink(lambda ipr: attach_xdp_by_netlink(ipr, xdp_program, node.device))
-    (found,) = detach_foreign(node.device, own=frozenset())
+    (found,) = detach_foreign(node.device, own=Own())
     assert (found.hook, found.program, found.links) == (ForeignHook.XDP, sys.prog_id(xdp_program), ())
     assert xdp.attached_programs(node.device) == {}
 
@@ -104,19 +104,19 @@ def test_another_pods_xdp_of_the_same_number_and_program_is_never_hit(
 
         with pod.run(link) as theirs:
             node.host.netlink(lambda ipr: attach_xdp_by_netlink(ipr, xdp_program, node.device))
-            detach_foreign(node.device, own=frozenset())
+            detach_foreign(node.device, own=Own())
             assert xdp.attached_programs(node.device) == {}
             assert sys.link_info(theirs).ifindex == node.device, "the one by netlink was meant"
             with link() as here:
                 with pytest.raises(Ambiguous, match="2 links could be its own"):
-                    detach_foreign(node.device, own=frozenset())
+                    detach_foreign(node.device, own=Own())
                 assert sys.link_info(theirs).ifindex == node.device
                 assert sys.link_info(here).ifindex == node.device
 
 
 def test_a_device_that_is_gone_is_an_error_with_its_number(node: Node) -> None:
     with pytest.raises((CallRefused, OSError), match=r"4000000|No such device"):
-        detach_foreign(4_000_000, own=frozenset())
+        detach_foreign(4_000_000, own=Own())
 
 
 def test_a_kernel_without_tcx_has_only_xdp_to_list(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +124,7 @@ def test_a_kernel_without_tcx_has_only_xdp_to_list(node: Node, monkeypatch: pyte
         raise CallRefused("listing", errno.EINVAL)
 
     monkeypatch.setattr(foreign.sys, "prog_query", refuse)
-    assert foreign_programs(node.device, own=frozenset()) == ()
+    assert foreign_programs(node.device, own=Own()) == ()
 
 
 def test_root_in_the_pod_cannot_replace_an_xdp_link_either(node: Node, xdp_program: sys.ProgramFd) -> None:

@@ -96,7 +96,7 @@ def name_of(plan: Plan) -> str:
     names = {
         Act.ZERO_SLOT: "attach",
         Act.DOWN: "detach",
-        Act.TIDY: "prepare",
+        Act.NOTE_FOREIGN: "prepare",
         Act.DISARM: "unprepare",
         Act.UNBIND: "unprepare",
         Act.RESTORE: "tidy",

@@ -33,7 +33,7 @@ def gaps(sim: SimNode) -> list[str]:
 
 
 def folders(sim: SimNode) -> set[str]:
-    return {path.name for path in (sim.bpffs / "knd").iterdir()} - {"links"}
+    return {path.name for path in (sim.bpffs / "knd").iterdir()} - {"links", "foreign"}
 
 
 async def next_agent(sim: SimNode, release: Release | None) -> None:

@@ -138,6 +138,9 @@ class World:
         self.offers: list[tuple[OfferedDevice, ...]] = []
         self.statuses: list[tuple[ClaimRef, object]] = []
         self.hidden: set[DeviceName] = set()
+        self.foreign: dict[DeviceName, str] = {}
+        """What is told of programs of others."""
+        self.swept: list[DeviceName] = []
         self.bindings: dict[DeviceName, RdmaBinding] = {}
         self.clock = SystemClock()
         self.workers = DeviceWorkers(self.clock)
@@ -168,6 +171,10 @@ class World:
             statuses=SimpleNamespace(write_status=lambda ref, rows: self.statuses.append((ref, rows))),
             events=SimpleNamespace(emit=self.events.append),
             slices=SimpleNamespace(offer=self.offers.append),
+            foreign=SimpleNamespace(
+                told=lambda target: self.foreign.get(target.preparation.key.device, ""),
+                sweep=lambda device, ifindex: self.swept.append(device),
+            ),
         )
         homecoming = SimpleNamespace(
             is_hidden=lambda made: made.key.device in self.hidden,

@@ -118,7 +118,7 @@ def test_what_is_asked_of_a_pf_is_recorded_with_what_it_held_before(play) -> Non
         (made,) = world.book.preparations()
         assert made.vf_baseline == HELD
         assert made.vf_wanted == replace(HELD, vlan=VfVlan(id=7), trust=True)
-        assert done(world) == [Act.TIDY, Act.SET_VF, Act.ARM]
+        assert done(world) == [Act.NOTE_FOREIGN, Act.TIDY, Act.SET_VF, Act.ARM]
 
     play(story)
 
@@ -312,7 +312,11 @@ def test_where_the_device_refuses_a_limit_the_nodes_kernel_keeps_it_if_it_may(pl
         assert made.config.qos.enforcement is Enforcement.SOFTWARE
         assert made.vf_wanted is None
         # What was set by then is taken back before.
-        assert done(world) == [Act.TIDY, Act.SET_VF, Act.RESTORE_VF, Act.RESTORE, Act.TIDY, Act.ARM]
+        assert done(world) == [
+            *(Act.NOTE_FOREIGN, Act.TIDY, Act.SET_VF),
+            *(Act.RESTORE_VF, Act.RESTORE, Act.PUT_FOREIGN_BACK),
+            *(Act.NOTE_FOREIGN, Act.TIDY, Act.ARM),
+        ]
         assert await world.unprepare(ref) == ""
 
     play(story)

@@ -32,6 +32,7 @@ from hw.model import (
 from hw.sysfs import Sysfs
 from hw.udev import Udev
 from tests.unit.journal_values import preparation
+from tests.unit.no_foreign import NO_FOREIGN
 
 OWN = MacAddress("2a:4d:2c:38:b0:56")
 TENANTS = MacAddress("02:00:5e:00:00:01")
@@ -138,6 +139,7 @@ def acts(monkeypatch: pytest.MonkeyPatch) -> NodeActs:
         meters=None,  # type: ignore[arg-type]
         host=Host(Sysfs(Path("/sys")), Udev(Path("/none"))),
         shaper=SimpleNamespace(shape=None, unshape=None),  # type: ignore[arg-type]
+        foreign=NO_FOREIGN,  # type: ignore[arg-type]
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import replace
@@ -16,17 +17,32 @@ from hypothesis import strategies as st
 from bpf.cost import Trial
 from bpf.layout import Hook
 from driver import doctor, running
-from driver.doctor import Finding, Place, Verdict, kernel, kubelet, policy, programs, records, runtime, sriov
+from driver.doctor import (
+    Finding,
+    Place,
+    Verdict,
+    foreign,
+    kernel,
+    kubelet,
+    policy,
+    programs,
+    records,
+    runtime,
+    sriov,
+)
 from driver.doctor.looking import is_locked, listening
 from driver.journal import Journal, Quarantine
 from driver.model import BootId
 from driver.paths import Paths
+from driver.policy import ForeignChoice
 from driver.provision import hands_off
 from driver.running import Running
 from hw.model import PciAddress
 from tests.unit.journal_values import key, preparation
 
 GIB = 1 << 30
+KEEP, REPORT, DETACH = ForeignChoice
+XDP, QDISC = "a: xdp 'x'", "a: clsact"
 
 
 def said(findings: Iterable[Finding], check: str) -> Finding:
@@ -106,6 +122,46 @@ def test_programs(change: dict[str, object], check: str, verdict: Verdict, words
     found = said(programs.judge(replace(GOOD_PROGRAMS, **change)), check)  # type: ignore[arg-type]
     assert found.verdict is verdict
     assert words in found.said
+
+
+@pytest.mark.parametrize(
+    ("facts", "check", "verdict", "words"),
+    [
+        (foreign.Foreign(choice=REPORT), "programs", Verdict.OK, "nobody else has any"),
+        (
+            foreign.Foreign(choice=KEEP, free=(XDP,)),
+            "programs",
+            Verdict.OK,
+            "with it (foreignPrograms: ",
+        ),
+        (foreign.Foreign(choice=REPORT, free=(XDP,)), "programs", Verdict.OK, "event.*a: xdp 'x'"),
+        (
+            foreign.Foreign(choice=DETACH, free=(XDP,)),
+            "programs",
+            Verdict.OK,
+            "are off while a pod has",
+        ),
+        (foreign.Foreign(choice=REPORT, free=("x",) * 10), "programs", Verdict.OK, "x and 2 more$"),
+        (
+            foreign.Foreign(choice=REPORT, filtered=(QDISC,)),
+            "filters",
+            Verdict.WARN,
+            "end when.*a: clsact",
+        ),
+        (
+            foreign.Foreign(choice=DETACH, filtered=(QDISC,)),
+            "filters",
+            Verdict.WARN,
+            "claims.*are refused",
+        ),
+        (foreign.Foreign(choice=KEEP, along=(XDP,)), "along", Verdict.OK, "into pods.*a: xdp 'x'"),
+        (foreign.Foreign(choice=DETACH, off=(XDP,)), "off", Verdict.OK, "are home: a: xdp 'x'"),
+    ],
+)
+def test_programs_of_others(facts: foreign.Foreign, check: str, verdict: Verdict, words: str) -> None:
+    found = said(foreign.judge(facts), check)
+    assert found.verdict is verdict
+    assert re.search(words.replace("(", r"\("), found.said)
 
 
 GOOD_RECORDS = records.Records(

@@ -56,6 +56,35 @@ def test_a_repeated_prepare_answers_the_same_and_does_nothing(play) -> None:  # 
     play(story)
 
 
+def test_a_claim_is_told_of_programs_of_others_and_its_end_forgets_them(play) -> None:  # type: ignore[no-untyped-def]
+    async def story(world: World) -> None:
+        world.foreign[A] = "programs of others on dev-a"
+        ref = world.claim("c", A, B)
+        assert await world.prepare(ref) == [A, B]
+        assert [(event.reason, event.message) for event in world.events] == [
+            ("ForeignPrograms", "programs of others on dev-a")
+        ]
+        assert await world.unprepare(ref) == ""
+        assert sorted(world.swept) == [A, B]
+
+    play(story)
+
+
+def test_programs_of_others_stay_on_record_until_the_device_is_clean(play) -> None:  # type: ignore[no-untyped-def]
+    async def story(world: World) -> None:
+        ref = world.claim("c", A)
+        assert await world.prepare(ref) == [A]
+        world.node.fail[Act.PUT_FOREIGN_BACK, A] = HwError("no memory")
+        await world.unprepare(ref, 0.5)
+        assert world.swept == []
+        assert "no memory" in world.book.quarantines()[A].reason
+        world.node.fail.clear()
+        assert await world.unprepare(ref) == ""
+        assert world.swept == [A]
+
+    play(story)
+
+
 def test_overlapping_prepares_of_a_claim_are_one(play) -> None:  # type: ignore[no-untyped-def]
     async def story(world: World) -> None:
         ref = world.claim("c", A)

@@ -43,7 +43,16 @@ GOES_WITH_THE_MOVE = {Act.ADDRESS, Act.FILTER, Act.SHAPE}
 """The kernel drops it when the device leaves the netns."""
 GOES_WITH_THE_FOLD = {Act.METER}
 HOMEWARD = {
-    *(Act.DISARM, Act.DOWN, Act.FOLD, Act.STRIP, Act.MOVE_HOME, Act.TIDY, Act.RESTORE),
+    *(
+        Act.PUT_FOREIGN_BACK,
+        Act.DISARM,
+        Act.DOWN,
+        Act.FOLD,
+        Act.STRIP,
+        Act.MOVE_HOME,
+        Act.TIDY,
+        Act.RESTORE,
+    ),
     *(Act.UNBIND, Act.RESTORE_VF, Act.TO_KERNEL, Act.UNSHAPE),
 }
 """Brings a device nearer to clean, whatever came before."""
@@ -154,6 +163,13 @@ def test_programs_stay_on_a_device_until_it_is_unprepared() -> None:
     assert acts(plan.unprepare(WITH_ADDRESSES))[0] is Act.DISARM
 
 
+def test_what_others_have_on_a_device_is_on_record_before_it_is_touched_and_back_before_it_is_reset() -> None:
+    assert acts(plan.prepare(ON_PF, Hook.TCX))[0] is Act.NOTE_FOREIGN
+    order = acts(plan.unprepare(ON_PF, reset=True))
+    assert order.index(Act.DISARM) < order.index(Act.PUT_FOREIGN_BACK) < order.index(Act.UNBIND)
+    assert not {Act.NOTE_FOREIGN} & set(acts(plan.prepare(BY_FILE, Hook.TCX)))
+
+
 def test_addresses_are_a_step_only_where_there_are_some() -> None:
     assert Act.ADDRESS in acts(plan.attach(ATTACHMENT, WITH_ADDRESSES, Hook.TCX))
     assert Act.ADDRESS not in acts(plan.attach(ATTACHMENT, BARE, Hook.TCX))
@@ -181,8 +197,8 @@ def test_every_step_asks_for_some_time_and_all_of_an_attach_fit_into_a_hook(made
 def test_a_vf_is_set_before_anybody_can_drive_it_and_put_back_when_nobody_can(which: Preparation) -> None:
     made = plan.prepare(which, Hook.TCX)
     order = acts(made)
-    assert order[:2] == [Act.TIDY, Act.SET_VF]
-    back = undone(made)
+    assert order.index(Act.SET_VF) == order.index(Act.TIDY) + 1
+    back = [act for act in undone(made) if act is not Act.PUT_FOREIGN_BACK]
     assert back[-2:] == [Act.RESTORE_VF, Act.RESTORE]
     if which.by_file:
         assert back.index(Act.TO_KERNEL) < back.index(Act.RESTORE_VF)

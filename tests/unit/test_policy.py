@@ -16,6 +16,7 @@ from driver import inventory
 from driver.claimconfig import FieldPath
 from driver.errors import ConfigError
 from driver.policy import (
+    ForeignChoice,
     HookPreference,
     NetdevSelector,
     NodePolicy,
@@ -195,6 +196,7 @@ def test_all_sections_are_read() -> None:
         "qosClasses: [{name: rest, index: 0}, {name: gold, index: 1, dscp: [46, 44], pcp: [5]}]\n"
         "hook: clsact\n"
         "reset: none\n"
+        "foreignPrograms: detach\n"
     )
     assert policy.netdevs == (NetdevSelector(kinds=("veth",)),)
     assert policy.claim_limits.settable(FieldPath("interface.hardwareAddress"), "02:00:00:00:00:01")
@@ -203,11 +205,13 @@ def test_all_sections_are_read() -> None:
     assert policy.classes[1].dscp == {44, 46}
     assert policy.hook is HookPreference.CLSACT
     assert policy.reset is ResetPolicy.NONE
+    assert policy.foreign_programs is ForeignChoice.DETACH
 
 
 def test_an_empty_policy_is_the_default_one() -> None:
     assert load("") == NodePolicy()
     assert NodePolicy().classes == DEFAULT_CLASSES
+    assert NodePolicy().foreign_programs is ForeignChoice.REPORT, "nothing is taken from others unasked"
 
 
 # --- problems ---------------------------------------------------------------------------------------
@@ -243,6 +247,21 @@ def test_all_problems_come_at_once_in_the_order_of_their_lines() -> None:
         "rdma.ucx, "
         "vf.driver, vf.linkState, vf.maxRate, vf.minRate, vf.spoofCheck, vf.trust, vf.vlan",
         "policy.yaml:13: claims.mtu: minimum 9000 is above maximum 1500",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("off", "one of keep, report, detach, not 'off'"),
+        ("Detach", "one of keep, report, detach, not 'Detach'"),
+        ("[keep]", "a string, not a list"),
+        ("", "a string, not null"),
+    ],
+)
+def test_what_is_done_with_programs_of_others_is_one_of_three_words(given: str, words: str) -> None:
+    assert problems(f"{HEADER}foreignPrograms: {given}\n") == [
+        f"policy.yaml:3: foreignPrograms: must be {words}"
     ]
 
 

@@ -24,6 +24,7 @@ from driver.plan import Act
 from driver.rdma import RdmaBinding, RdmaMode
 from hw.model import DeviceKind, RdmaIndex, RdmaName
 from tests.unit.journal_values import BOOT, attachment, preparation
+from tests.unit.no_foreign import NO_FOREIGN
 
 BINDING = RdmaBinding(name=RdmaName("mlx5_2"), mode=RdmaMode.EXCLUSIVE, index=RdmaIndex(2))
 
@@ -50,6 +51,7 @@ class World:
             clock=SimpleNamespace(wall=lambda: 1.0),
             devices=SimpleNamespace(hint=lambda made: None),
             rdma=SimpleNamespace(is_home=lambda target: self.rdma_at_home),
+            foreign=NO_FOREIGN,
         )
         projections: Any = SimpleNamespace(
             publish_claim=lambda uid: None, tell_pod=lambda pod, reason, text: self.told.append(text)

@@ -24,6 +24,7 @@ from hw.errors import Busy, Refused
 from hw.model import IfIndex, LinkSettings, VfLinkState, VfVlan, VlanProtocol
 from hw.sriov import binding
 from tests.unit.igb_world import ASKED, FRESH, OWN, RANDOM, VF, VF_LINK, Igb, prepared, target
+from tests.unit.no_foreign import NO_FOREIGN
 
 VLAN = VfVlan(id=100, qos=3)
 ALL = NicConfig(
@@ -40,7 +41,7 @@ def igb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Igb:
     return Igb(tmp_path / "sys")
 
 
-def engine(igb: Igb) -> Engine[Target]:
+def engine(igb: Igb, foreign: Any = NO_FOREIGN) -> Engine[Target]:
     programs: Any = SimpleNamespace(
         attach=lambda *a: None, detach=lambda *a: None, links_of=lambda device: frozenset()
     )
@@ -54,6 +55,7 @@ def engine(igb: Igb) -> Engine[Target]:
         meters=nothing,
         host=igb.host,
         shaper=shaper,
+        foreign=foreign,
     )
     journal: Any = SimpleNamespace(step=lambda *a: None)
     observer: Any = SimpleNamespace(at=lambda *a: None, step_done=lambda *a: None)
@@ -64,9 +66,9 @@ def prepare(igb: Igb, made: Preparation) -> None:
     engine(igb).run(plan.prepare(made, Hook.TCX), target(igb, made), Token(SystemClock()))
 
 
-def home(igb: Igb, made: Preparation, *, reset: bool) -> list[str]:
+def home(igb: Igb, made: Preparation, *, reset: bool, foreign: Any = NO_FOREIGN) -> list[str]:
     way: Plan = plan.unprepare(made, reset=reset)
-    return [str(problem) for problem in engine(igb).bring_home(way, target(igb, made))]
+    return [str(problem) for problem in engine(igb, foreign).bring_home(way, target(igb, made))]
 
 
 def as_before(igb: Igb) -> bool:
@@ -172,7 +174,7 @@ def test_between_tenants_the_driver_begins_anew_and_the_pf_is_changed_while_nobo
     made = prepared(igb)
     acts = [step.act for step in plan.unprepare(made, reset=True).steps]
     assert acts == [
-        *(Act.DISARM, Act.UNBIND, Act.RESTORE_VF, Act.TO_KERNEL),
+        *(Act.DISARM, Act.PUT_FOREIGN_BACK, Act.UNBIND, Act.RESTORE_VF, Act.TO_KERNEL),
         *(Act.RESTORE, Act.VERIFY_VF, Act.VERIFY),
     ]
     assert home(igb, made, reset=True) == []
@@ -186,6 +188,20 @@ def test_where_policy_wants_no_reset_the_driver_is_left_alone(igb: Igb) -> None:
     made = prepared(igb)
     assert home(igb, made, reset=False) == []
     assert igb.probes == 0
+
+
+def test_what_is_on_a_netdev_that_its_driver_made_anew_is_not_taken_for_a_tenants(igb: Igb) -> None:
+    """Its owner may be there before the baseline is restored. Where no driver let go, nothing is anew."""
+    between: list[bool] = []
+    foreign = SimpleNamespace(**{**vars(NO_FOREIGN), "forget": lambda target: between.append(igb.vf is None)})
+    made = prepared(igb)
+    assert home(igb, made, reset=False, foreign=foreign) == []
+    there, igb.vf = igb.vf, None
+    assert home(igb, made, reset=True, foreign=foreign) != [], "it is in somebody's hands"
+    assert between == []
+    igb.vf = there
+    assert home(igb, made, reset=True, foreign=foreign) == []
+    assert between == [True]
 
 
 def test_a_random_address_after_the_probe_does_not_stay(igb: Igb) -> None:
