@@ -18,7 +18,7 @@ from typing import Self
 from bpf import earlier, layout, loaded, selftest, sys
 from bpf.earlier import Others
 from bpf.errors import CallRefused
-from bpf.layout import Cell, Slot, TrafficKind
+from bpf.layout import Cell, Framing, Slot, TrafficKind
 from bpf.limits import NO_RULES, Rules
 from bpf.loaded import Place
 from bpf.maps import (
@@ -154,24 +154,24 @@ class Accounting:
         value = pack_classes(dscp, pcp, layout.PCP_WINS if pcp_wins else 0)
         sys.map_update_elem(self._maps.classes, KEY.pack(0), value)
 
-    def load(self, slot: Slot, direction: int) -> sys.ProgramFd:
+    def load(self, slot: Slot, direction: int, framing: Framing = Framing.ETHERNET) -> sys.ProgramFd:
         """Load a copy that counts into slot. direction 0 egress, 1 ingress, as the pod sees it.
 
         The caller owns the descriptor: pass its fd to LINK_CREATE or, as a clsact filter, to netlink; when
         that has succeeded the hook keeps the program and the descriptor is to be closed.
         """
         self._check(slot)
-        return _load(self._programs, slot, direction, self._maps)
+        return _load(self._programs, Place(slot, direction, framing), self._maps)
 
     def _check(self, slot: Slot) -> None:
         if not 0 <= slot < self.capacity:
             raise ValueError(f"slot {slot} is outside 0..{self.capacity - 1}")
 
 
-def _load(programs: CompiledPrograms, slot: Slot, direction: int, maps: Maps) -> sys.ProgramFd:
+def _load(programs: CompiledPrograms, place: Place, maps: Maps) -> sys.ProgramFd:
     fds: Mapping[str, int] = {"acct": maps.counters.fd, "classes": maps.classes.fd, **maps.limits.fds}
-    code = programs.programs[direction].specialise(slot, fds)
-    return sys.prog_load(sys.ProgramType.SCHED_CLS, code, name=loaded.name_of(Place(slot, direction)))
+    code = programs.programs[place.direction].specialise(place.slot, fds, place.framing)
+    return sys.prog_load(sys.ProgramType.SCHED_CLS, code, name=loaded.name_of(place))
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +199,7 @@ def scratch(programs: CompiledPrograms) -> Iterator[Scratch]:
         made = (make_counters(1), make_classes(), make_rules(1), make_police(1))
         maps = stack.enter_context(contextlib.closing(Maps(*made, capacity=1)))
         tried = tuple(
-            stack.enter_context(_load(programs, _FIRST, direction, maps))
+            stack.enter_context(_load(programs, Place(_FIRST, direction), maps))
             for direction in range(layout.DIRECTIONS)
         )
         yield Scratch(tried, maps)

@@ -17,13 +17,14 @@ import struct
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from bpf import sys
 from bpf.accounting import Accounting
 from bpf.errors import BpfError, CallRefused
-from bpf.layout import Hook, Slot
+from bpf.layout import Framing, Hook, Slot
 from bpf.loaded import place_of
 from bpf.maps import LINKS
 from bpf.pins import make_pin_directory
@@ -31,6 +32,8 @@ from bpf.pins import make_pin_directory
 T = TypeVar("T")
 
 _SUFFIXES = ("-eg", "-in")
+_CHILD = "_child"
+"""After a device's name, in which there is no `_`."""
 _HOOKS = (sys.AttachType.TCX_EGRESS, sys.AttachType.TCX_INGRESS)
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,200}")
 _CLONE_NEWNET = 0x40000000
@@ -76,8 +79,8 @@ class TcxPrograms:
         self._accounting = accounting
         make_pin_directory(self._links)
 
-    def attach(self, name: str, ifindex: int, slot: Slot) -> None:
-        """Count both directions of a device of this thread's netns into slot.
+    def attach(self, name: str, ifindex: int, slot: Slot, framing: Framing = Framing.ETHERNET) -> None:
+        """Count both directions of a device of this thread's netns, whose packets are framed so, into slot.
 
         May be repeated, also with another slot or a device made anew. On failure what was there before is
         there again. ValueError for a name that cannot be a file, CallRefused.
@@ -85,7 +88,8 @@ class TcxPrograms:
         _check_name(name)
         with contextlib.ExitStack() as fds, contextlib.ExitStack() as undo:
             # Both are loaded before anything changes, as loading is what fails, if anything does.
-            programs = [fds.enter_context(self._accounting.load(slot, way)) for way in range(len(_HOOKS))]
+            load = partial(self._accounting.load, slot, framing=framing)
+            programs = [fds.enter_context(load(way)) for way in range(len(_HOOKS))]
             for way, program in enumerate(programs):
                 pin = self._pin(name, way)
                 link = _link_on(pin, ifindex, _HOOKS[way])
@@ -101,10 +105,12 @@ class TcxPrograms:
             undo.pop_all()
 
     def detach(self, name: str) -> None:
-        """Take both programs off, wherever the device is, and forget the links. May be repeated."""
+        """Take both programs off, wherever the device is, and forget the links; a child's as well. May be
+        repeated."""
         _check_name(name)
-        for way in range(len(_HOOKS)):
-            _remove(self._pin(name, way))
+        for each in (child_of(name), name):
+            for way in range(len(_HOOKS)):
+                _remove(self._pin(each, way))
 
     def state(self, name: str) -> LinkPair | None:
         """What is pinned for name; None if nothing is."""
@@ -127,12 +133,14 @@ class TcxPrograms:
         return None if place is None else place.slot
 
     def names(self) -> frozenset[str]:
-        """Every name with at least one pin."""
+        """Every name with at least one pin; that of a child is its device's."""
         found = (path.name for path in self._links.iterdir())
-        return frozenset(name[: -len(_SUFFIXES[0])] for name in found if name.endswith(_SUFFIXES))
+        pinned = (name[: -len(_SUFFIXES[0])] for name in found if name.endswith(_SUFFIXES))
+        return frozenset(name.removesuffix(_CHILD) for name in pinned)
 
     def repoint_all(self, slots: Mapping[str, Slot]) -> frozenset[str]:
-        """Give every whole pair named in slots fresh programs: what an agent does when it starts.
+        """Give every whole pair named in slots fresh programs: what an agent does when it starts. They read
+        what those before read, and so do the programs of a child.
 
         Works whatever netns the devices are in. Returns the names in slots that have no whole pair: their
         device is gone or a crash came in between, and attach makes them anew. Pins of other names stay.
@@ -143,13 +151,26 @@ class TcxPrograms:
             if pair is None or not pair.complete:
                 wanting.add(name)
                 continue
-            for way in range(len(_HOOKS)):
-                with (
-                    self._accounting.load(slot, way) as program,
-                    sys.obj_get_link(self._pin(name, way)) as link,
-                ):
-                    sys.link_update(link, program)
+            self._repoint(name, slot)
+            child = self.state(child_of(name))
+            if child is not None and child.complete:
+                self._repoint(child_of(name), slot)
         return frozenset(wanting)
+
+    def _repoint(self, name: str, slot: Slot) -> None:
+        for way in range(len(_HOOKS)):
+            with (
+                sys.obj_get_link(self._pin(name, way)) as link,
+                self._accounting.load(slot, way, _framing_of(link)) as program,
+            ):
+                sys.link_update(link, program)
+
+    def is_on(self, name: str, ifindex: int) -> bool:
+        """Whether a device of this thread's netns is the one that name's programs are on."""
+        link = _link_on(self._pin(name, 0), ifindex, _HOOKS[0])
+        if link is not None:
+            link.close()
+        return link is not None
 
     def links_of(self, name: str) -> frozenset[sys.LinkId]:
         """The links pinned for one device: what foreign_programs and detach_foreign leave alone on it."""
@@ -165,6 +186,12 @@ def pinned_links(pins: Path) -> frozenset[sys.LinkId]:
     """Of every device and every release of the agent, for whoever only looks."""
     states = (_state(path) for path in pins.rglob(f"{LINKS}/*") if path.name.endswith(_SUFFIXES))
     return frozenset(state.link for state in states if state is not None)
+
+
+def child_of(name: str) -> str:
+    """What the programs are pinned as that are on an interface made on the device called name, and count into
+    its slot."""
+    return f"{name}{_CHILD}"
 
 
 def _check_name(name: str) -> None:
@@ -194,6 +221,13 @@ def _link_on(pin: Path, ifindex: int, hook: sys.AttachType) -> sys.LinkFd | None
     if state is None or all(state.link != entry.link for entry in sys.prog_query(ifindex, hook)):
         return None
     return sys.obj_get_link(pin)
+
+
+def _framing_of(link: sys.LinkFd) -> Framing:
+    """What the link's program reads."""
+    with sys.prog_get_fd_by_id(sys.link_info(link).program) as program:
+        place = place_of(program)
+    return Framing.ETHERNET if place is None else place.framing
 
 
 def _make(pin: Path, program: sys.ProgramFd, ifindex: int, hook: sys.AttachType) -> None:

@@ -46,6 +46,7 @@ def _flags(directory: Path) -> list[str]:
         "RULES_MARK": layout.RULES_MARK,
         "RULES_DEPART": layout.RULES_DEPART,
         "LEAF": layout.LEAF,
+        "IPOIB": layout.Framing.IPOIB.value,
         "SLOT_SENTINEL": program.SLOT_SENTINEL,
         "PSEUDO_MAP_FD": program.PSEUDO_MAP_FD,
         "PSEUDO_MAP_VALUE": program.PSEUDO_MAP_VALUE,

@@ -53,6 +53,16 @@ class TrafficKind(enum.IntEnum):
     """UDP to port 4791 (RoCEv2)."""
 
 
+class Framing(enum.IntEnum):
+    """What lies before the IP header of a device's packets, by its ARPHRD_* type. The value is set beside the
+    slot in the constant that each copy of a program has of its own."""
+
+    ETHERNET = 0
+    IPOIB = 1 << 30
+    """ARPHRD_INFINIBAND: 20 bytes that the kernel keeps the receiver's address in and that are on no wire,
+    and IPoIB's own header of 4 (RFC 4391), in both directions."""
+
+
 class Hook(enum.StrEnum):
     """Where the programs sit."""
 

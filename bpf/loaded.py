@@ -13,30 +13,36 @@ from dataclasses import dataclass
 
 from bpf import sys
 from bpf.errors import CallRefused
-from bpf.layout import Slot
+from bpf.layout import Framing, Slot
 
 NAMES = ("knd_eg", "knd_in")
-"""As the kernel shows them, per direction, followed by `_` and the slot: who counts where can be told from
-the kernel alone."""
-_NAME = re.compile(rf"({'|'.join(NAMES)})_([0-9]{{1,5}})")
+"""As the kernel shows them, per direction, followed by `_`, the slot and what is read if not Ethernet: who
+counts where can be told from the kernel alone."""
+_MARKS = {Framing.ETHERNET: "", Framing.IPOIB: "i"}
+_NAME = re.compile(rf"({'|'.join(NAMES)})_([0-9]{{1,5}})({'|'.join(_MARKS.values())})")
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What a program counts: a slot, and of it direction 0 egress or 1 ingress, as the pod sees it."""
+    """What a program counts: a slot, and of it direction 0 egress or 1 ingress, as the pod sees it; and what
+    packets it reads."""
 
     slot: Slot
     direction: int
+    framing: Framing = Framing.ETHERNET
 
 
 def name_of(place: Place) -> str:
-    return f"{NAMES[place.direction]}_{place.slot}"
+    return f"{NAMES[place.direction]}_{place.slot}{_MARKS[place.framing]}"
 
 
 def place_of(program: sys.ProgramFd) -> Place | None:
     """None for a program of others."""
     found = _NAME.fullmatch(sys.prog_name(program))
-    return None if found is None else Place(Slot(int(found[2])), NAMES.index(found[1]))
+    if found is None:
+        return None
+    framing = next(framing for framing, mark in _MARKS.items() if mark == found[3])
+    return Place(Slot(int(found[2])), NAMES.index(found[1]), framing)
 
 
 def programs() -> Iterator[tuple[Place, sys.ProgramFd]]:

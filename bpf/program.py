@@ -15,7 +15,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bpf.layout import Slot
+from bpf.layout import Framing, Slot
 
 FORMAT = 1
 """Raised when the text form or the meaning of the places changes."""
@@ -55,11 +55,13 @@ class CompiledProgram:
         if any(not 0 <= at < count for at in places):
             raise ValueError("a place to fill in lies outside the program")
 
-    def specialise(self, slot: Slot, map_fds: Mapping[str, int]) -> bytes:
+    def specialise(
+        self, slot: Slot, map_fds: Mapping[str, int], framing: Framing = Framing.ETHERNET
+    ) -> bytes:
         """The instructions for one slot and the open maps. KeyError if a map is not given."""
         code = bytearray(self.instructions)
         for at in self.slot_at:
-            _set_constant(code, at, slot)
+            _set_constant(code, at, slot | framing)
         for name, ats in self.map_at.items():
             for at in ats:
                 _set_constant(code, at, map_fds[name])

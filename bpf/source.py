@@ -28,7 +28,8 @@ def key(directory: Path) -> str:
     """sha256 over everything but the compiler that decides what comes out."""
     digest = hashlib.sha256()
     facts = (program.FORMAT, os.uname().machine, layout.VALUE_BYTES, layout.LEAF, program.SLOT_SENTINEL)
-    digest.update(repr((facts, sorted(program.MAP_SENTINELS.items()))).encode())
+    framings = tuple(layout.Framing)
+    digest.update(repr((facts, framings, sorted(program.MAP_SENTINELS.items()))).encode())
     for path in files(directory):
         content = path.read_bytes()
         digest.update(f"\0{path.relative_to(directory)}\0{len(content)}\0".encode())

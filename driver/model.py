@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NewType
 
-from bpf.layout import Slot
+from bpf.layout import Framing, Slot
 from driver.nicconfig import VF_FIELDS as VF_FIELDS
 from driver.nicconfig import InterfaceConfig as InterfaceConfig
 from driver.nicconfig import NicConfig as NicConfig
@@ -21,6 +21,7 @@ from driver.nicconfig import VfConfig as VfConfig
 from driver.nicconfig import VfDriver as VfDriver
 from driver.rdma import Infiniband, RdmaBinding, RdmaInPod
 from driver.traffic import Portion
+from hw.ipoib import has_ipoib_address
 from hw.model import (
     DeviceKind,
     Identity,
@@ -277,6 +278,11 @@ class Preparation:
     def by_file(self) -> bool:
         """Whether pods get device files instead of a netdev."""
         return self.config.by_file or self.rdma_only
+
+    @property
+    def framing(self) -> Framing:
+        """How the packets of its netdev are framed."""
+        return Framing.IPOIB if has_ipoib_address(self.baseline) else Framing.ETHERNET
 
     @property
     def ifname(self) -> IfName:

@@ -6,20 +6,39 @@ InfiniBand hardware has run it.
 
 from __future__ import annotations
 
+import enum
 import struct
 
 from hw import wire
-from hw.model import IfIndex, IfName, LinkInfo
+from hw.model import IfIndex, IfName, LinkInfo, LinkSettings
 
 KIND = "ipoib"
 _ARPHRD_INFINIBAND = 32
+_ADDRESS_BYTES = 20
 _IFLA_IFNAME = 3
 _IFLA_LINK = 5
 _IFLA_LINKINFO = 18
 _INFO_KIND = 1
 _INFO_DATA = 2
 _PKEY = 1
+_MODE = 2
 _FULL_MEMBER = 0x8000
+
+
+class IpoibMode(enum.StrEnum):
+    """How packets go: each by itself, or over a connection to each peer (RFC 4755)."""
+
+    DATAGRAM = "datagram"
+    CONNECTED = "connected"
+
+
+_MODE_CONNECTED = 1
+"""IPOIB_MODE_CONNECTED; what is made new is in the other mode."""
+
+
+def is_child(link: LinkInfo) -> bool:
+    """Whether it is an interface of a partition, made on a port's own one, which has the same kind."""
+    return link.kind == KIND and link.peer not in (None, link.ifindex)
 
 
 def is_ipoib(link: LinkInfo) -> bool:
@@ -28,7 +47,12 @@ def is_ipoib(link: LinkInfo) -> bool:
     return link.link_type == _ARPHRD_INFINIBAND
 
 
-def child_request(parent: IfIndex, name: IfName, pkey: int) -> bytes:
+def has_ipoib_address(settings: LinkSettings) -> bool:
+    """The same of what is on record of an interface: 20 bytes are InfiniBand's alone (INFINIBAND_ALEN)."""
+    return settings.mac is not None and settings.mac.count(":") == _ADDRESS_BYTES - 1
+
+
+def child_request(parent: IfIndex, name: IfName, pkey: int, mode: IpoibMode = IpoibMode.DATAGRAM) -> bytes:
     """Payload of an RTM_NEWLINK that makes an interface of a partition on a port's own one.
 
     ValueError for a key that the kernel takes for none. Its membership bit is set by the kernel anyway: a
@@ -37,6 +61,8 @@ def child_request(parent: IfIndex, name: IfName, pkey: int) -> bytes:
     if not 0 <= pkey <= 0xFFFF or not pkey & ~_FULL_MEMBER:
         raise ValueError(f"{pkey:#06x} is not a partition key: 0x0001 to 0x7fff, or the same with 0x8000")
     data = wire.attribute(_PKEY, struct.pack("=H", pkey | _FULL_MEMBER))
+    if mode is IpoibMode.CONNECTED:
+        data += wire.attribute(_MODE, struct.pack("=H", _MODE_CONNECTED))
     info = wire.attribute(_INFO_KIND, KIND.encode()) + wire.attribute(_INFO_DATA, data)
     return (
         struct.pack("=BxHiII", 0, 0, 0, 0, 0)

@@ -172,6 +172,7 @@ class PciIdentity:
             link.parent_bus == "pci"
             and link.parent_device == self.address
             and self.permanent_mac in (None, link.permanent_mac)
+            and not link.is_stacked
         )
 
 

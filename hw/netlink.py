@@ -23,7 +23,7 @@ from pyroute2.netlink.rtnl.tcmsg import tcmsg
 
 from hw import wire
 from hw.errors import NotFound, Refused, Unsupported
-from hw.ipoib import child_request
+from hw.ipoib import IpoibMode, child_request
 from hw.links import NO_FLAGS
 from hw.model import (
     Direction,
@@ -280,11 +280,12 @@ class LinkSocket:
         with contextlib.suppress(NotFound):
             self._transport.change(self._what("delete", ifindex), _link(_RTM_DELLINK, ifindex, []))
 
-    def add_ipoib(self, parent: IfIndex, name: IfName, pkey: int) -> None:
+    def add_ipoib(self, parent: IfIndex, name: IfName, pkey: int, mode: IpoibMode) -> None:
         """Make an InfiniBand partition's interface on a port's own one; delete() takes it away. NotFound if
-        parent is gone or no IPoIB interface, Refused with EEXIST or ENOTUNIQ if the partition has one,
-        ValueError for a key that is none."""
-        encode = _packed(wire.RTM_NEWLINK, child_request(parent, name, pkey))
+        parent is gone or no IPoIB interface, Refused with EEXIST if the name is taken and with EINVAL if the
+        parent is such an interface itself or its driver has no such mode, ValueError for a key that is none.
+        A partition may have several."""
+        encode = _packed(wire.RTM_NEWLINK, child_request(parent, name, pkey, mode))
         what = self._what(f"make {name!a} for partition {pkey:#06x} on", parent)
         self._transport.change(what, encode, _NLM_F_CREATE | _NLM_F_EXCL)
 

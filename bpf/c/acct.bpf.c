@@ -10,10 +10,10 @@
 
 int egress(struct __sk_buff *skb)
 {
-	return pass(skb, slot_of_this_copy(), DIRECTION_EGRESS);
+	return pass(skb, constant_of_this_copy(), DIRECTION_EGRESS);
 }
 
 int ingress(struct __sk_buff *skb)
 {
-	return pass(skb, slot_of_this_copy(), DIRECTION_INGRESS);
+	return pass(skb, constant_of_this_copy(), DIRECTION_INGRESS);
 }

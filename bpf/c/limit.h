@@ -158,14 +158,15 @@ INLINE int enforce(struct __sk_buff *skb, const struct frame *f, const struct ru
 	return direction == DIRECTION_INGRESS && rules->detour ? bpf_redirect(rules->detour, 0) : TC_ACT_UNSPEC;
 }
 
-INLINE int pass(struct __sk_buff *skb, u32 slot, enum direction direction)
+INLINE int pass(struct __sk_buff *skb, u32 constant, enum direction direction)
 {
+	u32 slot = constant & ~(u32)KND_IPOIB;
 	struct counted counted = {};
 	struct rules *rules;
 	struct frame f = {};
 	bool any;
 
-	dissect(skb, &f);
+	dissect(skb, &f, constant & KND_IPOIB);
 	rules = bpf_map_lookup_elem((void *)bpf_pseudo_fd(KND_PSEUDO_MAP_FD, KND_MAP_RULES), &slot);
 	any = rules && rules->flags;
 	counted.class = bounded(any && (rules->flags & RULES_ONE_CLASS) ? rules->class : class_of(&f), 7);

@@ -152,7 +152,8 @@ class NodeActs:
         link = target.find_at_home()
         if link is None:
             raise NotNow(f"{target.device} is not in the host's network namespace")
-        self._programs.attach(target.device, link.ifindex, target.preparation.slot)
+        preparation = target.preparation
+        self._programs.attach(target.device, link.ifindex, preparation.slot, preparation.framing)
 
     def disarm(self, target: Target) -> None:
         if self._programs is not None:

@@ -17,7 +17,8 @@ def attach(target: Target, *, accounting: Accounting) -> None:
     link = target.find_in_pod()
     if link is None or target.pod is None:
         raise NotNow(f"{target.device} left the pod's network namespace")
+    preparation = target.preparation
     target.pod.add_clsact(link.ifindex)
     for direction in Direction:
-        with accounting.load(target.preparation.slot, int(direction)) as program:
+        with accounting.load(preparation.slot, int(direction), preparation.framing) as program:
             target.pod.add_bpf_filter(link.ifindex, direction, program.fd, "knd")

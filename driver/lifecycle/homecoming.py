@@ -235,7 +235,7 @@ class Homecoming:
         device = preparation.key.device
         ifindex = self._context.devices.hint(preparation)
         if must_be_home and ifindex is not None:
-            programs.attach(device, ifindex, preparation.slot)
+            programs.attach(device, ifindex, preparation.slot, preparation.framing)
         elif programs.repoint_all({device: preparation.slot}):
             log.error("the programs of %s are gone while it is in a pod: it is not counted there", device)
 

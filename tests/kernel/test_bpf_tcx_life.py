@@ -13,10 +13,11 @@ from pyroute2 import IPRoute
 from bpf import attach as attach_module
 from bpf import sys
 from bpf.accounting import Accounting
-from bpf.attach import TcxPrograms, probe_tcx
+from bpf.attach import TcxPrograms, child_of, probe_tcx
 from bpf.cache import ProgramCache
 from bpf.errors import BpfError, BpffsMissing, CallRefused
-from bpf.layout import Hook
+from bpf.layout import Framing, Hook
+from bpf.loaded import place_of
 from kndsim.links import netns, veth_pair
 from tests.kernel.bpf_node import NAME, OTHER_SLOT, SLOT, Node, both_ways, link_up
 from tests.kernel.bpf_traffic import send_frames
@@ -84,6 +85,28 @@ def test_repointing_reaches_devices_in_pods_and_names_what_is_wanting(node: Node
         assert node.tcx.repoint_all({NAME: OTHER_SLOT, "never-seen": SLOT}) == {"never-seen"}
         both_ways(node, 6, pod)
         node.assert_counted(6, 6, OTHER_SLOT)
+
+
+def test_what_is_made_on_a_device_counts_into_its_slot_and_goes_with_it(node: Node) -> None:
+    """wire stands for it: there is no IPoIB here."""
+    node.tcx.attach(NAME, node.device, SLOT)
+    node.tcx.attach(child_of(NAME), node.wire, SLOT, Framing.IPOIB)
+    assert node.tcx.names() == {NAME}
+    assert node.tcx.is_on(child_of(NAME), node.wire)
+    assert not node.tcx.is_on(child_of(NAME), node.device)
+    both_ways(node, 3)
+    node.assert_counted(6, 6)
+    assert node.tcx.repoint_all({NAME: OTHER_SLOT}) == frozenset()
+    child = node.tcx.state(child_of(NAME))
+    assert child is not None
+    assert child.egress is not None
+    with sys.prog_get_fd_by_id(child.egress.program) as program:
+        place = place_of(program)
+    assert place is not None
+    assert (place.slot, place.framing) == (OTHER_SLOT, Framing.IPOIB)
+    node.tcx.detach(NAME)
+    assert node.tcx.names() == frozenset()
+    assert sys.prog_query(node.wire, sys.AttachType.TCX_EGRESS) == ()
 
 
 def test_attaching_again_never_counts_twice(node: Node) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from bpf import program as p
 from bpf.accounting import batches
 from bpf.errors import CallRefused
-from bpf.layout import Slot
+from bpf.layout import Framing, Slot
 
 
 def instruction(code: int, constant: int, registers: int = 0) -> bytes:
@@ -36,6 +36,8 @@ def made(code: bytes = WITH_CLASSES) -> p.CompiledPrograms:
 def test_every_place_is_found_and_filled() -> None:
     program = p.find_places(WITH_CLASSES)
     assert (program.slot_at, program.map_at) == ((0,), {"acct": (1,), "classes": (3,)})
+    framed = struct.unpack("<i", program.specialise(Slot(77), {"acct": 5, "classes": 6}, Framing.IPOIB)[4:8])
+    assert framed == (77 | Framing.IPOIB,)
     code = program.specialise(Slot(77), {"acct": 5, "classes": 6})
     assert code == (instruction(0xB7, 77) + map_use(5) + map_use(6, p.PSEUDO_MAP_VALUE) + EXIT), (
         "nothing but the constants differs"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
-from hw import ipoib
+from hw import ipoib, wire
 from hw.errors import HwError
+from hw.ipoib import IpoibMode
 from hw.model import IfIndex, IfName, MacAddress, RdmaName
 from hw.rdma import infiniband
 from hw.rdma.infiniband import COMES_UP, Partition, guid_of, parse_guid, partitions, port_guid, wait_for_port
@@ -17,6 +19,7 @@ from hw.sysfs import Sysfs
 from hw.transport import header
 from hw.wire import RTM_NEWLINK
 from kndsim.sysfs_tree import write_tree
+from tests.unit.igb_world import IDENTITY, VF_LINK
 from tests.unit.test_hw_wire import attr, link_payload
 
 TREE = (Path(__file__).parent / "sysfs_trees/infiniband_vfs.tree").read_text()
@@ -95,6 +98,25 @@ def test_a_partitions_interface_is_asked_for_as_another_reader_understands() -> 
     info = message.get_attr("IFLA_LINKINFO")
     assert info.get_attr("IFLA_INFO_KIND") == "ipoib"
     assert ipoib.pkey_of(payload) == 0x8001
+
+
+@pytest.mark.parametrize(("mode", "told"), [(IpoibMode.DATAGRAM, False), (IpoibMode.CONNECTED, True)])
+def test_a_mode_is_told_where_it_is_not_the_kernels_first(mode: IpoibMode, told: bool) -> None:
+    payload = ipoib.child_request(IfIndex(7), IfName("ib1"), 1, mode)
+    info = wire.attributes(wire.attributes(payload, 16)[18])
+    assert (wire.attributes(info[2]).get(2) == b"\x01\0") is told
+
+
+def test_a_ports_own_interface_is_no_child_though_it_is_of_the_same_kind() -> None:
+    own = attr(18, attr(1, b"ipoib\0"))
+    child = attr(5, b"\x07\0\0\0") + own
+    assert [ipoib.is_child(wire.link(link_payload(each))) for each in (own, child)] == [False, True]
+
+
+def test_what_was_made_on_a_functions_netdev_is_not_the_function() -> None:
+    link = replace(VF_LINK, kind="ipoib")
+    assert IDENTITY.matches(link)
+    assert not IDENTITY.matches(replace(link, ifindex=IfIndex(9), peer=link.ifindex))
 
 
 @pytest.mark.parametrize("pkey", [0, 0x8000, 0x10000, -1])
