@@ -154,6 +154,12 @@ def check(device: Device, config: NicConfig, policy: QosPolicy) -> None:
                 "qos.egress.minRate", f"only hardware could keep it for {device.name}, and that will not"
             )
         )
+    if config.rdma.ipoib is not None and any(_software_rates(settled(device, config).qos, policy)):
+        told = (
+            f"{device.name} has a limit that the node's kernel would keep (qos, or node policy, podLimits), "
+            "on its port's own interface alone; leave one of the two out, or have its PF keep it (vf.maxRate)"
+        )
+        problems.append(FieldProblem("rdma.ipoib", told))
     if config.by_file:
         asked = {
             "qos.class": qos.traffic_class,
@@ -202,7 +208,8 @@ def instead(config: NicConfig, *, asked: NicConfig) -> NicConfig | None:
     qos = asked.qos
     if qos.enforcement is not Enforcement.AUTO or not config.qos.on_pf:
         return None
-    return None if qos.egress_min_rate or asked.by_file else _kept_by(config, Enforcement.SOFTWARE)
+    nobody = qos.egress_min_rate or asked.by_file or asked.rdma.ipoib is not None
+    return None if nobody else _kept_by(config, Enforcement.SOFTWARE)
 
 
 def _kept_by(config: NicConfig, enforcement: Enforcement) -> NicConfig:

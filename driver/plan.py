@@ -55,6 +55,10 @@ class Act(enum.StrEnum):
     RDMA_VERIFY = "verify-rdma"
     PORT_ACTIVE = "wait-for-port"
     PARTITION = "find-partition"
+    IPOIB_MAKE = "make-ipoib"
+    IPOIB_IN = "move-ipoib-in"
+    IPOIB_UP = "ipoib-up"
+    IPOIB_REMOVE = "remove-ipoib"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +94,9 @@ _PF_BUDGET = 3.0
 
 # The kernel unregisters and registers its clients with a device that moves, uverbs among them.
 _RDMA_BUDGET = 0.2
+
+# Queues are made for it, by the device's firmware, and programs are loaded.
+_IPOIB_BUDGET = 0.2
 
 _RDMA_CLEAN: Mapping[bool, tuple[Act, ...]] = {True: (Act.RDMA_RESTORE, Act.RDMA_VERIFY), False: ()}
 """By whether an RDMA device goes with it."""
@@ -192,12 +199,19 @@ def attach(attachment: Attachment, preparation: Preparation, hook: Hook) -> Plan
 
 def _netdev_in(preparation: Preparation, hook: Hook) -> list[Step]:
     steps = [Step(act=Act.MOVE_IN, undo=_HOMEWARD, budget=_MOVE_BUDGET)]
+    ipoib = preparation.config.rdma.ipoib is not None
+    if ipoib:
+        # While the interface that it is made on is at home. It is gone again before that one comes back.
+        make = Step(act=Act.IPOIB_MAKE, undo=(Act.IPOIB_REMOVE,), budget=_IPOIB_BUDGET)
+        steps = [make, *steps, Step(act=Act.IPOIB_IN, undo=(Act.IPOIB_REMOVE,), budget=_MOVE_BUDGET)]
     if hook is Hook.CLSACT:
         steps.append(Step(act=Act.FILTER, budget=0.05))
     steps.append(Step(act=Act.SHAPE, budget=0.05))
     if preparation.config.interface.addresses:
         steps.append(Step(act=Act.ADDRESS))
-    return [*steps, Step(act=Act.UP, undo=(Act.DOWN,), budget=0.05)]
+    # The kernel has an IPoIB interface work no sooner than its port's own one is up.
+    after = [Step(act=Act.IPOIB_UP, budget=0.05)] if ipoib else []
+    return [*steps, Step(act=Act.UP, undo=(Act.DOWN,), budget=0.05), *after]
 
 
 def _with_rdma(binding: RdmaBinding | None, netdev: list[Step]) -> list[Step]:
@@ -225,6 +239,7 @@ def detach(attachment: Attachment, preparation: Preparation) -> Plan:
     binding = preparation.rdma
     netdev = not preparation.rdma_only
     acts = [
+        *((Act.IPOIB_REMOVE,) if preparation.config.rdma.ipoib is not None else ()),
         *((Act.DOWN,) if netdev else ()),
         Act.FOLD,
         *((Act.UNSHAPE,) if netdev else ()),

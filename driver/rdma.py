@@ -7,9 +7,11 @@ gives again while the node is up, and by its node GUID; a tenant can change its 
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hw.model import Guid, IfName, LinkSettings, RdmaIndex, RdmaName
+from hw.ipoib import IpoibMode
+from hw.model import Guid, IfName, InterfaceAddress, LinkSettings, RdmaIndex, RdmaName
 
 AT_BOOT = (
     "boot the node with ib_core.netns_mode={} on the kernel's command line (or as ib_core's module option)"
@@ -73,6 +75,20 @@ class RdmaLimits:
 NO_RDMA_LIMITS = RdmaLimits()
 
 
+IPOIB_MTU: Mapping[IpoibMode, int] = {IpoibMode.DATAGRAM: 4092, IpoibMode.CONNECTED: 65520}
+"""The most: InfiniBand's largest packet without IPoIB's header, and IPOIB_CM_MTU of the kernel."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IpoibConfig:
+    """An IPoIB interface of a partition of its own, beside the port's. mtu None: what the partition has."""
+
+    name: IfName
+    mode: IpoibMode = IpoibMode.DATAGRAM
+    mtu: int | None = None
+    addresses: tuple[InterfaceAddress, ...] = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RdmaConfig:
     """Section `rdma` of a claim's configuration. mode None: whichever the node is in.
@@ -86,6 +102,7 @@ class RdmaConfig:
     ucx: bool = False
     limits: RdmaLimits = NO_RDMA_LIMITS
     partition: int | None = None
+    ipoib: IpoibConfig | None = None
 
 
 NO_WISHES = RdmaConfig()

@@ -9,8 +9,11 @@ import re
 from dataclasses import dataclass
 from typing import Annotated
 
-from driver.rdma import RdmaFile, RdmaMode
-from driver.strict import Key, Kind, boolean, choice, integer, listing, record, shown, text
+from driver.claimconfig.values import ADDRESS, IFNAME, MAX_ADDRESSES, MTU_MIN
+from driver.rdma import IPOIB_MTU, IpoibConfig, RdmaFile, RdmaMode
+from driver.strict import Key, Kind, boolean, choice, converted, integer, listing, record, shown, text
+from hw.ipoib import IpoibMode
+from hw.model import IfName, InterfaceAddress
 
 CGROUP_NUMBER: Kind[int] = integer(1, 2**31 - 1)
 """What the kernel takes (S32_MAX), without 0: a device that cannot be opened need not be given."""
@@ -30,6 +33,40 @@ def _partition(value: str) -> int:
 
 
 PARTITION: Kind[int] = text(_partition, {"pattern": "^0x(?!0+$)(?!8000$)[0-9A-Fa-f]{1,4}$"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IpoibSection:
+    """Taken whole: a name with another document's addresses would be nobody's wish."""
+
+    name: Annotated[IfName, Key("name", IFNAME, "Its name in the pod.")]
+    mode: Annotated[
+        IpoibMode,
+        Key("mode", choice(IpoibMode), "connected: larger packets, where the device's driver has that."),
+    ] = IpoibMode.DATAGRAM
+    mtu: Annotated[
+        int | None,
+        Key(
+            "mtu",
+            integer(MTU_MIN, IPOIB_MTU[IpoibMode.CONNECTED]),
+            "In bytes, in datagram mode up to 4092, and up to what the partition has; absent: that.",
+        ),
+    ] = None
+    addresses: Annotated[
+        tuple[InterfaceAddress, ...],
+        Key("addresses", listing(ADDRESS, maximum=MAX_ADDRESSES), "Addresses with prefix length."),
+    ] = ()
+
+    def __post_init__(self) -> None:
+        most = IPOIB_MTU[self.mode]
+        if self.mtu is not None and self.mtu > most:
+            raise ValueError(f"has mtu {self.mtu}, and mode {self.mode} goes up to {most}")
+
+    def value(self) -> IpoibConfig:
+        return IpoibConfig(name=self.name, mode=self.mode, mtu=self.mtu, addresses=self.addresses)
+
+
+IPOIB: Kind[IpoibConfig] = converted(record(IpoibSection), IpoibSection.value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +130,15 @@ class RdmaSection:
             "is a full member of. The pod is told its index. From a claim only where the node policy allows "
             "it: whoever chooses a partition chooses whom to reach.",
             guarded=True,
+        ),
+    ] = None
+    ipoib: Annotated[
+        IpoibConfig | None,
+        Key(
+            "ipoib",
+            IPOIB,
+            "An IPoIB interface of the partition in the pod, beside the port's own one; what passes through "
+            "it is counted with the device. Needs partition.",
         ),
     ] = None
     limits: Annotated[

@@ -20,7 +20,6 @@ from driver.claimconfig.sections import (
     HARMLESS,
     KERNEL_BOUNDS,
     MTU_FIELD,
-    RESERVED_NAMES,
     SECTIONS,
     Document,
     FieldPath,
@@ -30,6 +29,7 @@ from driver.claimconfig.sections import (
     decode,
 )
 from driver.claimconfig.traffic import EgressSection, IngressSection, QosSection
+from driver.claimconfig.values import RESERVED_NAMES
 from driver.errors import ConfigError, FieldProblem
 from driver.model import (
     AllocatedDevice,
@@ -122,6 +122,7 @@ def resolve(device: AllocatedDevice, configs: Sequence[OpaqueConfig], limits: Cl
         problems.extend(_raised(given, by_class))
         values |= given
     problems.extend(_rates_at_odds(values))
+    problems.extend(_ipoib_without_partition(values))
     if problems:
         # An entry that names several requests may come once per request.
         raise ConfigError(tuple(dict.fromkeys(problems)))
@@ -197,6 +198,13 @@ def _rates_at_odds(values: Mapping[FieldPath, object]) -> Iterator[FieldProblem]
             yield FieldProblem(qos, f"says the same as {vf}, which is there too; leave one out")
 
 
+def _ipoib_without_partition(values: Mapping[FieldPath, object]) -> Iterator[FieldProblem]:
+    """Who may choose a partition is said of that field alone."""
+    partition, ipoib = (values.get(FieldPath(f"rdma.{name}")) for name in ("partition", "ipoib"))
+    if ipoib is not None and partition is None:
+        yield FieldProblem("rdma.ipoib", "needs rdma.partition, which says of which partition it is to be")
+
+
 def build(values: Mapping[FieldPath, object]) -> NicConfig:
     """Merged fields as the driver's own types."""
     interface = _section(InterfaceSection, "interface", values)
@@ -228,6 +236,7 @@ def build(values: Mapping[FieldPath, object]) -> NicConfig:
             nccl=bool(rdma.nccl),
             ucx=bool(rdma.ucx),
             partition=rdma.partition,
+            ipoib=rdma.ipoib,
             limits=RdmaLimits(handles=rdma_limits.handles, objects=rdma_limits.objects),
         ),
         qos=QosConfig(
@@ -273,6 +282,14 @@ def check_together(configs: Sequence[tuple[str, NicConfig, IfName]]) -> None:
             problems.extend(macs.clash(config.interface.hardware_address, position, label))
         for address in config.interface.addresses:
             problems.extend(addresses.clash(str(address.ip), position, label))
+        ipoib = config.rdma.ipoib
+        if ipoib is not None:
+            # An interface beside the device's own, so that the two can be at odds as well.
+            problems.extend(names.clash(ipoib.name, ~position, f"the IPoIB interface of {label}"))
+            for address in ipoib.addresses:
+                problems.extend(
+                    addresses.clash(str(address.ip), ~position, f"the IPoIB interface of {label}")
+                )
     if problems:
         raise ConfigError(problems)
 

@@ -21,6 +21,7 @@ from bpf.sys import LinkId, ProgramId
 from driver.errors import NotNow, Refusal
 from driver.execute import filters, infiniband, port, probe, rdma, rdma_given, vf, vfio
 from driver.execute.foreign import Foreign
+from driver.execute.ipoib import IpoibActs
 from driver.execute.shape import Shaper
 from driver.execute.target import NotClean, Target, Vanished
 from driver.model import Attachment, Preparation
@@ -103,6 +104,7 @@ class NodeActs:
         self._host = host
         self._accounting = accounting
         self._programs = programs
+        self._ipoib = IpoibActs(programs)
         self._fold = fold
         self._meters = meters
 
@@ -143,6 +145,10 @@ class NodeActs:
             Act.RDMA_RESTORE: partial(rdma.restore_name, host=self._host),
             Act.RDMA_VERIFY: partial(rdma.verify, host=self._host),
             Act.PARTITION: partial(infiniband.find_partition, host=self._host),
+            Act.IPOIB_MAKE: self._ipoib.make,
+            Act.IPOIB_IN: self._ipoib.move_in,
+            Act.IPOIB_UP: self._ipoib.up,
+            Act.IPOIB_REMOVE: self._ipoib.remove,
             Act.PORT_ACTIVE: partial(infiniband.port_active, host=self._host),
         }
 

@@ -21,7 +21,7 @@ from driver.execute.engine import EXPECTED, Token
 from driver.execute.target import Vanished, open_target
 from driver.lifecycle import guids, one_address
 from driver.lifecycle.context import Context
-from driver.lifecycle.fitting import check_fits, check_pf
+from driver.lifecycle.fitting import check_fits, check_ipoib, check_pf
 from driver.lifecycle.gate import Gate
 from driver.lifecycle.homecoming import HIDDEN, QUARANTINED, Homecoming
 from driver.lifecycle.orphans import Orphans
@@ -177,6 +177,7 @@ class Claims:
             config = claimconfig.resolve(allocated, claim.configs, policy.claim_limits)
             config = limits.sized(device, config)
             check_fits(device, config)
+            check_ipoib(device, config, self._context.hook)
             limits.check(device, config, policy.qos)
             wanted.append((allocated, device, config))
         self._check_pod(claim, wanted)

@@ -5,10 +5,12 @@ Invariant: pure; what cannot be is a ConfigError with every problem and its fiel
 
 from __future__ import annotations
 
+from bpf.layout import Hook
 from driver import limits
 from driver.errors import ConfigError, FieldProblem
 from driver.model import VF_FIELDS, Device, NicConfig
 from driver.nicconfig import BY_SIZE
+from hw.ipoib import has_ipoib_address
 from hw.model import DeviceKind
 from hw.sriov.abilities import ability_for
 
@@ -29,6 +31,24 @@ def check_fits(device: Device, config: NicConfig) -> None:
             problems.append(FieldProblem("interface.mtu", f"{device.name} takes {bounds}, not {mtu}"))
     if problems:
         raise ConfigError(problems)
+
+
+def check_ipoib(device: Device, config: NicConfig, hook: Hook) -> None:
+    """ConfigError for an IPoIB interface that could not be made, or would not be counted."""
+    if config.rdma.ipoib is None:
+        return
+    reason = ""
+    if device.kind not in (DeviceKind.VF, DeviceKind.PF) or device.settings is None:
+        reason = f"{device.name} has no port's own interface, on which it would be made"
+    elif not has_ipoib_address(device.settings):
+        reason = f"{device.name} is not on InfiniBand"
+    elif hook is not Hook.TCX:
+        reason = (
+            f"{device.name} can have none on this node: its kernel has no tcx (Linux 6.6), by which what "
+            "passes through it would be counted"
+        )
+    if reason:
+        raise ConfigError([FieldProblem("rdma.ipoib", f"{reason}; leave it out, or ask for another device")])
 
 
 def _check_vf(device: Device, config: NicConfig) -> list[FieldProblem]:

@@ -286,7 +286,8 @@ class Homecoming:
                 device, f"its counters are not in the ledger: {errors[Act.FOLD]}", self._now()
             )
             return False
-        verdict = errors.get(Act.VERIFY) or errors.get(Act.VERIFY_VFIO) or errors.get(Act.RDMA_VERIFY)
+        last = (Act.VERIFY, Act.VERIFY_VFIO, Act.RDMA_VERIFY, Act.IPOIB_REMOVE)
+        verdict = next((errors[act] for act in last if act in errors), None)
         if verdict is None:
             context.book.release(device)
         elif isinstance(verdict, Vanished):

@@ -88,6 +88,7 @@ class NodeRdma:
             raise Refusal("NoRdma", f"{device.name}: {error}: modprobe it") from error
         _check_mode(device, config, rules, mode)
         _check_partition(device, config)
+        _check_ipoib(device, config, mode)
         self._check_module(device, "ib_uverbs", rules)
         self._check_cgroup(device, config)
         rdma_cm = rules.load_modules or self._is_loaded("rdma_ucm")
@@ -219,6 +220,17 @@ def _check_partition(device: Device, config: NicConfig) -> None:
         raise Refusal(
             "NoPartition",
             f"{device.name} is not on InfiniBand and has no partitions: leave rdma.partition out",
+        )
+
+
+def _check_ipoib(device: Device, config: NicConfig, mode: RdmaMode) -> None:
+    """A driver makes a port's own interface anew when the RDMA device moves: without programs, and without
+    what was made on it."""
+    if config.rdma.ipoib is not None and mode is RdmaMode.EXCLUSIVE:
+        how = AT_BOOT.format(1)
+        raise Refusal(
+            "RdmaMode",
+            f"{device.name}: rdma.ipoib needs RDMA devices to be shared, and they are {mode}: {how}",
         )
 
 

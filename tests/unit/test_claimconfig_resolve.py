@@ -20,8 +20,9 @@ from driver.model import (
     PoolName,
     VfConfig,
 )
-from driver.rdma import RdmaConfig, RdmaFile, RdmaLimits, RdmaMode
+from driver.rdma import IpoibConfig, RdmaConfig, RdmaFile, RdmaLimits, RdmaMode
 from driver.traffic import Enforcement, QosConfig
+from hw.ipoib import IpoibMode
 from hw.model import IfName, MacAddress, VfLinkState, VfVlan
 
 DEFAULTS = ClaimLimits()
@@ -392,6 +393,35 @@ def test_a_partition_is_the_same_with_its_bit_of_membership_or_without_and_is_th
         assert resolve(nic(), [of_class(rdma={"partition": key})], DEFAULTS).rdma.partition == 1
     refused = problems(of_claim(rdma={"partition": "0x8001"}))
     assert "cannot be set by a claim" in refused["rdma.partition"]
+
+
+def test_an_ipoib_interface_is_of_the_partition_that_the_class_chose() -> None:
+    ipoib = {"name": "ib1", "mode": "connected", "mtu": 65520, "addresses": ["192.0.2.7/24"]}
+    made = resolve(nic(), [of_class(rdma={"partition": "0x8001"}), of_claim(rdma={"ipoib": ipoib})], DEFAULTS)
+    assert made.rdma.ipoib == IpoibConfig(
+        name=IfName("ib1"),
+        mode=IpoibMode.CONNECTED,
+        mtu=65520,
+        addresses=(ipaddress.ip_interface("192.0.2.7/24"),),
+    )
+    assert "needs rdma.partition" in problems(of_claim(rdma={"ipoib": {"name": "ib1"}}))["rdma.ipoib"]
+
+
+@pytest.mark.parametrize(
+    ("name", "address", "path"),
+    [("net1", "192.0.2.8/24", "interface.name"), ("ib1", "192.0.2.7/24", "interface.addresses")],
+)
+def test_an_ipoib_interface_is_at_odds_with_its_own_device_too(name: str, address: str, path: str) -> None:
+    config = NicConfig(
+        interface=InterfaceConfig(addresses=(ipaddress.ip_interface("192.0.2.7/24"),)),
+        rdma=RdmaConfig(
+            partition=1,
+            ipoib=IpoibConfig(name=IfName(name), addresses=(ipaddress.ip_interface(address),)),
+        ),
+    )
+    with pytest.raises(ConfigError, match="the IPoIB interface of nic-0") as raised:
+        check_together([("nic-0", config, IfName("net1"))])
+    assert [problem.path for problem in raised.value.problems] == [path]
 
 
 def test_an_rdma_limit_of_a_class_is_lowered_by_a_claim_and_never_raised() -> None:

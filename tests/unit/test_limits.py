@@ -14,8 +14,9 @@ from driver.errors import ConfigError
 from driver.limits import KeptBy
 from driver.model import Device, NicConfig, VfConfig, VfDriver
 from driver.qos import DEFAULT_CLASSES, PodLimits, PodMarks, QosClass, QosPolicy
+from driver.rdma import IpoibConfig, RdmaConfig
 from driver.traffic import Enforcement, QosConfig
-from hw.model import DeviceKind, Direction, VfSettings
+from hw.model import DeviceKind, Direction, IfName, VfSettings
 from hw.qdisc import ROOT_HANDLE, FqQueue, HtbTree
 from tests.unit.claims_world import A, device
 
@@ -85,6 +86,16 @@ def test_what_nobody_could_keep_is_refused_with_its_field(of: Device, config: Ni
 @pytest.mark.parametrize("of", [NETDEV, VF])
 def test_what_can_be_kept_is_taken(of: Device, config: NicConfig) -> None:
     limits.check(of, config, POLICY)
+
+
+def test_a_limit_that_would_not_bind_an_ipoib_interface_is_refused_and_its_pfs_is_taken() -> None:
+    ipoib = RdmaConfig(partition=1, ipoib=IpoibConfig(name=IfName("ib1")))
+    for config in (SOFTWARE, asked(ingress_rate=5)):
+        with pytest.raises(ConfigError, match=r"rdma.ipoib: .*its port's own interface alone"):
+            limits.check(VF, replace(config, rdma=ipoib), POLICY)
+    sends = replace(SENDS, rdma=ipoib)
+    limits.check(VF, sends, POLICY)
+    assert limits.instead(limits.settled(VF, sends), asked=sends) is None
 
 
 def test_without_limits_nothing_is_done_to_an_interface() -> None:

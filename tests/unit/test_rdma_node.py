@@ -16,6 +16,7 @@ from driver.model import Device, DeviceKind, DeviceName, NicConfig, VfConfig, Vf
 from driver.policy.rdma import ModeChoice, RdmaRules, SoftChoice
 from driver.rdma import (
     DeviceFile,
+    IpoibConfig,
     RdmaBinding,
     RdmaConfig,
     RdmaInPod,
@@ -23,7 +24,7 @@ from driver.rdma import (
     RdmaMode,
     SoftRdma,
 )
-from hw.model import RdmaFacts, RdmaIndex
+from hw.model import IfName, RdmaFacts, RdmaIndex
 from hw.sysfs import Sysfs
 from hw.udev import Udev
 from kndsim.sysfs_tree import write_tree
@@ -154,6 +155,15 @@ def test_a_partition_is_refused_of_what_is_not_on_infiniband(kernel: Kernel, sys
     for other in (with_rdma(), device(A, 20)):
         with pytest.raises(Refusal, match="is not on InfiniBand and has no partitions"):
             node(kernel, sysfs).binding(other, config, RXE)
+
+
+def test_an_ipoib_interface_is_refused_where_the_rdma_device_moves(kernel: Kernel, sysfs: Path) -> None:
+    config = NicConfig(rdma=RdmaConfig(partition=1, ipoib=IpoibConfig(name=IfName("ib1"))))
+    on_infiniband = with_rdma(link_layer="InfiniBand")
+    with pytest.raises(Refusal, match=r"rdma.ipoib needs RDMA devices to be shared, and they are exclusive"):
+        node(kernel, sysfs).binding(on_infiniband, config, RdmaRules())
+    kernel.exclusive = False
+    assert node(kernel, sysfs).binding(on_infiniband, config, RdmaRules()) is not None
 
 
 def test_siw_is_refused_where_it_would_have_to_move(kernel: Kernel, sysfs: Path) -> None:
