@@ -1,7 +1,7 @@
-"""Every path the driver touches, under one root.
+"""Every path of the driver's own and of its peers, under one root.
 
-Invariant: nothing else in the product builds an absolute path. The demo and the tests pass a private
-root; only /sys and /proc may stay the machine's own (sysfs, proc).
+Invariant: what the driver makes, reads or talks to lies below that root, so the demo and the tests pass a
+private one. Only the kernel's own may stay the machine's: /sys, /proc and the device nodes in /dev.
 """
 
 from __future__ import annotations

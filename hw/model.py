@@ -242,7 +242,6 @@ class DeviceKind(enum.StrEnum):
     PF = "pf"
     RDMA = "rdma"
     NETDEV = "netdev"
-    SHARED = "shared"
 
 
 class EswitchMode(enum.StrEnum):

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 
 from driver.execute.engine import EXPECTED
 from driver.lifecycle.context import Context
@@ -30,7 +31,7 @@ class VfAbilities:
         self._context = context
         self._path = context.paths.run / "abilities.json"
         self._running = False
-        context.devices.abilities = _parse(self._path.read_text()) if self._path.exists() else {}
+        context.devices.abilities = _read(self._path)
 
     async def run(self) -> bool:
         """Ask what is not known yet and can be asked now; whether there was an answer."""
@@ -110,7 +111,7 @@ def _pf_of(device: Device) -> PciAddress | None:
     return identity.pf if identity.vf_index is not None else None
 
 
-def _parse(text: str) -> Mapping[PciAddress, Asked]:
+def _read(path: Path) -> Mapping[PciAddress, Asked]:
     """What cannot be read was not asked."""
     try:
         return {
@@ -122,7 +123,7 @@ def _parse(text: str) -> Mapping[PciAddress, Asked]:
                     frozenset(map(Ability, told["can"])), frozenset(map(Ability, told["cannot"]))
                 ),
             )
-            for pf, told in json.loads(text).items()
+            for pf, told in json.loads(path.read_bytes()).items()
         }
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}

@@ -45,8 +45,9 @@ class RdmaRules:
         Key(
             "mode",
             choice(ModeChoice),
-            "The mode the node is to be in. Set when the agent starts, which the kernel takes only while "
-            "there is no other network namespace: else it has to be done at boot (ib_core.netns_mode).",
+            "The mode the node is to be in. Set when the agent starts and when this changes; the kernel "
+            "takes it only while there is no other network namespace: else it has to be done at boot "
+            "(ib_core.netns_mode).",
         ),
     ] = ModeChoice.AS_IS
     software: Annotated[

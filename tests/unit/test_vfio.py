@@ -89,7 +89,11 @@ def target(*, netdev: bool = True, no_iommu: bool = False) -> Target:
     )
     links: Any = SimpleNamespace(
         dump=lambda: (
-            [SimpleNamespace(ifindex=7, parent_bus="pci", parent_device=VF, permanent_mac=None)]
+            [
+                SimpleNamespace(
+                    ifindex=7, parent_bus="pci", parent_device=VF, permanent_mac=None, is_stacked=False
+                )
+            ]
             if netdev
             else []
         )
