@@ -355,7 +355,16 @@ class NodePolicy:
     def withheld(self, device: HwDevice, name: str) -> str:
         """Why the policy keeps a device from the cluster, a sentence; "" where it does not."""
         offers = [rule.offer for rule in self._rules(device, name) if rule.offer is not None]
-        return "" if not offers or offers[-1] else "the node policy withholds it (devices, offer: false)"
+        if offers and not offers[-1]:
+            return "the node policy withholds it (devices, offer: false)"
+        there = device.rdma
+        if there is not None and there.software and self.rdma.software.kind is not None:
+            # Nobody's to take away but theirs who made it, and prepare would refuse each claim for it.
+            return (
+                f"the software RDMA device {there.name!a} is on it already, in the way of the one that pods "
+                f"are to get (node policy, rdma.software: {self.rdma.software}): rdma link delete it"
+            )
+        return ""
 
     def bandwidth_of(self, pf: HwDevice) -> BandwidthRule | None:
         """What is given out of a PF; None: nothing is said of it, and its VFs are bound by nobody."""
