@@ -19,7 +19,7 @@ from driver.nicconfig import InterfaceConfig as InterfaceConfig
 from driver.nicconfig import NicConfig as NicConfig
 from driver.nicconfig import VfConfig as VfConfig
 from driver.nicconfig import VfDriver as VfDriver
-from driver.rdma import Infiniband, RdmaBinding, RdmaInPod
+from driver.rdma import Infiniband, IpoibConfig, RdmaBinding, RdmaInPod
 from driver.traffic import Portion
 from hw.ipoib import has_ipoib_address
 from hw.model import (
@@ -424,6 +424,10 @@ class DeviceStatus:
     """`tcx` or `clsact`: what counts, and so how strong the promise is."""
     unhealthy: str | None = None
     """What is wrong with it, a sentence, or ""; None: it was not looked at yet."""
+    partition: int | None = None
+    """The key that the claim chose, with its membership bit."""
+    ipoib: IpoibConfig | None = None
+    """What the pod has beside the device's own interface, of that partition."""
 
 
 class PodSample(NamedTuple):

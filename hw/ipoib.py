@@ -52,6 +52,11 @@ def has_ipoib_address(settings: LinkSettings) -> bool:
     return settings.mac is not None and settings.mac.count(":") == _ADDRESS_BYTES - 1
 
 
+def full_member(pkey: int) -> int:
+    """The key with its membership bit, as the kernel has it of an interface and shows it."""
+    return pkey | _FULL_MEMBER
+
+
 def child_request(parent: IfIndex, name: IfName, pkey: int, mode: IpoibMode = IpoibMode.DATAGRAM) -> bytes:
     """Payload of an RTM_NEWLINK that makes an interface of a partition on a port's own one.
 
@@ -60,7 +65,7 @@ def child_request(parent: IfIndex, name: IfName, pkey: int, mode: IpoibMode = Ip
     """
     if not 0 <= pkey <= 0xFFFF or not pkey & ~_FULL_MEMBER:
         raise ValueError(f"{pkey:#06x} is not a partition key: 0x0001 to 0x7fff, or the same with 0x8000")
-    data = wire.attribute(_PKEY, struct.pack("=H", pkey | _FULL_MEMBER))
+    data = wire.attribute(_PKEY, struct.pack("=H", full_member(pkey)))
     if mode is IpoibMode.CONNECTED:
         data += wire.attribute(_MODE, struct.pack("=H", _MODE_CONNECTED))
     info = wire.attribute(_INFO_KIND, KIND.encode()) + wire.attribute(_INFO_DATA, data)

@@ -22,6 +22,7 @@ from driver.kube.wire import JsonObject, Malformed, child, children, clamp, need
 from driver.kube.work import Worker
 from driver.lifecycle.ports import Clock
 from driver.model import ClaimRef, ClaimUid, DeviceStatus
+from hw.model import InterfaceAddress
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ MESSAGE_MAX = 1024
 QUEUE_MAX = 4096
 """Claims: far more than a node can hold, so a full queue means a fault of ours."""
 REMEMBERED_MAX = 1024
+IPS_MAX = 16
+"""Of an interface, as the API takes them."""
 
 REASON = re.compile(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?")
 UID_FIELD = "metadata.uid"
@@ -73,12 +76,34 @@ def _entry(
     if status.mac is not None:
         network["hardwareAddress"] = status.mac
     if status.addresses:
-        network["ips"] = list(dict.fromkeys(str(address) for address in status.addresses))[:16]
+        network["ips"] = _ips(status.addresses)
     if network:
         entry["networkData"] = network
-    if status.hook:
-        entry["data"] = {"accountingHook": status.hook}
+    data = _data(status)
+    if data:
+        entry["data"] = data
     return entry
+
+
+def _data(status: DeviceStatus) -> JsonObject:
+    """What is this driver's own to shape. An IPoIB interface is here and not in networkData: that is one
+    interface, and whoever reads it would take the addresses for those of the device's own. At most some
+    1 KiB, of the 10 that the API takes."""
+    data: JsonObject = {"accountingHook": status.hook} if status.hook else {}
+    if status.ipoib is not None and status.partition is not None:
+        child: JsonObject = {
+            "interfaceName": status.ipoib.name,
+            "partition": f"{status.partition:#06x}",
+            "mode": status.ipoib.mode.value,
+        }
+        if status.ipoib.addresses:
+            child["ips"] = _ips(status.ipoib.addresses)
+        data["ipoib"] = child
+    return data
+
+
+def _ips(addresses: Sequence[InterfaceAddress]) -> list[str]:
+    return list(dict.fromkeys(str(address) for address in addresses))[:IPS_MAX]
 
 
 def _conditions(status: DeviceStatus) -> list[JsonObject]:

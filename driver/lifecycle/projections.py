@@ -35,6 +35,7 @@ from driver.model import (
 )
 from driver.sharing import VFS
 from driver.troubles import DeviceHealth, Trouble
+from hw.ipoib import full_member
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +126,8 @@ class Projections:
                 addresses=p.config.interface.addresses,
                 hook="" if p.by_file else self._context.hook,
                 unhealthy=health.message if (health := self._healths.get(p.key.device)) else None,
+                partition=_partition(p),
+                ipoib=p.config.rdma.ipoib,
             )
             for a, p in attached
         )
@@ -142,7 +145,8 @@ class Projections:
         in_software = [
             str(each) for each in self.limits_of(preparation) if each.by is not limits.KeptBy.DEVICE
         ]
-        return "; ".join([said + _limits(preparation) + _rdma_said(attachment), *in_software])
+        said += _limits(preparation) + _rdma_said(attachment) + _ipoib_said(preparation)
+        return "; ".join([said, *in_software])
 
     def limits_of(self, preparation: Preparation) -> tuple[limits.Kept, ...]:
         """The limits that are in force for an attached device."""
@@ -251,6 +255,18 @@ def _limits(preparation: Preparation) -> str:
 def _takes_all(uses: Sequence[CounterUse]) -> bool:
     """The scheduler takes the first that fits: whoever asks for any device must not get a PF."""
     return any(VFS in use.of and use.takes == use.of for use in uses)
+
+
+def _partition(preparation: Preparation) -> int | None:
+    chosen = preparation.config.rdma.partition
+    return full_member(chosen) if chosen is not None else None
+
+
+def _ipoib_said(preparation: Preparation) -> str:
+    wish, partition = preparation.config.rdma.ipoib, _partition(preparation)
+    if wish is None or partition is None:
+        return ""
+    return f", beside it {wish.name} of partition {partition:#06x}"
 
 
 def _rdma_said(attachment: Attachment) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,8 +13,10 @@ from typing import Any
 import pytest
 
 from driver.kube.client import ApiClient, Resource
-from driver.kube.status import KubeStatusWriter
+from driver.kube.status import KubeStatusWriter, entries_of
 from driver.model import ClaimRef, ClaimUid, DeviceName, DeviceStatus, PoolName, ShareId
+from driver.rdma import IpoibConfig
+from hw.ipoib import IpoibMode
 from hw.model import IfName, InterfaceAddress, MacAddress
 from kndsim.api import SimApi, new_share_id
 from tests.conftest import WaitUntil
@@ -101,6 +104,46 @@ def test_an_entry_says_where_the_device_is(setting: Setting, wait_until: WaitUnt
         },
         "data": {"accountingHook": "tcx"},
     }
+
+
+IPOIB = IpoibConfig(name=IfName("ib1"), mode=IpoibMode.CONNECTED, addresses=(address("192.0.2.7/24"),))
+
+
+def test_an_ipoib_interface_is_told_beside_the_devices_own_and_not_as_that(
+    setting: Setting, wait_until: WaitUntil
+) -> None:
+    claim = claim_with(setting.api, "vf-1")
+    own = {"interface": IfName("ib0"), "addresses": (address("192.0.2.5/24"),)}
+    status = status_of(claim, "vf-1", hook="tcx", partition=0x8001, ipoib=IPOIB, **own)
+    setting.writer.write_status(claim, [status])
+    (entry,) = wait_until(setting.devices)
+    assert entry["networkData"] == {"interfaceName": "ib0", "ips": ["192.0.2.5/24"]}
+    assert entry["data"] == {
+        "accountingHook": "tcx",
+        "ipoib": {
+            "interfaceName": "ib1",
+            "partition": "0x8001",
+            "mode": "connected",
+            "ips": ["192.0.2.7/24"],
+        },
+    }
+
+
+def test_what_a_claim_can_ask_of_an_ipoib_interface_fits_into_a_status() -> None:
+    long = ipaddress.ip_address("2001:db8:1111:2222:3333:4444:5555:6666")
+    wish = replace(IPOIB, addresses=tuple(ipaddress.ip_interface(f"{long + n}/128") for n in range(40)))
+    status = status_of(ClaimRef("d", "c", ClaimUid("u")), "vf-1", partition=0xFFFF, ipoib=wish)
+    (entry,) = entries_of([status], DRIVER, (), 0.0)
+    assert len(json.dumps(entry["data"])) < 1024
+
+
+def test_without_addresses_it_has_none_and_without_it_nothing_is_said_of_it() -> None:
+    claim = ClaimRef("d", "c", ClaimUid("u"))
+    bare = status_of(claim, "vf-1", partition=0x8001, ipoib=replace(IPOIB, addresses=()))
+    none = status_of(claim, "vf-2", partition=0x8001)
+    first, second = entries_of([bare, none], DRIVER, (), 0.0)
+    assert first["data"] == {"ipoib": {"interfaceName": "ib1", "partition": "0x8001", "mode": "connected"}}
+    assert "data" not in second
 
 
 def test_health_is_a_condition_of_its_own_with_a_time_of_its_own(

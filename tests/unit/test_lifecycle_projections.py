@@ -37,8 +37,8 @@ from driver.model import (
 )
 from driver.paths import Paths
 from driver.policy import NodePolicy
-from driver.rdma import SysfsProof
-from hw.model import DeviceKind, IfIndex, NetnsCookie, PciAddress, PciIdentity, RatesBy, VfSettings
+from driver.rdma import IpoibConfig, RdmaConfig, SysfsProof
+from hw.model import DeviceKind, IfIndex, IfName, NetnsCookie, PciAddress, PciIdentity, RatesBy, VfSettings
 from tests.unit.journal_values import BOOT, IDENTITIES, attachment, preparation
 
 UID = ClaimUid("claim-0")
@@ -261,6 +261,18 @@ def test_a_status_is_the_whole_claim_and_none_is_written_where_nothing_is_attach
     ((status,),) = world.statuses
     assert (status.device, status.interface, status.ready, status.hook) == ("dev-0", "net0", True, "tcx")
     assert status.addresses == preparation(0).config.interface.addresses
+
+
+def test_a_status_says_which_ipoib_interface_of_which_partition_a_pod_has(world: World) -> None:
+    made = preparation(0)
+    wish = IpoibConfig(name=IfName("ib1"))
+    config = replace(made.config, rdma=RdmaConfig(partition=0x0001, ipoib=wish))
+    world.prepare(replace(made, config=config))
+    world.attach(0, 77)
+    world.projections.report_claim(UID)
+    ((status,),) = world.statuses
+    assert (status.interface, status.ipoib, status.partition) == ("net0", wish, 0x8001)
+    assert status.message.endswith(", beside it ib1 of partition 0x8001")
 
 
 def test_a_status_says_what_a_pod_is_held_to_and_by_what(world: World) -> None:
