@@ -26,6 +26,7 @@ from hw.ipoib import IpoibMode, is_child
 from hw.model import IfIndex, IfName, LinkFlags, LinkInfo
 from tests.unit.infiniband_world import Mlx5, address, prepared
 from tests.unit.journal_values import attachment
+from tests.unit.no_foreign import NO_FOREIGN
 
 T = TypeVar("T")
 PARTITION = 0x0001
@@ -178,6 +179,7 @@ class World:
             meters=_any(nothing),
             host=self.card.host,
             shaper=_any(nothing),
+            foreign=NO_FOREIGN,
         )
         journal, observer = (
             SimpleNamespace(step=lambda *a: None),
