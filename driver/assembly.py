@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from bpf.accounting import Accounting
@@ -22,6 +23,7 @@ from driver.errors import DriverError
 from driver.execute.actions import NodeActs
 from driver.execute.engine import Engine, Observer
 from driver.execute.foreign import Foreign
+from driver.execute.ipoib import find_child
 from driver.execute.meters import NodeMeters
 from driver.execute.probe import Host
 from driver.execute.shape import Shaper
@@ -95,7 +97,8 @@ def assemble(
     shaper = Shaper(accounting, lambda: policy().qos)
     host = Host(sysfs, Udev(paths.udev))
     foreign = Foreign(Parked(paths.pins), tcx, lambda: policy().foreign_programs)
-    metering = Metering(book, ledger, clock, NodeMeters(host, boot_id, shaper.dropped), accounting.read)
+    meters = NodeMeters(host, boot_id, shaper.dropped, partial(find_child, tcx))
+    metering = Metering(book, ledger, clock, meters, accounting.read)
     acts = NodeActs(
         hook=hook,
         accounting=accounting,

@@ -58,6 +58,7 @@ class Act(enum.StrEnum):
     IPOIB_MAKE = "make-ipoib"
     IPOIB_IN = "move-ipoib-in"
     IPOIB_UP = "ipoib-up"
+    IPOIB_FOLD = "fold-ipoib-counters"
     IPOIB_REMOVE = "remove-ipoib"
 
 
@@ -209,8 +210,9 @@ def _netdev_in(preparation: Preparation, hook: Hook) -> list[Step]:
     steps.append(Step(act=Act.SHAPE, budget=0.05))
     if preparation.config.interface.addresses:
         steps.append(Step(act=Act.ADDRESS))
-    # The kernel has an IPoIB interface work no sooner than its port's own one is up.
-    after = [Step(act=Act.IPOIB_UP, budget=0.05)] if ipoib else []
+    # The kernel has an IPoIB interface work no sooner than its port's own one is up; and that one takes it
+    # along when it is set down.
+    after = [Step(act=Act.IPOIB_UP, undo=(Act.IPOIB_FOLD,), budget=0.05)] if ipoib else []
     return [*steps, Step(act=Act.UP, undo=(Act.DOWN,), budget=0.05), *after]
 
 
@@ -239,7 +241,7 @@ def detach(attachment: Attachment, preparation: Preparation) -> Plan:
     binding = preparation.rdma
     netdev = not preparation.rdma_only
     acts = [
-        *((Act.IPOIB_REMOVE,) if preparation.config.rdma.ipoib is not None else ()),
+        *((Act.IPOIB_FOLD, Act.IPOIB_REMOVE) if preparation.config.rdma.ipoib is not None else ()),
         *((Act.DOWN,) if netdev else ()),
         Act.FOLD,
         *((Act.UNSHAPE,) if netdev else ()),

@@ -54,6 +54,9 @@ class Meters(Protocol):
     def leave(self, target: Target) -> None:
         """They do no more."""
 
+    def leave_child(self, target: Target) -> None:
+        """Those of the IPoIB interface that was made on it do no more."""
+
 
 _NOTHING = Own()
 _RESTORABLE = (
@@ -148,6 +151,7 @@ class NodeActs:
             Act.IPOIB_MAKE: self._ipoib.make,
             Act.IPOIB_IN: self._ipoib.move_in,
             Act.IPOIB_UP: self._ipoib.up,
+            Act.IPOIB_FOLD: self.fold_ipoib,
             Act.IPOIB_REMOVE: self._ipoib.remove,
             Act.PORT_ACTIVE: partial(infiniband.port_active, host=self._host),
         }
@@ -179,6 +183,11 @@ class NodeActs:
         self._fold(target.attachment, target.preparation)
         # What limits it is known by its rules, which go when that does.
         self._accounting.forget(target.preparation.slot)
+
+    def fold_ipoib(self, target: Target) -> None:
+        """Its own counters end with it; down, so that they are final."""
+        self._ipoib.down(target)
+        self._meters.leave_child(target)
 
     def strip(self, target: Target) -> None:
         """What would travel with the device: altnames (they may clash at home), others' programs,

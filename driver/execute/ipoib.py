@@ -2,9 +2,10 @@
 from before it has sent anything, moved into the pod, and removed.
 
 Invariant: as for every act, safe to repeat and safe where it does not apply. What it sends passes the port's
-own interface by, so programs of its own count it into the device's slot. It is known by these, which no
-tenant takes off: from when it has them it is found by them alone, in the pod and at home, where newer kernels
-put it when its netns dies (netns_refund of ipoib_link_ops) and older ones end it.
+own interface by, and the kernel counts it there alone (ipoib_get_stats, mlx5i_get_stats), so programs of its
+own count it into the device's slot. It is known by these, which no tenant takes off: from when it has them it
+is found by them alone, in the pod and at home, where newer kernels put it when its netns dies (netns_refund
+of ipoib_link_ops) and older ones end it.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class IpoibActs:
         if wish is None or self._in_pod(target) is not None:
             return
         assert target.pod_netns is not None
-        link = self._find(target, target.home, target.home_netns)
+        link = _find(self._programs, target, target.home, target.home_netns)
         if link is None:
             raise NotNow(f"{target.device}: its IPoIB interface is not at home")
         mtu = wish.mtu if wish.mtu != link.mtu else None
@@ -90,6 +91,12 @@ class IpoibActs:
             target.pod.add_address(link.ifindex, address)
         target.pod.set_up(link.ifindex)
 
+    def down(self, target: Target) -> None:
+        found = find_child(self._programs, target)
+        if found is not None:
+            links, link = found
+            links.set_down(link.ifindex)
+
     def remove(self, target: Target) -> None:
         """Wherever it is. NotNow where that is a netns of the pod's own: its programs stay on it then."""
         if target.preparation.config.rdma.ipoib is None or self._programs is None:
@@ -97,7 +104,7 @@ class IpoibActs:
         link = self._in_pod(target)
         if link is not None and target.pod is not None:
             target.pod.delete(link.ifindex)
-        link = self._find(target, target.home, target.home_netns)
+        link = _find(self._programs, target, target.home, target.home_netns)
         if link is not None:
             target.home.delete(link.ifindex)
         parent = target.find_at_home()
@@ -117,17 +124,29 @@ class IpoibActs:
     def _in_pod(self, target: Target) -> LinkInfo | None:
         if target.pod is None or target.pod_netns is None:
             return None
-        return self._find(target, target.pod, target.pod_netns)
+        return _find(self._programs, target, target.pod, target.pod_netns)
 
-    def _find(self, target: Target, links: LinkSocket, netns: NetnsHandle) -> LinkInfo | None:
-        """By its programs: a tenant can make such interfaces too, and call them what it likes."""
-        programs = self._programs
-        if programs is None:
-            return None
-        for link in filter(is_child, links.dump()):
-            if run_in(netns, partial(programs.is_on, child_of(target.device), link.ifindex)):
-                return link
+
+def find_child(programs: TcxPrograms | None, target: Target) -> tuple[LinkSocket, LinkInfo] | None:
+    """Where it is, and the socket that reaches it there."""
+    for links, netns in ((target.pod, target.pod_netns), (target.home, target.home_netns)):
+        if links is not None and netns is not None:
+            link = _find(programs, target, links, netns)
+            if link is not None:
+                return links, link
+    return None
+
+
+def _find(
+    programs: TcxPrograms | None, target: Target, links: LinkSocket, netns: NetnsHandle
+) -> LinkInfo | None:
+    """By its programs: a tenant can make such interfaces too, and call them what it likes."""
+    if programs is None:
         return None
+    for link in filter(is_child, links.dump()):
+        if run_in(netns, partial(programs.is_on, child_of(target.device), link.ifindex)):
+            return link
+    return None
 
 
 def _made_on(home: LinkSocket, parent: LinkInfo) -> Iterator[LinkInfo]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from bpf.attach import child_of
 from bpf.errors import BpfError
 from driver.execute.probe import Host
 from driver.execute.rdma import find, places_of
@@ -18,7 +19,8 @@ from driver.journal.stretches import COUNTER_MAX, MeterKey, Reading
 from driver.limits import QUEUE_DROPPED
 from driver.model import BootId
 from hw.errors import HwError, NotFound, Refused, Unsupported
-from hw.model import NetdevsimIdentity, PciIdentity
+from hw.model import LinkInfo, NetdevsimIdentity, PciIdentity
+from hw.netlink import LinkSocket
 from hw.netns import NetnsHandle
 from hw.rdma.counters import (
     Family,
@@ -58,18 +60,25 @@ class Shown:
 class NodeMeters:
     """The meters of this node's devices. Safe on any thread."""
 
-    def __init__(self, host: Host, boot_id: BootId, dropped: Callable[[Target], Mapping[str, int]]) -> None:
-        """dropped: as Shaper's."""
+    def __init__(
+        self,
+        host: Host,
+        boot_id: BootId,
+        dropped: Callable[[Target], Mapping[str, int]],
+        find_child: Callable[[Target], tuple[LinkSocket, LinkInfo] | None],
+    ) -> None:
+        """dropped: as Shaper's. find_child: as of driver.execute.ipoib."""
         self._host = host
         self._boot = boot_id
         self._dropped = dropped
+        self._find_child = find_child
 
     def read(self, target: Target, *, on_pf: bool) -> tuple[Shown, ...]:
         """All that the target's device has. on_pf: ask its PF too, which asks the hardware for all of its
         VFs; of a device given by its files it is asked in any case, since nothing else tells."""
         shown: list[Shown] = []
         if not target.preparation.by_file:
-            shown += [*self._interface(target), *self._limits(target)]
+            shown += [*self._interface(target), *self.read_child(target), *self._limits(target)]
         if on_pf or target.preparation.config.by_file:
             shown += self._vf(target)
         if target.preparation.rdma is not None:
@@ -91,6 +100,21 @@ class NodeMeters:
             yield self._shown(meter, socket.statistics(link.ifindex), f"{link.ifindex}")
         except HwError as error:
             yield Shown(meter, None, str(error))
+
+    def read_child(self, target: Target) -> tuple[Shown, ...]:
+        """Of the IPoIB interface that was made on the device: a meter of its own, since it may be gone while
+        the device is not."""
+        if target.preparation.config.rdma.ipoib is None:
+            return ()
+        meter = MeterKey(child_of(target.device), INTERFACE)
+        try:
+            found = self._find_child(target)
+            if found is None:
+                return (Shown(meter, None, "the IPoIB interface is neither at home nor in its pod"),)
+            socket, link = found
+            return (self._shown(meter, socket.statistics(link.ifindex), f"{link.ifindex}"),)
+        except (HwError, BpfError) as error:
+            return (Shown(meter, None, str(error)),)
 
     def _limits(self, target: Target) -> Iterator[Shown]:
         if target.preparation.pod_ifname is None:

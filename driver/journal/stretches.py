@@ -23,8 +23,9 @@ Holder = AttachmentId | None
 class MeterKey:
     """One set of counters of a device that are read together.
 
-    subject: an RDMA device's name, or a device of this node. source: how they are read, which also says what
-    they count; sources are never added up. port: from 1; 0 where there are none.
+    subject: an RDMA device's name, a device of this node, or what is made on one (bpf.attach.child_of).
+    source: how they are read, which also says what they count; sources are never added up. port: from 1; 0
+    where there are none.
     """
 
     subject: str

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from bpf.layout import Cell, Slot
+from bpf.attach import child_of
+from bpf.layout import Cell, Framing, Slot
 from driver.clock import Clock
 from driver.errors import DriverError
 from driver.execute.engine import EXPECTED
@@ -31,9 +32,9 @@ Reach = Callable[[Attachment], AbstractContextManager[Target | None]]
 """The device of an attachment where it is now; None where there is no record of it any more."""
 
 _HOLDING = frozenset({AttachmentState.ATTACHING, AttachmentState.ATTACHED})
-_FRAME_EXTRA = 8
-"""Bytes of a frame that some interfaces count and BPF does not: its checksum and a VLAN tag that was added
-behind it."""
+_FRAME_EXTRA = {Framing.ETHERNET: 8, Framing.IPOIB: 40}
+"""Bytes of a packet that some interfaces count and BPF does not: a frame's checksum and a VLAN tag that was
+added behind it; InfiniBand's global route header, which mlx5 counts of what comes."""
 
 Totals = Mapping[str, int]
 
@@ -102,6 +103,16 @@ class Metering:
                 self._release(meter, None, "it was not found when it was given back")
             self._forget(leaving.id)
             self._refresh(stay)
+
+    def leave_child(self, target: Target) -> None:
+        """What was made on its interface is about to go, and its counters with it: read for the last time. If
+        they cannot be, leave tells of a gap. LedgerWriteFailed: as leave."""
+        assert target.attachment is not None
+        with self._lock:
+            held = {each.meter: each.holder for each in self._ledger.meters.living()}
+            for shown in self._meters.read_child(target):
+                if shown.reading is not None and held.get(shown.meter) == target.attachment.id:
+                    self._release(shown.meter, shown.reading, "")
 
     def settle(self, reach: Reach, *, all_known: bool) -> None:
         """Read what all attachments have, and put right whose it is: what an earlier agent left, and what
@@ -208,23 +219,38 @@ class Metering:
         if target.preparation.by_file:
             return
         cells = self._cells_of(target.preparation.slot)
+        extra = _FRAME_EXTRA[target.preparation.framing]
         for source in (INTERFACE, VF):
-            totals = self._totals.get((id, MeterKey(target.device, source)))
+            totals = self._counted(id, source, target.device)
             for direction in Direction if totals is not None else ():
                 assert totals is not None
                 key = (id, source, direction)
-                now, before = missed(totals, cells, direction), self._missed.get(key, Missed(0, 0))
+                now, before = missed(totals, cells, direction, extra), self._missed.get(key, Missed(0, 0))
                 # What a queue holds or drops makes it smaller again for a while: it was missed all the same.
                 self._missed = {
                     **self._missed,
                     key: Missed(max(now.bytes, before.bytes), max(now.packets, before.packets)),
                 }
 
+    def _counted(self, id: AttachmentId, source: str, device: str) -> Totals | None:
+        """By an interface and what is made on it, which count what passes them each for itself: the slot's
+        cells are of both."""
+        own = self._totals.get((id, MeterKey(device, source)))
+        if own is None:
+            return None
+        made = self._totals.get((id, MeterKey(child_of(device), source)), {})
+        return {name: own.get(name, 0) + made.get(name, 0) for name in own.keys() | made.keys()}
+
     def samples(self) -> tuple[MeterSample, ...]:
         """Each counter of each meter, as last read: of living attachments and of the devices they share."""
-        owners = self._owners()
+        owners, children = self._owners(), self._children()
         return tuple(
-            MeterSample(*owners[holder], meter.subject, meter.port, meter.source, name, total)
+            MeterSample(
+                *owners[holder][:4],
+                children.get(meter.subject, owners[holder][4]),
+                *(meter.subject, meter.port, meter.source),
+                *(name, total),
+            )
             for (holder, meter), totals in self._totals.items()
             if holder in owners
             for name, total in totals.items()
@@ -249,13 +275,24 @@ class Metering:
                 found[attachment.id] = (pod.namespace, pod.name, claim.name, device, interface)
         return found
 
+    def _children(self) -> dict[str, str]:
+        """What pods call the interfaces that are made on their devices', by the subject of their meters."""
+        found: dict[str, str] = {}
+        for attachment in self._book.attachments():
+            preparation = self._book.preparation(attachment.preparation)
+            wish = preparation.config.rdma.ipoib if preparation is not None else None
+            if wish is not None:
+                found[child_of(attachment.preparation.device)] = wish.name
+        return found
 
-def missed(totals: Totals, cells: tuple[Cell, ...], direction: Direction) -> Missed:
-    """What these totals show beyond BPF's cells. The pod's egress is what its interface sent."""
+
+def missed(totals: Totals, cells: tuple[Cell, ...], direction: Direction, extra: int) -> Missed:
+    """What these totals show beyond BPF's cells and extra bytes a packet. The pod's egress is what its
+    interface sent."""
     way = "tx" if direction is Direction.EGRESS else "rx"
     packets = totals.get(f"{way}_packets", 0)
     counted = [cell for cell in cells if cell.direction == direction]
-    beyond = totals.get(f"{way}_bytes", 0) - sum(cell.bytes for cell in counted) - packets * _FRAME_EXTRA
+    beyond = totals.get(f"{way}_bytes", 0) - sum(cell.bytes for cell in counted) - packets * extra
     return Missed(max(beyond, 0), max(packets - sum(cell.packets for cell in counted), 0))
 
 

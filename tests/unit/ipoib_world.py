@@ -1,9 +1,11 @@
 """The links of two namespaces as the kernel keeps them for IPoIB: what is made on a port's own interface,
-moved, deleted, and given back when a namespace ends. No such hardware was there to ask."""
+moved, deleted, and given back when a namespace ends; and what each counts for itself. No such hardware was
+there to ask."""
 
 from __future__ import annotations
 
 import errno
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any, TypeVar
 import pytest
 
 from bpf.attach import LinkPair, LinkState
-from bpf.layout import Framing, Hook, Slot
+from bpf.layout import Cell, Framing, Hook, Slot, TrafficKind
 from bpf.sys import LinkId, ProgramId
 from driver.clock import SystemClock
 from driver.execute.actions import NodeActs
@@ -23,7 +25,7 @@ from driver.model import NicConfig, Preparation
 from driver.rdma import IpoibConfig, RdmaConfig
 from hw.errors import NotFound, Refused
 from hw.ipoib import IpoibMode, is_child
-from hw.model import IfIndex, IfName, LinkFlags, LinkInfo
+from hw.model import Direction, IfIndex, IfName, LinkFlags, LinkInfo
 from tests.unit.infiniband_world import Mlx5, address, prepared
 from tests.unit.journal_values import attachment
 from tests.unit.no_foreign import NO_FOREIGN
@@ -46,6 +48,11 @@ class Netns:
 
     def by_index(self, ifindex: IfIndex) -> LinkInfo | None:
         return self.links.get(ifindex)
+
+    def statistics(self, ifindex: IfIndex) -> dict[str, int]:
+        if ifindex not in self.links:
+            raise NotFound("read the counters", errno.ENODEV)
+        return dict(self.world.counters[ifindex])
 
     def add_ipoib(self, parent: IfIndex, name: IfName, pkey: int, mode: IpoibMode) -> None:
         found = self.links.get(parent)
@@ -100,6 +107,7 @@ class Programs:
     def __init__(self) -> None:
         self.on: dict[str, tuple[int, Slot, Framing]] = {}
         self.refuses: Exception | None = None
+        self.cells: list[Cell] = []
 
     def attach(self, name: str, ifindex: int, slot: Slot, framing: Framing = Framing.ETHERNET) -> None:
         if self.refuses is not None:
@@ -140,6 +148,12 @@ class World:
         self.home, self.pod, self.hidden = Netns(self), Netns(self), Netns(self)
         self.made: list[tuple[int, IpoibMode]] = []
         self.folded = 0
+        self.counters: defaultdict[IfIndex, Counter[str]] = defaultdict(
+            lambda: Counter(dict.fromkeys(("tx_packets", "tx_bytes", "rx_packets", "rx_bytes"), 0))
+        )
+        self.meters: Any = SimpleNamespace(
+            **dict.fromkeys(("begin", "leave", "leave_child"), lambda target: None)
+        )
         self.connected = False
         self.largest = 4092
         assert self.card.vf is not None
@@ -168,15 +182,13 @@ class World:
         def fold(*args: object) -> None:
             self.folded += 1
 
-        nothing = SimpleNamespace(
-            **dict.fromkeys(("shape", "unshape", "zero", "forget", "begin", "leave"), lambda *a: None)
-        )
+        nothing = SimpleNamespace(**dict.fromkeys(("shape", "unshape", "zero", "forget"), lambda *a: None))
         acts = NodeActs(
             hook=Hook.TCX,
             accounting=_any(nothing),
             programs=_any(self.programs),
             fold=fold,
-            meters=_any(nothing),
+            meters=self.meters,
             host=self.card.host,
             shaper=_any(nothing),
             foreign=NO_FOREIGN,
@@ -189,6 +201,15 @@ class World:
 
     def children(self) -> list[LinkInfo]:
         return [link for netns in (self.home, self.pod) for link in netns.dump() if is_child(link)]
+
+    def passes(self, ifindex: IfIndex, way: Direction, packets: int, size: int, *, seen: bool = True) -> None:
+        """As mlx5 counts: each interface what passes it alone, and of what comes the global route header too.
+        size is with IPoIB's own. seen False: it passed the hooks by, as with a packet socket."""
+        name, header = ("tx", 0) if way is Direction.EGRESS else ("rx", 40)
+        self.counters[ifindex][f"{name}_packets"] += packets
+        self.counters[ifindex][f"{name}_bytes"] += packets * (size + header)
+        if seen and any(on == ifindex for on, _, _ in self.programs.on.values()):
+            self.programs.cells.append(Cell(way, 0, TrafficKind.IP, packets * size, packets))
 
     def known(self) -> set[IfIndex]:
         return {index for netns in (self.home, self.pod, self.hidden) for index in netns.links}

@@ -100,7 +100,7 @@ def test_it_goes_with_the_detach_and_before_the_counters_are_read(world: World) 
     assert_nothing_left(world, made)
     assert world.folded == 1
     acts = [step.act for step in plan.detach(attachment(0), made).steps]
-    assert acts.index(Act.IPOIB_REMOVE) < acts.index(Act.FOLD)
+    assert acts.index(Act.IPOIB_FOLD) < acts.index(Act.IPOIB_REMOVE) < acts.index(Act.FOLD)
     assert detach(world, made) == []
 
 

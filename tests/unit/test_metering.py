@@ -288,13 +288,13 @@ def cell(direction: Direction, size: int, packets: int) -> Cell:
 def test_what_the_interface_sent_and_bpf_did_not_see_is_missed() -> None:
     totals = {"tx_packets": 10, "tx_bytes": 10000, "rx_packets": 3, "rx_bytes": 300}
     cells = (cell(Direction.EGRESS, 4000, 4), cell(Direction.INGRESS, 300, 3))
-    assert missed(totals, cells, Direction.EGRESS) == Missed(10000 - 4000 - 80, 6)
-    assert missed(totals, cells, Direction.INGRESS) == Missed(0, 0)
+    assert missed(totals, cells, Direction.EGRESS, 8) == Missed(10000 - 4000 - 80, 6)
+    assert missed(totals, cells, Direction.INGRESS, 8) == Missed(0, 0)
 
 
 def test_checksums_and_tags_explain_a_difference() -> None:
     totals = {"tx_packets": 10, "tx_bytes": 10080}
-    assert missed(totals, (cell(Direction.EGRESS, 10000, 10),), Direction.EGRESS) == Missed(0, 0)
+    assert missed(totals, (cell(Direction.EGRESS, 10000, 10),), Direction.EGRESS, 8) == Missed(0, 0)
 
 
 def test_what_was_missed_does_not_become_less(world: World) -> None:

@@ -101,7 +101,7 @@ def reader(tmp_path: Path, rdma: Rdma, drops: Drops, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(meters, "sysfs_of", sysfs_of)
     host: Any = SimpleNamespace(sysfs=Sysfs(tmp_path / "home"), rdma=rdma.open)
-    return NodeMeters(host, BootId("boot"), drops)
+    return NodeMeters(host, BootId("boot"), drops, lambda target: None)
 
 
 def target(

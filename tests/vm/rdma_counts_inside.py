@@ -237,7 +237,7 @@ class Shared:
         )
         clock: Any = SimpleNamespace(wall=iter(range(1, 10_000)).__next__)
         host = Host(Sysfs(Path("/sys")), Udev(Path("/run/udev")))
-        meters = NodeMeters(host, BootId("boot"), lambda target: {})
+        meters = NodeMeters(host, BootId("boot"), lambda target: {}, lambda target: None)
         self.metering = Metering(book, ledger, clock, meters, lambda slot: ())
 
     @contextmanager
