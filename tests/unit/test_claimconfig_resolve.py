@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from driver.claimconfig import API_VERSION, KIND, ClaimLimits, FieldPath, MtuBounds, check_together, resolve
 from driver.errors import ConfigError
@@ -26,6 +28,7 @@ from hw.ipoib import IpoibMode
 from hw.model import IfName, MacAddress, VfLinkState, VfVlan
 
 DEFAULTS = ClaimLimits()
+EXAMPLES = Path(__file__).parents[2] / "deploy/examples/claims"
 MAC = "02:00:00:00:00:01"
 
 
@@ -405,6 +408,20 @@ def test_an_ipoib_interface_is_of_the_partition_that_the_class_chose() -> None:
         addresses=(ipaddress.ip_interface("192.0.2.7/24"),),
     )
     assert "needs rdma.partition" in problems(of_claim(rdma={"ipoib": {"name": "ib1"}}))["rdma.ipoib"]
+
+
+def test_the_example_of_a_partition_is_what_its_class_and_its_claim_say_together() -> None:
+    class_made, template, _ = yaml.safe_load_all((EXAMPLES / "partition.yaml").read_text())
+    (by_class,) = class_made["spec"]["config"]
+    (by_claim,) = template["spec"]["spec"]["devices"]["config"]
+    configs = [
+        OpaqueConfig(source=source, requests=(), parameters=json.dumps(each["opaque"]["parameters"]))
+        for source, each in ((ConfigSource.CLASS, by_class), (ConfigSource.CLAIM, by_claim))
+    ]
+    made = resolve(nic(), configs, DEFAULTS).rdma
+    assert (made.partition, made.mode, made.ipoib is not None) == (0x0001, RdmaMode.SHARED, True)
+    refused = problems(*configs, of_claim(rdma={"partition": "0x8002"}))
+    assert "rdma.partition" in refused
 
 
 @pytest.mark.parametrize(
