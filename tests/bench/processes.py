@@ -44,7 +44,12 @@ def bpf_map_bytes(pid: int) -> int:
     """What the kernel charges for the BPF maps a process holds, each once."""
     found: dict[str, int] = {}
     for entry in Path(f"/proc/{pid}/fdinfo").iterdir():
-        fields = dict(line.split(":", 1) for line in entry.read_text().splitlines() if ":" in line)
+        try:
+            text = entry.read_text()
+        except FileNotFoundError:
+            # Closed since: maps are held all the time.
+            continue
+        fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
         if "map_id" in fields:
             found[fields["map_id"].strip()] = int(fields["memlock"])
     return sum(found.values())
