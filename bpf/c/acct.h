@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /* What a packet is counted as, and where.
  *
- * Counted is what the wire carries, without preamble and checksum: the Ethernet header, a VLAN tag also
- * when the kernel keeps it beside the packet, of IPoIB its header of 4 bytes, and for a packet that stands for several segments the headers
- * that each of them will have. A packet that cannot be understood is counted as KIND_OTHER, never left out.
- * Not seen are the inner headers of tunnelled segments: the outer headers alone are repeated.
+ * Counted is what the wire carries, without preamble and checksum: the Ethernet header, a VLAN tag also when the
+ * kernel keeps it beside the packet, of IPoIB its header of 4 bytes, and for a packet that stands for several
+ * segments the headers that each of them will have. A packet that cannot be understood is counted as KIND_OTHER,
+ * never left out. Not seen are the inner headers of tunnelled segments: the outer headers alone are repeated.
  *
  * KND_* come from the compiler's command line, out of bpf/layout.py and bpf/program.py. */
 #ifndef KND_ACCT_H

@@ -125,9 +125,12 @@ def test_the_next_agent_of_this_boot_knows_the_answer_and_asks_only_for_a_better
 
 
 @pytest.mark.parametrize(
-    "kept", [b"", b"[]", b'{"0000:21:00.0": {}}', b'{"0000:21:00.0": {"can": ["fly"]}}', b"{", b"\xff\xfe\xd8"]
+    "kept",
+    [b"", b"[]", b'{"0000:21:00.0": {}}', b'{"0000:21:00.0": {"can": ["fly"]}}', b"{", b"\xff\xfe\xd8"],
 )
-def test_an_answer_that_cannot_be_read_is_asked_for_again_by_the_next_agent(tmp_path: Path, kept: bytes) -> None:
+def test_an_answer_that_cannot_be_read_is_asked_for_again_by_the_next_agent(
+    tmp_path: Path, kept: bytes
+) -> None:
     before = World(tmp_path)
     (before.paths.run / "abilities.json").write_bytes(kept)
     assert World(tmp_path).ask()
