@@ -33,6 +33,7 @@ demo: setup ## the real agent against a simulated node: a pod gets a NIC and giv
 	@PYTHONPATH=$(SIM) $(BIN)/python -m kndsim.demo $(DEMO_ARGS)
 
 bench: setup ## the budgets, measured: prints ratios, fails on none (`-o json`, `--only NAME`)
+	@deploy/install-packages.sh deploy/debian-packages-bench.txt
 	@PYTHONPATH=.:$(SIM) $(BIN)/python -m tests.bench $(BENCH_ARGS)
 
 .PHONY: test-vm vm-image vm-shell test-e2e kind-up kind-test kind-down
