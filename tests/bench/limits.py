@@ -10,9 +10,9 @@ from pathlib import Path
 
 from bpf.cache import ProgramCache
 from kndsim.traffic import UDP_OVERHEAD
-from tests.bench.outcome import Outcome, measured
+from tests.bench.outcome import Outcome, measured, of_medians
 from tests.kernel.limit_traffic import TCP_SHARE, UDP_PAYLOAD, Counted, echo, round_trips, tcp, udp
-from tests.kernel.limited_pair import HOST_ADDRESS, Pair, limited_pair
+from tests.kernel.limited_pair import HOST_ADDRESS, Pair, limited_pairs
 
 RATES = (100, 1000, 2500, 10_000)
 """Mb/s."""
@@ -30,8 +30,11 @@ _QUEUES = "HTB on a veth; what is missing of the payload that a limit has room f
 
 def limits() -> list[Outcome]:
     """Limited traffic of a pod: TCP by 1, 4 and 32 connections, UDP, and a question beside them."""
-    with tempfile.TemporaryDirectory() as folder, limited_pair(ProgramCache(Path(folder)).ensure()) as pair:
-        return [row for rate in RATES for row in _at(pair, rate)]
+    with tempfile.TemporaryDirectory() as folder:
+        programs = ProgramCache(Path(folder)).ensure()
+        with limited_pairs(programs, 2) as (pair, other):
+            rows = [row for rate in RATES for row in _at(pair, rate)]
+            return [*rows, *_beside(pair, other)]
 
 
 def _at(pair: Pair, rate: int) -> Iterator[Outcome]:
@@ -49,6 +52,26 @@ def _at(pair: Pair, rate: int) -> Iterator[Outcome]:
         off = [abs(_missing(_on_wire(pair, arriving) * whole, rate)) for _ in range(WINDOWS)]
         note = "off the limit, counted at the far end's interface"
         yield measured(f"limits.udp_at_{rate}M", off, statistics.median, "%", budget=UDP_BUDGET, note=note)
+
+
+def _beside(busy: Pair, other: Pair) -> Iterator[Outcome]:
+    """What a pod at its limit costs another, which has one of its own."""
+    busy.limit(egress=RATES[0])
+    other.limit(egress=RATES[1])
+    with tcp(busy.pod, busy.host, busy.host_address, 32) as at_limit:
+        at_limit.rate(SECONDS)
+        with tcp(other.pod, other.host, other.host_address, 4) as arriving:
+            missing = [_missing(each, RATES[1] * TCP_SHARE) for each in _windows(arriving)]
+        with echo(other.host, other.host_address):
+            beside = [each * 1000 for each in round_trips(other.pod, other.host_address, QUESTIONS)]
+    with echo(other.host, other.host_address):
+        alone = [each * 1000 for each in round_trips(other.pod, other.host_address, QUESTIONS)]
+    note = f"of another pod, beside 32 connections at {RATES[0]}M: {_QUEUES}"
+    name = f"limits.other_tcp_4_at_{RATES[1]}M"
+    yield measured(name, missing, statistics.median, "%", budget=TCP_BUDGET, note=note)
+    note = "median there and back of another pod that sends nothing else, over that of one alone"
+    pairs = list(zip(beside, alone, strict=True))
+    yield measured("limits.other_question", pairs, of_medians, "x", note=note)
 
 
 def _windows(arriving: Counted) -> list[float]:

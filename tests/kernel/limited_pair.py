@@ -1,4 +1,4 @@
-"""A device with limits in a pod's namespace, wired to a host's: what an agent makes, without an agent."""
+"""Devices with limits in pods' namespaces, wired to a host's: what an agent makes, without an agent."""
 
 from __future__ import annotations
 
@@ -39,6 +39,9 @@ class Pair:
     accounting: Accounting
     wire: IfIndex
     shaper: Shaper
+    slot: Slot = SLOT
+    pod_address: str = POD_ADDRESS
+    host_address: str = HOST_ADDRESS
     policy: QosPolicy = _POLICY
 
     @property
@@ -58,56 +61,72 @@ class Pair:
 
     def egress_bytes(self) -> int:
         """As counted."""
-        return sum(cell.bytes for cell in self.accounting.read(SLOT) if cell.direction == 0)
+        return sum(cell.bytes for cell in self.accounting.read(self.slot) if cell.direction == 0)
 
 
 @contextlib.contextmanager
 def limited_pair(programs: CompiledPrograms) -> Iterator[Pair]:
     """Needs tcx: the programs are attached before the move."""
+    with limited_pairs(programs, 1) as (pair,):
+        yield pair
+
+
+@contextlib.contextmanager
+def limited_pairs(programs: CompiledPrograms, count: int) -> Iterator[tuple[Pair, ...]]:
+    """Pods of one host, each with a wire of its own."""
     with contextlib.ExitStack() as stack:
         host = stack.enter_context(private_host())
-        pod = stack.enter_context(netns())
         pins = stack.enter_context(mounted_bpffs()) / "knd/v1"
         accounting = stack.enter_context(Accounting.open(pins, programs, slots=8))
-        index, peer = (IfIndex(each) for each in stack.enter_context(veth_pair("vh0", "vp0")))
-        home = stack.enter_context(LinkSocket(None))
-        link = home.by_index(index)
-        assert link is not None
-        handle = stack.enter_context(open_netns(pod.path))
-        known = replace(
-            preparation(0),
-            slot=SLOT,
-            identity=SoftwareIdentity("veth", link.ifindex, link.peer, link.peer_nsid),
-            config=NicConfig(
-                interface=InterfaceConfig(name=IfName("net1")),
-                qos=QosConfig(enforcement=Enforcement.SOFTWARE),
-            ),
-            baseline=LinkSettings.of(link),
-        )
-        target = Target(
-            preparation=known,
-            attachment=None,
-            home=home,
-            home_netns=stack.enter_context(host_netns()),
-            pod=stack.enter_context(LinkSocket(handle)),
-            pod_netns=handle,
-            hint=index,
-        )
-        pair: list[Pair] = []
-        shaper = Shaper(accounting, lambda: pair[0].policy)
-        pair.append(Pair(host, pod, target, accounting, peer, shaper))
-        TcxPrograms(pins, accounting).attach("limited", index, SLOT)
-        _into_pod(pair[0])
-        yield pair[0]
+        tcx = TcxPrograms(pins, accounting)
+        yield tuple(_pair(stack, number, host, accounting, tcx) for number in range(count))
+
+
+def _pair(
+    stack: contextlib.ExitStack, number: int, host: SimNetns, accounting: Accounting, tcx: TcxPrograms
+) -> Pair:
+    pod = stack.enter_context(netns())
+    index, peer = (IfIndex(each) for each in stack.enter_context(veth_pair(f"vh{number}", f"vp{number}")))
+    home = stack.enter_context(LinkSocket(None))
+    link = home.by_index(index)
+    assert link is not None
+    handle = stack.enter_context(open_netns(pod.path))
+    slot = Slot(SLOT + number)
+    known = replace(
+        preparation(number),
+        slot=slot,
+        identity=SoftwareIdentity("veth", link.ifindex, link.peer, link.peer_nsid),
+        config=NicConfig(
+            interface=InterfaceConfig(name=IfName("net1")),
+            qos=QosConfig(enforcement=Enforcement.SOFTWARE),
+        ),
+        baseline=LinkSettings.of(link),
+    )
+    target = Target(
+        preparation=known,
+        attachment=None,
+        home=home,
+        home_netns=stack.enter_context(host_netns()),
+        pod=stack.enter_context(LinkSocket(handle)),
+        pod_netns=handle,
+        hint=index,
+    )
+    made: list[Pair] = []
+    shaper = Shaper(accounting, lambda: made[0].policy)
+    addresses = (address.replace("18.0", f"18.{number}") for address in (POD_ADDRESS, HOST_ADDRESS))
+    made.append(Pair(host, pod, target, accounting, peer, shaper, slot, *addresses))
+    tcx.attach(f"limited{number}", index, slot)
+    _into_pod(made[0])
+    return made[0]
 
 
 def _into_pod(pair: Pair) -> None:
     target = pair.target
-    pair.accounting.zero(SLOT)
+    pair.accounting.zero(pair.slot)
     move_in(target)
     pair.shaper.shape(target)
     link_up(target)
     assert target.pod is not None
-    target.pod.add_address(pair.ifindex, ipaddress.ip_interface(f"{POD_ADDRESS}/24"))
-    target.home.add_address(pair.wire, ipaddress.ip_interface(f"{HOST_ADDRESS}/24"))
+    target.pod.add_address(pair.ifindex, ipaddress.ip_interface(f"{pair.pod_address}/24"))
+    target.home.add_address(pair.wire, ipaddress.ip_interface(f"{pair.host_address}/24"))
     target.home.set_up(pair.wire)

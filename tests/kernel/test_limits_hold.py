@@ -10,10 +10,12 @@ import time
 
 import pytest
 
+from bpf.program import CompiledPrograms
 from hw.qdisc import ROOT_HANDLE
 from kndsim.waiting import wait_until
 from tests.kernel.limit_traffic import Counted, tcp, udp
-from tests.kernel.limited_pair import HOST_ADDRESS, POD_ADDRESS, SLOT, Pair
+from tests.kernel.limited_pair import HOST_ADDRESS, POD_ADDRESS, SLOT, Pair, limited_pairs
+from tests.kernel.limits_apart import nothing_lost_beside_a_flood
 
 pytestmark = [pytest.mark.usefixtures("tcx_kernel"), pytest.mark.timeout(120)]
 
@@ -156,3 +158,23 @@ def test_every_byte_is_counted_whatever_becomes_of_it(pair: Pair) -> None:
     assert told["rx_policed"] == told["rx_queue_dropped"] == 0
     # ARP and IPv6 say a little of their own meanwhile.
     assert 0 <= pair.egress_bytes() - before - sent < 2000
+
+
+def test_a_pod_far_above_its_limit_costs_another_no_packet(compiled: CompiledPrograms) -> None:
+    with limited_pairs(compiled, 2) as (flooding, other):
+        nothing_lost_beside_a_flood(flooding, other)
+
+
+def test_of_two_limits_each_holds_for_its_own_pod(compiled: CompiledPrograms) -> None:
+    with limited_pairs(compiled, 2) as (slow, fast):
+        slow.limit(egress=LIMIT)
+        fast.limit(egress=10 * LIMIT)
+        with (
+            tcp(slow.pod, slow.host, slow.host_address, 8) as little,
+            tcp(fast.pod, fast.host, fast.host_address, 8) as much,
+        ):
+            goes_on(little)
+            goes_on(much)
+            assert little.overall() < LIMIT * 1e6 * ABOVE
+            assert much.overall() < 10 * LIMIT * 1e6 * ABOVE
+            assert much.bytes > 2 * little.bytes

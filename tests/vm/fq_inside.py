@@ -26,7 +26,8 @@ from kndsim.demo.devices import Devices
 from kndsim.links import SimNetns
 from kndsim.waiting import wait_until
 from tests.kernel.limit_traffic import TCP_SHARE, Counted, echo, round_trips, tcp, udp
-from tests.kernel.limited_pair import HOST_ADDRESS, SLOT, Pair, limited_pair
+from tests.kernel.limited_pair import HOST_ADDRESS, SLOT, Pair, limited_pair, limited_pairs
+from tests.kernel.limits_apart import nothing_lost_beside_a_flood
 from tests.node.departing_pod import asking, kept_by
 from tests.node.node_stage import devices, node
 
@@ -192,6 +193,14 @@ def test_every_byte_is_counted_and_either_leaves_or_is_among_the_dropped(pair: P
     assert 0 <= counted - sent < 2000
     assert abs(pair.on_wire() - wire + gone - counted) < 2000
     assert root(pair).drops == 0
+
+
+def test_a_pod_far_above_its_limit_costs_another_no_packet(tmp_path: Path) -> None:
+    with limited_pairs(ProgramCache(tmp_path).ensure(), 2) as pairs:
+        for each in pairs:
+            begin(each)
+        nothing_lost_beside_a_flood(*pairs)
+        assert [root(each).kind for each in pairs] == ["fq", "fq"]
 
 
 def test_a_pod_that_takes_its_queue_off_has_no_more_and_is_seen(pair: Pair) -> None:
