@@ -181,3 +181,14 @@ def sums(rows: Iterable[Rate]) -> Mapping[str, tuple[float, float]]:
         egress, ingress = found.get(rate.source, (0.0, 0.0))
         found[rate.source] = (egress + rate.egress, ingress + rate.ingress)
     return found
+
+
+def cells(rate: Rate) -> list[str]:
+    """A row's figures as people read them, the sparkline last."""
+    return [
+        rate.source,
+        with_unit(rate.egress, "b/s"),
+        with_unit(rate.ingress, "b/s"),
+        with_unit(rate.packets, "pkt/s"),
+        spark(rate.history),
+    ]

@@ -15,8 +15,8 @@ from textual.binding import Binding, BindingType
 from textual.widgets import DataTable, Footer, Static
 
 from driver.cli.output import printable
-from driver.cli.rates import Order, Rates, Reading, View, columns, sums, with_unit
-from driver.cli.top import AgentSilent, cells
+from driver.cli.rates import Order, Rates, Reading, View, cells, columns, sums, with_unit
+from driver.cli.scrape import AgentSilent
 
 
 class TopScreen(App[None]):

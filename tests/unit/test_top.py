@@ -11,10 +11,9 @@ from contextlib import contextmanager
 import pytest
 from textual.widgets import DataTable, Static
 
-from driver.cli import top
 from driver.cli.main import main
 from driver.cli.rates import HISTORY, Order, Rates, Reading, View, parse, spark, with_unit
-from driver.cli.top import AgentSilent
+from driver.cli.scrape import AgentSilent, scrape
 from driver.cli.top_screen import TopScreen
 from driver.metrics import Metrics, MetricsServer
 from driver.model import PodSample
@@ -193,7 +192,7 @@ def test_what_is_no_exposition_is_a_sentence(monkeypatch: pytest.MonkeyPatch) ->
     with MetricsServer(metrics, port=0) as server:
         monkeypatch.setattr(metrics, "scrape", lambda: b"knd_pod_network_bytes_total{ 1\n")
         with pytest.raises(AgentSilent, match="no agent tells its metrics"):
-            top.scrape(server.port)
+            scrape(server.port)
 
 
 # --- the screen -------------------------------------------------------------------------------------
