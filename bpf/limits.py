@@ -23,6 +23,7 @@ COST_SHIFT = 20
 CREDIT_SHIFT = 12
 """A credit is in 2**12 ns there: a GiB at 1 Mbit/s fits in 32 bits."""
 _RULES = struct.Struct("=IIIIII8s20Q")
+_FLAGS = struct.Struct("=I")
 _POLICE = struct.Struct("=22Q")
 _KEY = struct.Struct("=I")
 _NS = 1_000_000_000
@@ -113,6 +114,8 @@ class Limits:
     def __init__(self, rules: sys.MapFd, police: sys.MapFd) -> None:
         self._rules = rules
         self._police = police
+        self.state: object = object()
+        """Another one whenever the rules of a slot were set."""
 
     @property
     def fds(self) -> Mapping[str, int]:
@@ -122,6 +125,20 @@ class Limits:
     def set(self, slot: Slot, rules: Rules) -> None:
         """In force with the next packet."""
         sys.map_update_elem(self._rules, _KEY.pack(slot), rules.pack())
+        self.state = object()
+
+    def departing(self, slots: Collection[Slot]) -> frozenset[Slot]:
+        """Those whose rules tell packets when to leave, by one call for all. A slot that there is not has no
+        rules."""
+        if not slots:
+            return frozenset()
+        first, count = min(slots), max(slots) - min(slots) + 1
+        values = bytearray(_RULES.size * count)
+        sys.map_lookup_batch(self._rules, first - 1 if first else None, count, values)
+        at = {slot: (slot - first) * _RULES.size for slot in slots}
+        return frozenset(
+            slot for slot in slots if _FLAGS.unpack_from(values, at[slot])[0] & layout.RULES_DEPART
+        )
 
     def detour(self, slot: Slot) -> int:
         """The ifb that the slot's rules name, as an ifindex of the device's netns; 0 for none."""

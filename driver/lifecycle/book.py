@@ -53,6 +53,9 @@ class Book:
         generations = [p.generation for p in state.preparations]
         generations += [a.generation for a in state.attachments]
         self._generation = max(generations, default=0)
+        self.state: object = object()
+        """Another one whenever a preparation or an attachment changed. Ask for it before something is made of
+        these: that is good while it is the same."""
 
     # --- reading ------------------------------------------------------------------------------------
 
@@ -144,6 +147,7 @@ class Book:
             self._write({p.key: partial(put, p, durable=True) for p in written}, insist=True)
             with self._lock:
                 self._preparations.update({p.key: p for p in written})
+                self.state = object()
             return written
 
     def amend_preparation(self, preparation: Preparation) -> Preparation:
@@ -156,6 +160,7 @@ class Book:
             self._write({preparation.key: put}, insist=True)
             with self._lock:
                 self._preparations[preparation.key] = preparation
+                self.state = object()
             return preparation
 
     def advance_preparations(
@@ -173,6 +178,7 @@ class Book:
             self._write({p.key: partial(self._journal.put_preparation, p) for p in written}, insist)
             with self._lock:
                 self._preparations.update({p.key: p for p in written})
+                self.state = object()
             return tuple(written)
 
     def close_preparation(self, preparation: Preparation) -> None:
@@ -191,6 +197,7 @@ class Book:
             self._write(drops, insist=False)
             with self._lock:
                 del self._preparations[preparation.key]
+                self.state = object()
                 self._quarantines.pop(device, None)
 
     def _check(self, preparation: Preparation, state: PreparationState | None) -> None:
@@ -206,6 +213,7 @@ class Book:
             self._write({attachment.id: partial(self._journal.put_attachment, attachment)}, insist=True)
             with self._lock:
                 self._attachments[attachment.id] = attachment
+                self.state = object()
             return attachment
 
     def advance_attachments(
@@ -221,6 +229,7 @@ class Book:
             self._write({a.id: partial(self._journal.put_attachment, a) for a in written}, insist)
             with self._lock:
                 self._attachments.update({a.id: a for a in written})
+                self.state = object()
             return tuple(written)
 
     def close_attachment(self, attachment: Attachment) -> None:
@@ -232,6 +241,7 @@ class Book:
             self._write({attachment.id: partial(self._journal.drop_attachment, attachment.id)}, insist=False)
             with self._lock:
                 del self._attachments[attachment.id]
+                self.state = object()
 
     def quarantine(
         self, device: DeviceName, reason: str, wall: float, *, held: PreparationKey | None = None

@@ -1,7 +1,8 @@
 """Limits of attached devices over time: a new policy, a restart, and pods that take them off.
 
-Invariant: what is in force follows from record and policy; nothing is remembered here but what the counters
-were a moment ago. A device is worked on under its lock, in its own pod, or not at all.
+Invariant: what is in force follows from record, policy and rules, and is looked up anew when one of them is
+another; beside that nothing is remembered here but what the counters were a moment ago. A device is worked on
+under its lock, in its own pod, or not at all.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
+from bpf.layout import Slot
 from driver.execute.engine import EXPECTED
 from driver.execute.target import Target, open_target
 from driver.lifecycle.context import Context
@@ -45,6 +47,17 @@ class _Moment:
     dropped: int
 
 
+@dataclass(frozen=True, slots=True)
+class _InForce:
+    """What was found of everybody at one time, and of which records, policy and rules it was made."""
+
+    made_of: tuple[object, object, object]
+    limited: tuple[tuple[Attachment, Preparation, tuple[Kept, ...]], ...]
+    queued: tuple[tuple[Attachment, Slot, Kept], ...]
+    """What queues keep, each way."""
+    departing: tuple[tuple[Attachment, Preparation], ...]
+
+
 class Keeping:
     """Every method but watch and apply_all may be called by any thread."""
 
@@ -55,6 +68,7 @@ class Keeping:
         self._before: dict[tuple[AttachmentId, Direction], _Moment] = {}
         self._passes = 0
         self._hidden: set[AttachmentId] = set()
+        self._known: _InForce | None = None
 
     async def apply_all(self, *, report: bool) -> None:
         """Make every attached device's limits what they are to be by now, and say so in the statuses."""
@@ -70,7 +84,10 @@ class Keeping:
 
     async def watch(self) -> None:
         """Look at the queues of pods that send or get more than a queue would let through; now and then at
-        those of all."""
+        those of all. Where nobody has one that costs next to nothing."""
+        known = self._known
+        if known is not None and not known.queued and not self._before and self._is_good(known):
+            return
         for id in await self._context.workers.run([], self._suspects):
             attachment = self._context.book.attachment(id)
             if attachment is None:
@@ -85,17 +102,17 @@ class Keeping:
         """Bits per second of every limit that is in force."""
         return {
             (*_labels(attachment, preparation, kept.direction), kept.by.value): kept.rate * 1e6
-            for attachment, preparation in self._attached()
-            for kept in self._projections.limits_of(preparation)
+            for attachment, preparation, limits in self._in_force().limited
+            for kept in limits
         }
 
     def dropped(self) -> Mapping[Labels, float]:
         """Packets that the programs dropped, of every device that has a limit."""
-        limited = [each for each in self._attached() if self._projections.limits_of(each[1])]
-        found = self._context.accounting.limits.dropped([preparation.slot for _, preparation in limited])
+        limited = self._in_force().limited
+        found = self._context.accounting.limits.dropped([preparation.slot for _, preparation, _ in limited])
         return {
             _labels(attachment, preparation, direction): found[preparation.slot].packets[direction]
-            for attachment, preparation in limited
+            for attachment, preparation, _ in limited
             if preparation.slot in found
             for direction in Direction
         }
@@ -105,20 +122,43 @@ class Keeping:
         maps = self._context.accounting.limits
         return {
             _labels(attachment, preparation, Direction.EGRESS): seconds
-            for attachment, preparation in self._attached()
+            for attachment, preparation in self._in_force().departing
             if (seconds := maps.waiting(preparation.slot)) is not None
         }
+
+    def _in_force(self) -> _InForce:
+        """Asked for several times a second and at each scrape, and the same for hours on most nodes."""
+        known = self._known
+        if known is None or not self._is_good(known):
+            known = self._known = self._look_up()
+        return known
+
+    def _is_good(self, known: _InForce) -> bool:
+        return all(one is other for one, other in zip(known.made_of, self._sources(), strict=True))
+
+    def _sources(self) -> tuple[object, object, object]:
+        context = self._context
+        return context.book.state, context.policy(), context.accounting.limits.state
+
+    def _look_up(self) -> _InForce:
+        # Before the rest: what changes meanwhile makes this one of no good.
+        sources = self._sources()
+        attached = self._attached()
+        limited = [(a, p, kept) for a, p in attached if (kept := self._projections.limits_of(p))]
+        departing = self._context.accounting.limits.departing([p.slot for _, p in attached])
+        return _InForce(
+            made_of=sources,
+            limited=tuple(limited),
+            queued=tuple((a, p.slot, each) for a, p, kept in limited for each in kept if each.by.cooperative),
+            departing=tuple((a, p) for a, p in attached if p.slot in departing),
+        )
 
     # --- in a worker ----------------------------------------------------------------------------------
 
     def _suspects(self) -> tuple[AttachmentId, ...]:
         """Who has more counted since the last time than a queue in place lets through, or was dropped of; or
         everybody who has a queue."""
-        queued = [
-            (attachment, preparation.slot, kept)
-            for attachment, preparation in self._attached()
-            for kept in self._queued(preparation)
-        ]
+        queued = self._in_force().queued
         slots = sorted({slot for _, slot, _ in queued})
         counted = self._context.accounting.read_slots(slots) if slots else {}
         dropped = self._context.accounting.limits.dropped(slots)
@@ -137,10 +177,6 @@ class Keeping:
             if everybody or (last is not None and _is_too_much(last, moment, kept)):
                 suspects[attachment.id] = None
         return tuple(suspects)
-
-    def _queued(self, preparation: Preparation) -> list[Kept]:
-        """What queues keep, each way."""
-        return [kept for kept in self._projections.limits_of(preparation) if kept.by.cooperative]
 
     def _apply(self, id: AttachmentId) -> None:
         with self._target(id) as target:

@@ -151,13 +151,13 @@ class Projections:
     def limits_of(self, preparation: Preparation) -> tuple[limits.Kept, ...]:
         """The limits that are in force for an attached device."""
         context = self._context
+        config, qos = preparation.config, context.policy().qos
+        asked = limits.kept(config, qos, detour=False)
+        if all(each.by is limits.KeptBy.DEVICE for each in asked):
+            # Nothing that the maps could say more of; and so it is with most devices.
+            return asked
         maps, slot = context.accounting.limits, preparation.slot
-        return limits.kept(
-            preparation.config,
-            context.policy().qos,
-            detour=bool(maps.detour(slot)),
-            departs=maps.departs(slot),
-        )
+        return limits.kept(config, qos, detour=bool(maps.detour(slot)), departs=maps.departs(slot))
 
     def offer(self) -> None:
         """Say what this node offers. A device in use keeps the attributes it had when it was prepared,

@@ -255,8 +255,12 @@ def test_who_is_not_told_of_congestion_is_not_marked(accounting: Accounting) -> 
 
 def test_times_to_leave_are_for_what_leaves(accounting: Accounting) -> None:
     police = Police(rate=1, burst=10 * len(V4))
+    before = accounting.limits.state
     accounting.limits.set(SLOT, Rules(police=(police, police), credit=1))
+    assert accounting.limits.state is not before
     assert accounting.limits.departs(SLOT)
+    assert accounting.limits.departing([SLOT, OTHER, Slot(0)]) == {SLOT}
+    assert accounting.limits.departing([OTHER, Slot(0), Slot(accounting.capacity)]) == frozenset()
     ran = [run(accounting, V4, INGRESS) for _ in range(5)]
     assert {(each.packet, each.departure) for each in ran} == {(V4, 0)}
     accounting.limits.set(SLOT, Rules(police=(police, police)))
