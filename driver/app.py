@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -121,6 +122,10 @@ class App:
             loop.add_signal_handler(number, self._stopping.set)
         async with AsyncExitStack() as stack:
             await self._start(stack)
+            # What is there by now stays: a full collection, which may come amid a hook or a scrape, would go
+            # through all of it each time.
+            gc.collect()
+            gc.freeze()
             log.info("serving as %s on node %s", self._paths.driver, self._settings.node)
             await self._stopping.wait()
             log.info("stopping: attached devices stay in their pods")
