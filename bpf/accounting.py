@@ -8,6 +8,7 @@ slot is the caller's to know: zero a slot before its programs are attached, read
 from __future__ import annotations
 
 import contextlib
+import itertools
 import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,9 @@ BATCH_BYTES = 4 << 20
 _FIRST = Slot(0)
 _LANES = struct.Struct(f"={layout.VALUE_BYTES // 8}Q")
 _ZEROS = bytes(layout.VALUE_BYTES)
+_CELLS = range(layout.DIRECTIONS * layout.CLASSES * layout.KINDS)
+_PLACES = tuple(itertools.product(range(layout.DIRECTIONS), range(layout.CLASSES), TrafficKind))
+"""Direction, class and kind of each cell, in the order of a record."""
 
 
 class Accounting:
@@ -250,10 +254,11 @@ def _cells(values: bytearray, start: int, cpus: int) -> tuple[Cell, ...]:
     if not total:
         return ()
     lanes = _LANES.unpack(total.to_bytes(layout.VALUE_BYTES, "little"))
-    return tuple(_cell(at, lanes) for at in range(len(lanes) // 2) if lanes[2 * at + 1])
-
-
-def _cell(at: int, lanes: tuple[int, ...]) -> Cell:
-    rest, kind = divmod(at, layout.KINDS)
-    direction, traffic_class = divmod(rest, layout.CLASSES)
-    return Cell(direction, traffic_class, TrafficKind(kind), lanes[2 * at], lanes[2 * at + 1])
+    # Not by Cell's own constructor, which takes as long again.
+    new = tuple.__new__
+    return tuple(
+        [
+            new(Cell, _PLACES[at] + lanes[2 * at : 2 * at + 2])
+            for at in itertools.compress(_CELLS, lanes[1::2])
+        ]
+    )

@@ -6,8 +6,7 @@ Invariant: a slot's value is one wide record, so that one batch call reads every
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
-from typing import NewType
+from typing import NamedTuple, NewType
 
 Slot = NewType("Slot", int)
 """Index of an attachment's record in the accounting map."""
@@ -70,9 +69,11 @@ class Hook(enum.StrEnum):
     CLSACT = "clsact"
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One counter of a slot. direction 0 egress, 1 ingress, as the pod sees it."""
+class Cell(NamedTuple):
+    """One counter of a slot. direction 0 egress, 1 ingress, as the pod sees it.
+
+    A tuple and no dataclass, since thousands are made for each scrape.
+    """
 
     direction: int
     traffic_class: int

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -37,6 +37,8 @@ _FRAME_EXTRA = {Framing.ETHERNET: 8, Framing.IPOIB: 40}
 added behind it; InfiniBand's global route header, which mlx5 counts of what comes."""
 
 Totals = Mapping[str, int]
+Owner = tuple[str, str, str, str, str]
+Owners = Mapping[Holder, Owner]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,13 @@ class Missed:
 
     bytes: int
     packets: int
+
+
+_Counted = Mapping[tuple[Holder, MeterKey], Totals]
+_Shown = tuple[_Counted, Owners, Mapping[str, str], tuple[MeterSample, ...]]
+_ShownMissed = tuple[
+    Mapping[tuple[AttachmentId, str, Direction], Missed], Owners, tuple[UnaccountedSample, ...]
+]
 
 
 class Metering:
@@ -68,6 +77,11 @@ class Metering:
         self._last: dict[MeterKey, tuple[Holder, Reading]] = {}
         self._totals: dict[tuple[Holder, MeterKey], Totals] = {}
         self._missed: dict[tuple[AttachmentId, str, Direction], Missed] = {}
+        # What was made for the last scrape, behind what it was made of. Each is put in place as one, and what
+        # it was made of is never changed but by another in its place: scrapes need no lock.
+        self._known_owners: tuple[object, Owners, Mapping[str, str]] = (None, {}, {})
+        self._shown: _Shown = ({}, {}, {}, ())
+        self._shown_missed: _ShownMissed = ({}, {}, ())
 
     # --- the life of an attachment ------------------------------------------------------------------
 
@@ -242,31 +256,39 @@ class Metering:
         return {name: own.get(name, 0) + made.get(name, 0) for name in own.keys() | made.keys()}
 
     def samples(self) -> tuple[MeterSample, ...]:
-        """Each counter of each meter, as last read: of living attachments and of the devices they share."""
-        owners, children = self._owners(), self._children()
-        return tuple(
-            MeterSample(
-                *owners[holder][:4],
-                children.get(meter.subject, owners[holder][4]),
-                *(meter.subject, meter.port, meter.source),
-                *(name, total),
-            )
-            for (holder, meter), totals in self._totals.items()
-            if holder in owners
-            for name, total in totals.items()
-        )
+        """Each counter of each meter, as last read: of living attachments and of the devices they share. The
+        same tuple as before where nothing is another."""
+        totals, shown = self._totals, self._shown
+        owners, children = self._whose()
+        if not (shown[0] is totals and shown[1:3] == (owners, children)):
+            # Mostly nothing was read since the last scrape, and then these are thousands of equal ones.
+            made = tuple(_samples(totals, owners, children))
+            shown = self._shown = (totals, owners, children, made)
+        return shown[3]
 
     def unaccounted(self) -> tuple[UnaccountedSample, ...]:
-        owners = self._owners()
-        return tuple(
-            UnaccountedSample(*owners[id], direction.name.lower(), source, each.bytes, each.packets)
-            for (id, source, direction), each in self._missed.items()
-            if id in owners
-        )
+        """The same tuple as before where nothing is another."""
+        every, shown = self._missed, self._shown_missed
+        owners, _ = self._whose()
+        if not (shown[0] is every and shown[1] == owners):
+            made = tuple(
+                UnaccountedSample(*owners[id], direction.name.lower(), source, each.bytes, each.packets)
+                for (id, source, direction), each in every.items()
+                if id in owners
+            )
+            shown = self._shown_missed = (every, owners, made)
+        return shown[2]
 
-    def _owners(self) -> dict[Holder, tuple[str, str, str, str, str]]:
+    def _whose(self) -> tuple[Owners, Mapping[str, str]]:
+        known = self._known_owners
+        state = self._book.state
+        if known[0] is not state:
+            known = self._known_owners = (state, self._owners(), self._children())
+        return known[1:]
+
+    def _owners(self) -> Owners:
         """Namespace, pod, claim, device and interface; all "" for what is a device's."""
-        found: dict[Holder, tuple[str, str, str, str, str]] = {None: ("", "", "", "", "")}
+        found: dict[Holder, Owner] = {None: ("", "", "", "", "")}
         for attachment in self._book.attachments():
             preparation = self._book.preparation(attachment.preparation)
             if preparation is not None:
@@ -284,6 +306,16 @@ class Metering:
             if wish is not None:
                 found[child_of(attachment.preparation.device)] = wish.name
         return found
+
+
+def _samples(counted: _Counted, owners: Owners, children: Mapping[str, str]) -> Iterator[MeterSample]:
+    for (holder, meter), totals in counted.items():
+        if holder not in owners:
+            continue
+        owner = (*owners[holder][:4], children.get(meter.subject, owners[holder][4]))
+        place = (meter.subject, meter.port, meter.source)
+        for name, total in totals.items():
+            yield MeterSample(*owner, *place, name, total)
 
 
 def missed(totals: Totals, cells: tuple[Cell, ...], direction: Direction, extra: int) -> Missed:

@@ -66,28 +66,64 @@ _HELP = {
 }
 
 _OWNER = ("namespace", "pod", "claim", "device", "interface")
+_MISSED_BY = (*_OWNER, "direction", "source")
 
 
-def render_meters(samples: Sequence[MeterSample]) -> bytes:
-    series: dict[str, dict[str, int]] = {}
-    for sample in samples:
-        if sample.source == LIMITS and sample.counter not in _QUEUES:
-            # Shown as of now, with the limits.
-            continue
-        name, pairs = _series(sample)
-        series.setdefault(name, {})[labels(pairs)] = sample.total
-    return _text(series)
+_Kept = tuple[Sequence[MeterSample] | Sequence[UnaccountedSample], bytes]
+_NOTHING: _Kept = ((), b"")
 
 
-def render_unaccounted(samples: Sequence[UnaccountedSample]) -> bytes:
-    series: dict[str, dict[str, int]] = {}
-    for sample in samples:
-        text = labels(
-            [*zip(_OWNER, sample, strict=False), ("direction", sample.direction), ("source", sample.source)]
-        )
-        series.setdefault("knd_pod_unaccounted_bytes_total", {})[text] = sample.bytes
-        series.setdefault("knd_pod_unaccounted_packets_total", {})[text] = sample.packets
-    return _text(series)
+class MeterExposition:
+    """What stands before a series' number is made once and kept while that lives. The whole text is kept
+    for the next scrape, which mostly shows what the one before did: devices are read twice a minute."""
+
+    def __init__(self) -> None:
+        self._places: dict[tuple[object, ...], tuple[str, str] | None] = {}
+        self._labels: dict[tuple[object, ...], str] = {}
+        self._meters = self._unaccounted = _NOTHING
+
+    def meters(self, samples: Sequence[MeterSample]) -> bytes:
+        if _is_same(samples, self._meters):
+            return self._meters[1]
+        places: dict[tuple[object, ...], tuple[str, str] | None] = {}
+        series: dict[str, dict[str, int]] = {}
+        for sample in samples:
+            key = sample[:9]
+            place = self._places[key] if key in self._places else _place(sample)
+            places[key] = place
+            if place is not None:
+                series.setdefault(place[0], {})[place[1]] = sample[9]
+        self._places = places
+        self._meters = (samples, _text(series))
+        return self._meters[1]
+
+    def unaccounted(self, samples: Sequence[UnaccountedSample]) -> bytes:
+        if _is_same(samples, self._unaccounted):
+            return self._unaccounted[1]
+        known: dict[tuple[object, ...], str] = {}
+        for sample in samples:
+            key = sample[:7]
+            known[key] = self._labels.get(key) or labels(zip(_MISSED_BY, key, strict=True))
+        self._labels = known
+        series = {
+            "knd_pod_unaccounted_bytes_total": {known[each[:7]]: each.bytes for each in samples},
+            "knd_pod_unaccounted_packets_total": {known[each[:7]]: each.packets for each in samples},
+        }
+        self._unaccounted = (samples, _text(series) if samples else b"")
+        return self._unaccounted[1]
+
+
+def _is_same(samples: Sequence[object], kept: _Kept) -> bool:
+    """A list may have other samples by now."""
+    return samples is kept[0] and isinstance(samples, tuple)
+
+
+def _place(sample: MeterSample) -> tuple[str, str] | None:
+    """The series' name and labels; None for what is shown as of now, with the limits."""
+    if sample.source == LIMITS and sample.counter not in _QUEUES:
+        return None
+    name, pairs = _series(sample)
+    return name, labels(pairs)
 
 
 def _series(sample: MeterSample) -> tuple[str, Iterable[tuple[str, object]]]:

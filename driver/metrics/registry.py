@@ -13,7 +13,7 @@ import prometheus_client
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from driver.metrics.exposition import PodExposition, SingleFlight, Watched
-from driver.metrics.meters import render_meters, render_unaccounted
+from driver.metrics.meters import MeterExposition
 from driver.model import PodSample
 from driver.samples import MeterSample, UnaccountedSample
 
@@ -41,6 +41,7 @@ class Metrics:
         self._meters: Callable[[], Sequence[MeterSample]] = tuple
         self._unaccounted: Callable[[], Sequence[UnaccountedSample]] = tuple
         self._exposition = PodExposition()
+        self._meter_exposition = MeterExposition()
         self._flight = SingleFlight(self._render)
         self._hooks = _histogram(registry, "knd_hook", "Runtime hooks, request to answer.", "event")
         self._calls = _histogram(registry, "knd_kubelet_call", "Calls of kubelet.", "method")
@@ -202,11 +203,12 @@ class Metrics:
         return self._flight.get()
 
     def _render(self) -> bytes:
+        meters = self._meter_exposition
         # First, so that this scrape shows what of itself failed.
         parts = [
             self._part("knd_pod_network", lambda: self._exposition.render(self._pods())),
-            self._part("knd_pod_meters", lambda: render_meters(self._meters())),
-            self._part("knd_pod_unaccounted", lambda: render_unaccounted(self._unaccounted())),
+            self._part("knd_pod_meters", lambda: meters.meters(self._meters())),
+            self._part("knd_pod_unaccounted", lambda: meters.unaccounted(self._unaccounted())),
         ]
         return b"".join([prometheus_client.generate_latest(self._registry), *parts])
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from bpf.layout import Slot
 from driver.journal.ledger import UsageOwner
@@ -39,6 +41,22 @@ from hw.model import (
     SoftwareIdentity,
     parse_pci_address,
 )
+
+
+class Records:
+    """What can be read of a Book, over records that change under it: it never has the state that it had."""
+
+    def __init__(
+        self, attachments: Mapping[Any, Attachment], preparations: Mapping[Any, Preparation]
+    ) -> None:
+        self.attachments = lambda: tuple(attachments.values())
+        self.attachment = attachments.get
+        self.preparation = preparations.get
+
+    @property
+    def state(self) -> object:
+        return object()
+
 
 BOOT = BootId("11111111-1111-1111-1111-111111111111")
 OTHER_BOOT = BootId("22222222-2222-2222-2222-222222222222")

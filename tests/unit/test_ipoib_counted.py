@@ -24,12 +24,12 @@ from driver.execute.target import Target
 from driver.journal.ledger import Ledger, LedgerWriteFailed
 from driver.lifecycle.metering import Metering
 from driver.lifecycle.usage import owner_of
-from driver.metrics.meters import render_meters
+from driver.metrics.meters import MeterExposition
 from driver.model import Attachment, BootId
 from driver.plan import Act
 from hw.model import Direction, IfIndex
 from tests.unit.ipoib_world import World
-from tests.unit.journal_values import attachment
+from tests.unit.journal_values import Records, attachment
 
 SIZE = 1000
 HELD = attachment(0)
@@ -45,11 +45,7 @@ class Node(World):
         self.of = self.preparation()
         self.ledger = Ledger.open(folder / "state" / "ledger.sqlite")
         self.held: dict[str, Attachment] = {}
-        book: Any = SimpleNamespace(
-            attachments=lambda: tuple(self.held.values()),
-            attachment=self.held.get,
-            preparation={self.of.key: self.of}.get,
-        )
+        book: Any = Records(self.held, {self.of.key: self.of})
         find: Any = partial(ipoib.find_child, self.programs)
         meters = NodeMeters(self.card.host, BootId("boot"), lambda target: {}, find)
         clock: Any = SimpleNamespace(wall=iter(range(1, 10_000)).__next__)
@@ -123,7 +119,7 @@ def test_its_numbers_are_series_of_its_own_under_the_name_it_has_in_the_pod(node
     node.passes(node.vf.ifindex, Direction.EGRESS, 2, SIZE)
     node.passes(node.child, Direction.EGRESS, 3, SIZE)
     node.settle()
-    shown = render_meters(node.meters.samples()).decode()
+    shown = MeterExposition().meters(node.meters.samples()).decode()
     found = {
         line.split('interface="')[1].split('"')[0]: int(line.rsplit(" ")[-1])
         for line in shown.splitlines()

@@ -21,7 +21,7 @@ from driver.lifecycle.usage import owner_of
 from driver.model import Attachment, AttachmentState, Preparation
 from driver.rdma import RdmaBinding, RdmaMode
 from hw.model import Direction, RdmaIndex, RdmaName
-from tests.unit.journal_values import attachment, preparation
+from tests.unit.journal_values import Records, attachment, preparation
 
 RDMA = MeterKey("mlx5_2", "rdma-hw", 1)
 
@@ -41,11 +41,7 @@ class World:
         self.metering = self.agent()
 
     def agent(self) -> Metering:
-        book: Any = SimpleNamespace(
-            attachments=lambda: tuple(self.attachments.values()),
-            attachment=self.attachments.get,
-            preparation=self.preparations.get,
-        )
+        book: Any = Records(self.attachments, self.preparations)
         clock: Any = SimpleNamespace(wall=self.tick)
         meters: Any = SimpleNamespace(read=self.read)
         return Metering(book, self.ledger, clock, meters, lambda slot: self.cells)
@@ -311,3 +307,25 @@ def test_what_was_missed_does_not_become_less(world: World) -> None:
     assert found[("egress", INTERFACE)] == (9000 - 72, 9)
     world.detach(3)
     assert world.metering.unaccounted() == ()
+
+
+def test_a_scrape_gets_the_same_samples_until_one_is_another(world: World) -> None:
+    interface = MeterKey("dev-3", INTERFACE)
+    world.counters[interface] = {"tx_bytes": 1}
+    world.attach(3)
+    first, missed_first = world.metering.samples(), world.metering.unaccounted()
+    world.settle()
+    assert world.metering.samples() is first
+    assert world.metering.unaccounted() == missed_first
+    world.counters[interface]["tx_bytes"] = 100
+    world.settle()
+    assert [each.total for each in world.metering.samples()] == [99]
+    assert [each.bytes for each in world.metering.unaccounted() if each.direction == "egress"] == [99]
+    held = world.attachments["attachment-3"]
+    known = world.preparations[held.preparation]
+    renamed = replace(known.claim, name="other")
+    world.preparations[held.preparation] = replace(known, claim=renamed)
+    assert [each.claim for each in world.metering.samples()] == ["other"]
+    assert {each.claim for each in world.metering.unaccounted()} == {"other"}
+    world.detach(3)
+    assert world.metering.samples() == world.metering.unaccounted() == ()

@@ -42,7 +42,7 @@ from kndsim.demo.sriov import make_vfs
 from kndsim.netns import delete_netns
 from kndsim.node import ClaimSpec, SimNode, SimPod, interface
 from tests.node.node_stage import node
-from tests.unit.journal_values import attachment, preparation
+from tests.unit.journal_values import Records, attachment, preparation
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -230,11 +230,7 @@ class Shared:
         for number in (1, 2):
             prepared = replace(preparation(number), rdma=binding, kind=DeviceKind.RDMA)
             self.preparations[prepared.key] = prepared
-        book: Any = SimpleNamespace(
-            attachments=lambda: tuple(self.attachments.values()),
-            attachment=self.attachments.get,
-            preparation=self.preparations.get,
-        )
+        book: Any = Records(self.attachments, self.preparations)
         clock: Any = SimpleNamespace(wall=iter(range(1, 10_000)).__next__)
         host = Host(Sysfs(Path("/sys")), Udev(Path("/run/udev")))
         meters = NodeMeters(host, BootId("boot"), lambda target: {}, lambda target: None)
