@@ -33,6 +33,7 @@ from driver.paths import Paths
 from driver.policy import PolicyFile
 from driver.running import Running
 from driver.settings import Settings
+from hw.model import LinkInfo
 from hw.monitor import LinkMonitor
 
 log = logging.getLogger(__name__)
@@ -225,7 +226,11 @@ async def watch_links(lifecycle: Lifecycle, monitor: LinkMonitor) -> None:
     """Feed link events to the lifecycle; several that come together are one look. What could not be looked
     at is part of the next look, which is then at everything."""
     missed = False
-    async for changed in monitor:
+
+    def is_nothing(link: LinkInfo) -> bool:
+        return not missed and lifecycle.is_strange(link)
+
+    async for changed in monitor.hear(is_nothing):
         try:
             await lifecycle.links_changed(None if missed else changed)
             missed = False

@@ -13,13 +13,13 @@ import errno
 import logging
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from types import TracebackType
 from typing import Final
 
 from hw import wire
 from hw.errors import HwError
-from hw.model import IfIndex
+from hw.model import IfIndex, LinkInfo
 from hw.rdma import nldev
 from hw.rdma.netlink import SUBSYSTEM
 from hw.rdma.wire import NETLINK_RDMA, NOTIFY_GROUP
@@ -93,17 +93,25 @@ class LinkMonitor:
     ) -> None:
         self.close()
 
-    async def __aiter__(self) -> AsyncIterator[frozenset[IfIndex] | None]:
+    def __aiter__(self) -> AsyncIterator[frozenset[IfIndex] | None]:
+        return self.hear()
+
+    async def hear(
+        self, is_nothing: Callable[[LinkInfo], bool] = lambda link: False
+    ) -> AsyncIterator[frozenset[IfIndex] | None]:
+        """As iterating, without links of which is_nothing says so as the kernel told them last. Most of what
+        is heard is about a CNI's links: to tell that by the message spares a question and a thread for each.
+        """
         while True:
             await self._readable()
             await asyncio.sleep(self._settle)
-            changed = self.read()
+            changed = self.read(is_nothing)
             if changed is RESCAN or changed:
                 yield changed
 
-    def read(self) -> frozenset[IfIndex] | None:
+    def read(self, is_nothing: Callable[[LinkInfo], bool] = lambda link: False) -> frozenset[IfIndex] | None:
         """What was heard since the last read, without waiting; an empty set if nothing."""
-        changed: set[IfIndex] = set()
+        changed: dict[IfIndex, bytes | None] = {}
         whole = True
         datagrams, complete = _drain(self._links)
         whole = whole and complete
@@ -113,6 +121,7 @@ class LinkMonitor:
             except HwError as error:
                 log.warning("a message about links makes no sense, everything is looked at: %s", error)
                 whole = False
+        told = frozenset(index for index, last in changed.items() if not _is_known(last, is_nothing))
         if self._uevents is not None:
             datagrams, complete = _drain(self._uevents)
             if not complete or any(map(concerns_hardware, datagrams)):
@@ -121,7 +130,7 @@ class LinkMonitor:
         if self._rdma is not None:
             datagrams, complete = _drain(self._rdma)
             whole = whole and complete and not any(map(concerns_rdma, datagrams))
-        return frozenset(changed) if whole else RESCAN
+        return told if whole else RESCAN
 
     async def _readable(self) -> None:
         loop = asyncio.get_running_loop()
@@ -131,26 +140,41 @@ class LinkMonitor:
             if not ready.done():
                 ready.set_result(None)
 
-        sockets = self._sockets()
-        for sock in sockets:
-            loop.add_reader(sock, wake)
+        # By number: with sockets asyncio makes the text of an error of each that it catches itself.
+        numbers = [sock.fileno() for sock in self._sockets()]
+        for number in numbers:
+            loop.add_reader(number, wake)
         try:
             await ready
         finally:
-            for sock in sockets:
-                loop.remove_reader(sock)
+            for number in numbers:
+                loop.remove_reader(number)
 
 
-def changed_links(data: bytes) -> frozenset[IfIndex]:
-    """The ifindexes that one datagram of link and address messages is about. HwError if it is broken."""
-    found: set[IfIndex] = set()
+def changed_links(data: bytes) -> Mapping[IfIndex, bytes | None]:
+    """What one datagram of link and address messages is about: by ifindex what was told last of the link as a
+    whole, for hw.wire.link; None where that is not all there is to know. HwError if it is broken."""
+    found: dict[IfIndex, bytes | None] = {}
     for message in wire.messages(data):
         if message.type in _LINK_MESSAGES | _ADDRESS_MESSAGES:
             if len(message.payload) < 8:
                 raise HwError("netlink: a link or address message without its header")
             # ifinfomsg and ifaddrmsg both have the index as their second four bytes.
-            found.add(IfIndex(struct.unpack_from("=i", message.payload, 4)[0]))
-    return frozenset(found)
+            index = IfIndex(struct.unpack_from("=i", message.payload, 4)[0])
+            # Other families than 0 are parts: a bridge's of its ports.
+            whole = message.type == wire.RTM_NEWLINK and message.payload[0] == socket.AF_UNSPEC
+            found[index] = message.payload if whole else None
+    return found
+
+
+def _is_known(told: bytes | None, is_nothing: Callable[[LinkInfo], bool]) -> bool:
+    """Whether what was told of a link says that it is of no interest."""
+    if told is None:
+        return False
+    try:
+        return is_nothing(wire.link(told))
+    except HwError:
+        return False
 
 
 def concerns_hardware(data: bytes) -> bool:

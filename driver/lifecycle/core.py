@@ -42,7 +42,7 @@ from driver.model import (
     SandboxId,
 )
 from driver.qos import class_maps
-from hw.model import Identity, IfIndex
+from hw.model import Identity, IfIndex, LinkInfo
 
 log = logging.getLogger(__name__)
 
@@ -198,6 +198,10 @@ class Lifecycle:
     async def remove_vfs(self) -> tuple[str, ...]:
         """Unmake the VFs that were made here; returns what stays, a sentence each."""
         return await self._provisioning.remove_all()
+
+    def is_strange(self, link: LinkInfo) -> bool:
+        """Whether a link of the host's that has changed to this is none of ours: nothing to look at."""
+        return self._context.devices.is_strange(link)
 
     async def links_changed(self, changed: frozenset[IfIndex] | None) -> None:
         """None: events were lost, look at everything."""

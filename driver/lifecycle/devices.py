@@ -245,6 +245,10 @@ class Devices:
         newest = self.get(device.name)
         return device.withheld or (newest.withheld if newest is not None else "")
 
+    def is_strange(self, link: LinkInfo) -> bool:
+        """Whether look would find nothing in a link that is like this now. Asks nobody."""
+        return link.ifindex not in self._by_index and not _matters(link, None, self._policy())
+
     def look(self, changed: frozenset[IfIndex], away: Callable[[], Mapping[DeviceName, Identity]]) -> Look:
         """What changed links mean. Most link events of a node are the CNI's veths coming and going, and
         our own moves: one of those costs one look-up each, however many devices there are, and no scan.
