@@ -1,9 +1,10 @@
 """Network namespaces: opening them safely, and doing things inside without going there.
 
 Invariant: this process never changes its netns. Whatever has to happen inside one happens in a thread
-made for that one call, which enters the namespace, is checked to be in it, acts, and ends; if entering
-fails, nothing is opened and nothing runs. A namespace is known by its cookie, never by path or inode:
-the kernel gives a new namespace the inode of one just deleted.
+made for that one call, which enters the namespace, is checked to be in it, acts, and ends; or in one made
+for many such calls, which is at home between them (travelling). If entering fails, nothing is opened and
+nothing runs. A namespace is known by its cookie, never by path or inode: the kernel gives a new namespace the
+inode of one just deleted.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ _OPEN = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 """O_NONBLOCK: a path that turns out to be a FIFO must not hold us."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_traveller = threading.local()
+"""home: of a thread that may change its namespace, a descriptor of its own; None while it is away."""
 
 
 class NetnsHandle:
@@ -137,18 +140,68 @@ def netns_of_pid(pid: int, *, proc: Path = PROC) -> NetnsHandle:
 
 
 def run_in(handle: NetnsHandle, function: Callable[[], T]) -> T:
-    """Call function in a thread that is in the namespace and ends after it; its exceptions come out here.
+    """Call function in a thread that is in the namespace and ends after it, or, where this one is travelling,
+    goes back after it; its exceptions come out here.
 
     Blocks until it is done. What function opens belongs to that namespace for good; it must not leave
     threads behind. BadNetns if the namespace cannot be entered, and then function is not called.
     """
+    home: int | None = getattr(_traveller, "home", None)
+    if home is not None:
+        return _visit(handle, home, function)
+
+    def there() -> T:
+        _enter(handle)
+        return function()
+
+    return _in_thread(there, f"enter network namespace {handle.path}")
+
+
+def travelling(function: Callable[[], T]) -> T:
+    """Call function in a thread made for it that goes into namespaces itself wherever function calls run_in,
+    and comes back at once. For many short visits, one after the other: a thread for each would take longer
+    than what is done there.
+
+    Blocks until it is done; exceptions come out here. HwError if it did not come back, which ended it.
+    """
+
+    def there() -> T:
+        home = os.open(PROC / "thread-self/ns/net", _OPEN)
+        try:
+            _traveller.home = home
+            return function()
+        finally:
+            os.close(home)
+
+    try:
+        return _in_thread(there, "start a thread for network namespaces")
+    except _Astray as error:
+        raise HwError(f"a thread could not leave a network namespace and was ended: {error}") from error
+
+
+class _Astray(BaseException):
+    """The thread is not where it believes to be: nothing may catch this and go on in it."""
+
+
+def _visit(handle: NetnsHandle, home: int, function: Callable[[], T]) -> T:
+    # What function itself does in yet another namespace is not for this thread: that came from home.
+    _traveller.home = None
+    try:
+        _enter(handle)
+        return function()
+    finally:
+        if _libc.setns(home, _CLONE_NEWNET) != 0:
+            raise _Astray(os.strerror(ctypes.get_errno()))
+        _traveller.home = home
+
+
+def _in_thread(work: Callable[[], T], what: str) -> T:
     results: list[T] = []
     errors: list[BaseException] = []
 
     def body() -> None:
         try:
-            _enter(handle)
-            results.append(function())
+            results.append(work())
         except BaseException as error:  # noqa: BLE001 - handed to the caller, who re-raises it
             errors.append(error)
 
@@ -156,7 +209,7 @@ def run_in(handle: NetnsHandle, function: Callable[[], T]) -> T:
     try:
         thread.start()
     except RuntimeError as error:
-        raise HwError(f"cannot enter network namespace {handle.path}: {error}") from error
+        raise HwError(f"cannot {what}: {error}") from error
     thread.join()
     if errors:
         raise errors[0]
@@ -216,7 +269,7 @@ def _refuse_own(handle: NetnsHandle, proc: Path) -> None:
 
 
 def _enter(handle: NetnsHandle) -> None:
-    """Move the calling thread. It must be a thread that ends right after."""
+    """Move the calling thread. It must be a thread that ends right after, or one that travels."""
     if _libc.setns(handle.fd, _CLONE_NEWNET) != 0:
         code = ctypes.get_errno()
         raise BadNetns(f"cannot enter network namespace {handle.path}: {os.strerror(code)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from functools import partial
 
 from driver.execute.engine import EXPECTED
 from driver.journal.store import Journal
@@ -43,6 +44,7 @@ from driver.model import (
 )
 from driver.qos import class_maps
 from hw.model import Identity, IfIndex, LinkInfo
+from hw.netns import travelling
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ LIMITS_EVERY = 0.4
 """Seconds between looks at whether pods keep to their limits: counters only, unless one does not. The look
 after the next sees a whole one without them: a limit taken off under traffic is told within a second."""
 METERS_EVERY = 30.0
-"""Seconds between readings of what devices count themselves: a thread in each pod's netns for a moment."""
+"""Seconds between readings of what devices count themselves: a thread goes from pod to pod."""
 LAST_CHECKPOINT = 5.0
 """Seconds for the one at a stop."""
 
@@ -262,10 +264,13 @@ class Lifecycle:
 
     async def _read_meters(self) -> None:
         settled = self.gate.settled and not self.gate.recovery
-        await self._context.workers.run(
-            [], lambda: self._metering.settle(self._homecoming.reach, all_known=settled)
-        )
-        await self._context.workers.run([], lambda: self.resources.look(self._homecoming.reach))
+
+        def read() -> None:
+            self._metering.settle(self._homecoming.reach, all_known=settled)
+            self.resources.look(self._homecoming.reach)
+
+        # One thread that goes from pod to pod: 256 of them took ten times as long to start as to do this.
+        await self._context.workers.run([], partial(travelling, read))
 
     async def _checkpoint(self) -> None:
         await self._context.workers.run([], self._usage.checkpoint)

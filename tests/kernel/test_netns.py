@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from hw.errors import BadNetns, NotFound
-from hw.netns import host_netns, netns_of_pid, open_netns, run_in, socket_cookie, socket_in
+from hw import netns as netns_module
+from hw.errors import BadNetns, HwError, NotFound
+from hw.netns import host_netns, netns_of_pid, open_netns, run_in, socket_cookie, socket_in, travelling
 from kndsim.links import SimNetns, netns, private_host
 
 
@@ -154,3 +155,78 @@ def test_a_handle_leaves_no_descriptor_behind(pod: SimNetns, tmp_path: Path) -> 
         with pytest.raises(BadNetns):
             open_netns(bad)
     assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def here() -> int:
+    return os.stat("/proc/thread-self/ns/net").st_ino
+
+
+def test_a_traveller_is_in_each_namespace_for_one_call_and_at_home_between_them(pod: SimNetns) -> None:
+    def visit() -> list[tuple[int, int]]:
+        found = []
+        for path in (pod.path, other.path, pod.path):
+            with open_netns(path) as handle:
+                found.append((run_in(handle, here), threading.get_ident()))
+                found.append((here(), run_in(handle, threading.get_ident)))
+        return found
+
+    with netns() as other:
+        seen = travelling(visit)
+        there = [os.fstat(each.fd).st_ino for each in (pod, other, pod)]
+    assert [inode for inode, _ in seen] == [each for inode in there for each in (inode, own_inode())]
+    assert len({thread for _, thread in seen} | {threading.get_ident()}) == 2
+    assert here() == own_inode()
+
+
+def test_a_traveller_comes_back_from_what_fails_there_and_from_where_it_cannot_go(pod: SimNetns) -> None:
+    def fails() -> None:
+        raise NotFound("nothing there")
+
+    def visit() -> list[int]:
+        with open_netns(pod.path) as handle, pytest.raises(NotFound, match="nothing there"):
+            run_in(handle, fails)
+        found = [here()]
+        with pytest.raises(BadNetns, match="was closed"):
+            run_in(handle, fails)
+        with open_netns(pod.path) as handle:
+            return [*found, here(), run_in(handle, here), here()]
+
+    assert travelling(visit) == [own_inode(), own_inode(), os.fstat(pod.fd).st_ino, own_inode()]
+
+
+def test_what_is_done_in_a_namespace_may_visit_another_and_comes_back_to_it(pod: SimNetns) -> None:
+    with netns() as other, open_netns(pod.path) as outer, open_netns(other.path) as inner:
+        seen = travelling(lambda: run_in(outer, lambda: (run_in(inner, here), here())))
+        assert seen == (inner.inode, outer.inode)
+
+
+def test_a_traveller_that_does_not_come_back_ends_at_once(
+    pod: SimNetns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    went_on = []
+    known = netns_module._enter
+
+    def visit(handle: netns_module.NetnsHandle) -> None:
+        try:
+            run_in(handle, lambda: None)
+        except Exception:  # noqa: BLE001 - as the agent's own, of each pod
+            went_on.append(here())
+        went_on.append(here())
+
+    def lose_home(handle: netns_module.NetnsHandle) -> None:
+        known(handle)
+        # As another kind of namespace than a descriptor is of, setns refuses it.
+        monkeypatch.setattr(netns_module, "_CLONE_NEWNET", 0x10000000)
+
+    with open_netns(pod.path) as handle:
+        monkeypatch.setattr(netns_module, "_enter", lose_home)
+        with pytest.raises(HwError, match="could not leave"):
+            travelling(lambda: visit(handle))
+    assert went_on == []
+
+
+def test_a_traveller_leaves_no_descriptor_and_no_thread(pod: SimNetns) -> None:
+    before = set(os.listdir("/proc/self/fd")), threading.active_count()
+    with open_netns(pod.path) as handle:
+        travelling(lambda: [run_in(handle, here) for _ in range(5)])
+    assert (set(os.listdir("/proc/self/fd")), threading.active_count()) == before
