@@ -61,6 +61,9 @@ class Accounting:
         self.others = others
         self._programs = programs
         self._cpus = sys.possible_cpus()
+        self._known: dict[Slot, tuple[int, tuple[Cell, ...]]] = {}
+        """By slot what its record added up to last, and what that is in cells: a slot in which nothing was
+        counted since is taken apart once."""
 
     @classmethod
     def open(cls, pins: Path, programs: CompiledPrograms, *, slots: int = DEFAULT_SLOTS) -> Accounting:
@@ -114,7 +117,7 @@ class Accounting:
         self._check(slot)
         values = bytearray(layout.VALUE_BYTES * self._cpus)
         sys.map_lookup_elem(self._maps.counters, KEY.pack(slot), values)
-        return self._with_others(slot, _cells(values, 0, self._cpus))
+        return self._with_others(slot, _cells(_total(values, 0, self._cpus)))
 
     def _with_others(self, slot: Slot, cells: tuple[Cell, ...]) -> tuple[Cell, ...]:
         counted_before = self.others.cells(slot)
@@ -140,8 +143,11 @@ class Accounting:
             values = bytearray(size * count)
             sys.map_lookup_batch(self._maps.counters, run[0] - 1 if run[0] else None, count, values)
             for slot in run:
-                ours = _cells(values, (slot - run[0]) * size, self._cpus)
-                found[slot] = self._with_others(slot, ours)
+                total = _total(values, (slot - run[0]) * size, self._cpus)
+                known = self._known.get(slot)
+                if known is None or known[0] != total:
+                    known = self._known[slot] = (total, _cells(total))
+                found[slot] = self._with_others(slot, known[1])
         return found
 
     @staticmethod
@@ -193,7 +199,7 @@ class Scratch:
         values = bytearray(layout.VALUE_BYTES * sys.possible_cpus())
         sys.map_lookup_elem(self._maps.counters, KEY.pack(_FIRST), values)
         sys.map_update_elem(self._maps.counters, KEY.pack(_FIRST), bytes(len(values)))
-        return _cells(values, 0, sys.possible_cpus())
+        return _cells(_total(values, 0, sys.possible_cpus()))
 
 
 @contextlib.contextmanager
@@ -240,8 +246,8 @@ def batches(slots: Collection[Slot], most: int) -> Iterator[list[Slot]]:
         yield run
 
 
-def _cells(values: bytearray, start: int, cpus: int) -> tuple[Cell, ...]:
-    """Sum one slot's records, which lie one behind the other.
+def _total(values: bytearray, start: int, cpus: int) -> int:
+    """The sum of one slot's records, which lie one behind the other.
 
     A record is added as one big number: its 64-bit lanes cannot overflow into each other before a slot has
     counted 2**64 bytes, and the sum costs one operation per CPU instead of 128.
@@ -251,6 +257,11 @@ def _cells(values: bytearray, start: int, cpus: int) -> tuple[Cell, ...]:
         record = values[at : at + layout.VALUE_BYTES]
         if record != _ZEROS:
             total += int.from_bytes(record, "little")
+    return total
+
+
+def _cells(total: int) -> tuple[Cell, ...]:
+    """Those of a sum of records that are not zero."""
     if not total:
         return ()
     lanes = _LANES.unpack(total.to_bytes(layout.VALUE_BYTES, "little"))

@@ -54,6 +54,8 @@ class Usage:
         self._labels_of = labels_of
         self._clocks = (clock.monotonic(), clock.wall())
         self._unlabelled: set[AttachmentId] = set()
+        self._shown: dict[AttachmentId, tuple[object, list[PodSample]]] = {}
+        """What the last scrape showed of each, behind what it was made of: most devices of a node rest."""
 
     def started(self) -> None:
         """Put it on record that an agent begins here."""
@@ -164,10 +166,21 @@ class Usage:
         # Not by PodSample's own constructor, which takes as long again.
         new = tuple.__new__
         found: list[PodSample] = []
+        before = self._shown
+        shown: dict[AttachmentId, tuple[object, list[PodSample]]] = {}
         for attachment, preparation, cells in self._read():
             pod, interface = attachment.pod, preparation.pod_ifname or ""
             owner = (pod.namespace, pod.name, preparation.claim.name, preparation.key.device, interface)
-            found += [new(PodSample, owner + labels[cell[0]][cell[1]][cell[2]] + cell[3:]) for cell in cells]
+            of = (cells, owner, self._class_names)
+            known = before.get(attachment.id)
+            if known is None or known[0] != of:
+                made = [
+                    new(PodSample, owner + labels[cell[0]][cell[1]][cell[2]] + cell[3:]) for cell in cells
+                ]
+                known = (of, made)
+            shown[attachment.id] = known
+            found += known[1]
+        self._shown = shown
         return tuple(found)
 
     def _labels_of_cells(self) -> Sequence[Sequence[Sequence[tuple[str, str, str, str]]]]:

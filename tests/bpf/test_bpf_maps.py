@@ -96,6 +96,22 @@ def test_reading_slots_gives_the_same_in_one_call_or_in_many(
         assert opened.read_slots([]) == {}
 
 
+def test_slots_are_read_as_they_are_now_whatever_they_were(pins: Path, programs: CompiledPrograms) -> None:
+    slots = [Slot(0), Slot(1)]
+    with Accounting.open(pins, programs, slots=2) as opened:
+        count(opened, 0)
+        first = opened.read_slots(slots)
+        assert opened.read_slots(slots)[Slot(0)] is first[Slot(0)], "nothing was counted"
+        count(opened, 0)
+        count(opened, 1)
+        assert [opened.read_slots(slots)[slot][0].packets for slot in slots] == [2, 1]
+        opened.zero(Slot(0))
+        assert opened.read_slots(slots) == {0: (), 1: (CELL,)}
+        count(opened, 0, direction=0)
+        (cell,) = opened.read_slots(slots)[Slot(0)]
+        assert (cell.direction, cell.packets) == (0, 1)
+
+
 def test_zeroing_a_slot_leaves_its_neighbours(pins: Path, programs: CompiledPrograms) -> None:
     with Accounting.open(pins, programs, slots=3) as opened:
         for slot in range(3):
