@@ -10,6 +10,7 @@ there, and a node may have a thousand.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import socket
 import struct
@@ -192,6 +193,12 @@ def _nsid(raw_value: bytes | None) -> int | None:
     return struct.unpack("=i", raw_value)[0] if raw_value and len(raw_value) == 4 else None
 
 
+@functools.lru_cache(maxsize=256)
+def _flags(bits: int) -> LinkFlags:
+    """A node's links have a few combinations, and enum takes a fifth of a message's time to make one."""
+    return LinkFlags(bits)
+
+
 def link(payload: bytes) -> LinkInfo:
     """An RTM_NEWLINK (or DELLINK) as LinkInfo. Attribute numbers are IFLA_* of uapi linux/if_link.h."""
     if len(payload) < _LINK.size:
@@ -204,7 +211,7 @@ def link(payload: bytes) -> LinkInfo:
     return LinkInfo(
         ifindex=IfIndex(index),
         name=IfName(text(found.get(3, b""))),
-        flags=LinkFlags(flags),
+        flags=_flags(flags),
         link_type=link_type,
         mtu=_int(found.get(4)),
         kind=_text_or_none(kind),
