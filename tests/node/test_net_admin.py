@@ -316,8 +316,9 @@ def test_a_device_that_its_pod_moved_on_is_limited_and_counted_there_and_told() 
                     counted = await asyncio.to_thread(scene.counted, "egress")
                     await seen.until(lambda: scene.told() > 0, "an event")
                     await seen.until(lambda: scene.counted("egress") > counted, "the count to go on")
+                    dropped = "knd_pod_network_dropped_packets_total"
+                    await seen.until(lambda: seen.metric(sim, dropped, direction="egress") > 0, "what is cut")
                     assert flood.sent > 0
-                assert seen.metric(sim, "knd_pod_network_dropped_packets_total", direction="egress") > 0
 
     play(1, story)
 
