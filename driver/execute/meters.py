@@ -19,7 +19,7 @@ from driver.journal.stretches import COUNTER_MAX, MeterKey, Reading
 from driver.limits import QUEUE_DROPPED
 from driver.model import BootId
 from hw.errors import HwError, NotFound, Refused, Unsupported
-from hw.model import LinkInfo, NetdevsimIdentity, PciIdentity
+from hw.model import IfIndex, LinkInfo, NetdevsimIdentity, PciIdentity
 from hw.netlink import LinkSocket
 from hw.netns import NetnsHandle
 from hw.rdma.counters import (
@@ -31,6 +31,7 @@ from hw.rdma.counters import (
 )
 from hw.rdma.netlink import RdmaSocket
 from hw.rdma.nldev import NldevDevice
+from hw.scan import pf_link
 from hw.sysfs import Sysfs
 from hw.sysfs_of import sysfs_of
 
@@ -57,6 +58,30 @@ class Shown:
     cross_check: bool = False
 
 
+class PfCounters:
+    """What PFs say of their VFs, asked once for as long as this is kept: a PF tells of all of its VFs at
+    once, and asks the hardware for it. For one pass over devices that were all in their pods before."""
+
+    def __init__(self) -> None:
+        self._links: tuple[LinkInfo, ...] | None = None
+        self._told: dict[IfIndex, Mapping[int, Mapping[str, int]]] = {}
+
+    def of(self, target: Target) -> tuple[IfIndex, Mapping[str, int]] | None:
+        """The PF's netdev, and the counters of the target's VF; None where there are none. HwError."""
+        identity = target.preparation.identity
+        if not isinstance(identity, _VF_FAMILIES) or identity.vf_index is None:
+            return None
+        if self._links is None:
+            self._links = target.home.dump()
+        pf = pf_link(identity, self._links)
+        if pf is None:
+            return None
+        if pf.ifindex not in self._told:
+            self._told[pf.ifindex] = target.home.vf_statistics(pf.ifindex)
+        found = self._told[pf.ifindex].get(identity.vf_index)
+        return None if found is None else (pf.ifindex, found)
+
+
 class NodeMeters:
     """The meters of this node's devices. Safe on any thread."""
 
@@ -73,14 +98,14 @@ class NodeMeters:
         self._dropped = dropped
         self._find_child = find_child
 
-    def read(self, target: Target, *, on_pf: bool) -> tuple[Shown, ...]:
-        """All that the target's device has. on_pf: ask its PF too, which asks the hardware for all of its
-        VFs; of a device given by its files it is asked in any case, since nothing else tells."""
+    def read(self, target: Target, pfs: PfCounters | None = None) -> tuple[Shown, ...]:
+        """All that the target's device has. pfs: ask its PF too, where that does not know; of a device given
+        by its files it is asked in any case, since nothing else tells."""
         shown: list[Shown] = []
         if not target.preparation.by_file:
             shown += [*self._interface(target), *self.read_child(target), *self._limits(target)]
-        if on_pf or target.preparation.config.by_file:
-            shown += self._vf(target)
+        if pfs is not None or target.preparation.config.by_file:
+            shown += self._vf(target, pfs or PfCounters())
         if target.preparation.rdma is not None:
             shown += self._rdma_device(target)
         return tuple(shown)
@@ -131,21 +156,16 @@ class NodeMeters:
         told = self._shown(meter, values, f"slot{target.preparation.slot}", wraps)
         yield replace(told, cross_check=True)
 
-    def _vf(self, target: Target) -> Iterator[Shown]:
-        identity = target.preparation.identity
-        if not isinstance(identity, _VF_FAMILIES) or identity.vf_index is None:
-            return
+    def _vf(self, target: Target, pfs: PfCounters) -> Iterator[Shown]:
         meter, cross_check = MeterKey(target.device, VF), not target.preparation.config.by_file
         try:
-            pf = target.pf()
-            if pf is None:
-                return
-            told = target.home.vf_statistics(pf.ifindex).get(identity.vf_index)
+            found = pfs.of(target)
         except HwError as error:
             yield Shown(meter, None, str(error), cross_check)
             return
-        if told is not None:
-            yield replace(self._shown(meter, told, f"pf{pf.ifindex}"), cross_check=cross_check)
+        if found is not None:
+            pf, told = found
+            yield replace(self._shown(meter, told, f"pf{pf}"), cross_check=cross_check)
 
     def _shown(
         self,

@@ -17,7 +17,7 @@ from bpf.layout import Cell, Framing, Slot
 from driver.clock import Clock
 from driver.errors import DriverError
 from driver.execute.engine import EXPECTED
-from driver.execute.meters import INTERFACE, RDMA, VF, NodeMeters, Shown
+from driver.execute.meters import INTERFACE, RDMA, VF, NodeMeters, PfCounters, Shown
 from driver.execute.target import Target
 from driver.journal.ledger import Ledger
 from driver.journal.stretches import Holder, MeterKey, Reading
@@ -89,7 +89,7 @@ class Metering:
         """The attachment has its device from now on. LedgerWriteFailed: it cannot be counted."""
         assert target.attachment is not None
         with self._lock:
-            for shown in self._meters.read(target, on_pf=False):
+            for shown in self._meters.read(target):
                 self._take(shown, self._holders(shown, target), late=False)
             self._refresh({target.attachment.id, None})
             if not target.preparation.by_file:
@@ -106,7 +106,8 @@ class Metering:
             held = {each.meter: each.holder for each in self._ledger.meters.living()}
             mine = {meter for meter, holder in held.items() if holder == leaving.id}
             stay: set[Holder] = {None}
-            for shown in self._meters.read(target, on_pf=any(meter.source == VF for meter in mine)):
+            pfs = PfCounters() if any(meter.source == VF for meter in mine) else None
+            for shown in self._meters.read(target, pfs):
                 if held.get(shown.meter, leaving.id) not in (leaving.id, None):
                     continue
                 mine.discard(shown.meter)
@@ -132,25 +133,27 @@ class Metering:
         """Read what all attachments have, and put right whose it is: what an earlier agent left, and what
         became of readings that failed. all_known: whoever is not on record has no device; not so while a lost
         journal is being made up for."""
-        for attachment in self._book.attachments():
+        attachments = self._book.attachments()
+        pfs = PfCounters()
+        for attachment in attachments:
             if attachment.state is not AttachmentState.ATTACHED:
                 continue
             try:
                 with reach(attachment) as target:
                     if target is not None:
-                        self._settle(attachment, target)
+                        self._settle(attachment, target, pfs)
             except EXPECTED as error:
                 log.warning("reading the counters of %s: %s", attachment.preparation.device, error)
         if all_known:
             self._end_of_the_gone()
 
-    def _settle(self, attachment: Attachment, target: Target) -> None:
+    def _settle(self, attachment: Attachment, target: Target, pfs: PfCounters) -> None:
         with self._lock:
             current = self._book.attachment(attachment.id)
             if current is None or current.state is not AttachmentState.ATTACHED:
                 return
             changed = False
-            for shown in self._meters.read(target, on_pf=True):
+            for shown in self._meters.read(target, pfs):
                 changed |= self._take(shown, self._holders(shown, target), late=not shown.cross_check)
             if changed or (attachment.id, MeterKey(target.device, INTERFACE)) not in self._totals:
                 self._refresh({attachment.id, None})

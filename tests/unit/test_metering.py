@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from bpf.layout import Cell, TrafficKind
-from driver.execute.meters import INTERFACE, VF, Shown
+from driver.execute.meters import INTERFACE, VF, PfCounters, Shown
 from driver.execute.target import Target
 from driver.journal.ledger import Ledger
 from driver.journal.stretches import MeterKey, Reading
@@ -50,14 +50,14 @@ class World:
         self.now += 1.0
         return self.now
 
-    def read(self, target: Target, *, on_pf: bool) -> tuple[Shown, ...]:
+    def read(self, target: Target, pfs: PfCounters | None = None) -> tuple[Shown, ...]:
         mine = {target.device, target.preparation.rdma.name if target.preparation.rdma else ""}
         return tuple(
             Shown(meter, None, "no answer", meter.source == VF)
             if meter in self.unreadable
             else Shown(meter, Reading("boot/1", dict(values)), cross_check=meter.source == VF)
             for meter, values in self.counters.items()
-            if meter.subject in mine and (on_pf or meter.source != VF)
+            if meter.subject in mine and (pfs is not None or meter.source != VF)
         )
 
     def target(self, number: int) -> Any:

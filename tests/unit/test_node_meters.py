@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from driver.execute import meters
-from driver.execute.meters import INTERFACE, LIMITS, VF, NodeMeters
+from driver.execute.meters import INTERFACE, LIMITS, VF, NodeMeters, PfCounters
 from driver.journal.stretches import MeterKey
 from driver.model import BootId, NicConfig, VfConfig, VfDriver
 from driver.rdma import RdmaBinding, RdmaMode
 from hw.errors import HwError, NotFound, Refused, Unsupported
-from hw.model import DeviceKind, RdmaIndex, RdmaName
+from hw.model import DeviceKind, IfIndex, IfName, LinkFlags, LinkInfo, PciIdentity, RdmaIndex, RdmaName
 from hw.sysfs import Sysfs
 from tests.unit.journal_values import attachment, preparation
 
@@ -27,10 +27,19 @@ HW, PORT = MeterKey("mlx5_2", "rdma-hw", 1), MeterKey("mlx5_2", "rdma-port", 1)
 
 
 class Links:
-    """An rtnetlink socket that has one device, or none."""
+    """An rtnetlink socket that has one device, or none, and a PF where vfs is not None."""
 
     def __init__(self, counters: object, vfs: object = None) -> None:
         self._counters, self._vfs = counters, vfs
+        self.asked: list[str] = []
+
+    def dump(self) -> tuple[LinkInfo, ...]:
+        self.asked.append("links")
+        place = {"parent_bus": "pci", "parent_device": "0000:3b:00.0"}
+        pf = LinkInfo(
+            ifindex=IfIndex(2), name=IfName("ens2"), flags=LinkFlags(0), link_type=1, mtu=1500, **place
+        )
+        return () if self._vfs is None else (pf,)
 
     def statistics(self, ifindex: int) -> Any:
         if isinstance(self._counters, Exception):
@@ -38,6 +47,7 @@ class Links:
         return self._counters
 
     def vf_statistics(self, pf: int) -> Any:
+        self.asked.append(f"VFs of {pf}")
         if isinstance(self._vfs, Exception):
             raise self._vfs
         return self._vfs
@@ -93,6 +103,12 @@ def drops() -> Drops:
     return Drops()
 
 
+def vf(index: int) -> PciIdentity:
+    known = preparation(0).identity
+    assert isinstance(known, PciIdentity)
+    return replace(known, vf_index=index)
+
+
 @pytest.fixture
 def reader(tmp_path: Path, rdma: Rdma, drops: Drops, monkeypatch: pytest.MonkeyPatch) -> NodeMeters:
     @contextmanager
@@ -109,7 +125,6 @@ def target(
     in_pod: Links | None = None,
     at_home: Links | None = None,
     mode: RdmaMode | None = None,
-    pf: bool = False,
     **changed: Any,
 ) -> Any:
     binding = RdmaBinding(name=NAME, mode=mode, index=RdmaIndex(7), node_guid=GUID) if mode else None
@@ -124,14 +139,13 @@ def target(
         pod_netns=object(),
         find_in_pod=lambda: link if in_pod is not None else None,
         find_at_home=lambda: link if at_home is not None else None,
-        pf=lambda: SimpleNamespace(ifindex=2) if pf else None,
     )
 
 
-def shown(reader: NodeMeters, at: Any, on_pf: bool = False) -> dict[MeterKey, Any]:
+def shown(reader: NodeMeters, at: Any, pfs: PfCounters | None = None) -> dict[MeterKey, Any]:
     return {
         each.meter: each.reading.values if each.reading is not None else each.reason
-        for each in reader.read(at, on_pf=on_pf)
+        for each in reader.read(at, pfs)
     }
 
 
@@ -160,7 +174,7 @@ def test_an_interface_that_is_gone_or_says_no_is_told_with_the_reason(reader: No
 def test_what_limits_dropped_is_read_beside_the_interface(reader: NodeMeters, drops: Drops) -> None:
     meter, at = MeterKey("dev-0", LIMITS), target(in_pod=Links({}))
     drops.values = {"tx_policed": 3, "tx_queue_dropped": 4}
-    (found,) = (each for each in reader.read(at, on_pf=False) if each.meter == meter)
+    (found,) = (each for each in reader.read(at) if each.meter == meter)
     assert found.reading is not None
     assert found.reading.values == drops.values
     assert found.reading.wraps["tx_queue_dropped"] == 32
@@ -178,24 +192,33 @@ def test_a_counter_that_shows_what_none_can_is_left_out(reader: NodeMeters) -> N
 def test_a_pf_is_asked_for_a_vf_given_by_its_files_and_else_where_time_allows(reader: NodeMeters) -> None:
     meter, home = MeterKey("dev-0", VF), Links({}, {0: {"rx_bytes": 9}, 1: {"rx_bytes": 8}})
     by_file = NicConfig(vf=VfConfig(driver=VfDriver.VFIO))
-    assert shown(reader, target(at_home=home, pf=True, config=by_file)) == {meter: {"rx_bytes": 9}}
-    assert meter not in shown(reader, target(in_pod=Links({}), at_home=home, pf=True))
-    assert shown(reader, target(in_pod=Links({}), at_home=home, pf=True), on_pf=True)[meter] == {
-        "rx_bytes": 9
-    }
-    checks = {e.meter: e.cross_check for e in reader.read(target(at_home=home, pf=True), on_pf=True)}
+    assert shown(reader, target(at_home=home, config=by_file)) == {meter: {"rx_bytes": 9}}
+    assert meter not in shown(reader, target(in_pod=Links({}), at_home=home))
+    assert shown(reader, target(in_pod=Links({}), at_home=home), PfCounters())[meter] == {"rx_bytes": 9}
+    checks = {e.meter: e.cross_check for e in reader.read(target(at_home=home), PfCounters())}
     assert checks == {meter: True, MeterKey("dev-0", INTERFACE): False}
 
 
+def test_in_one_pass_a_pf_is_asked_once_for_all_of_its_vfs(reader: NodeMeters) -> None:
+    """It tells of all of them at each question: 128 times that would be most of what the agent does."""
+    home, pfs = Links({}, {0: {"rx_bytes": 9}, 1: {"rx_bytes": 8}}), PfCounters()
+    vfs = [vf(0), vf(1), vf(0), vf(1)]
+    told = [shown(reader, target(at_home=home, identity=each), pfs)[MeterKey("dev-0", VF)] for each in vfs]
+    assert told == [{"rx_bytes": 9}, {"rx_bytes": 8}] * 2
+    assert home.asked == ["links", "VFs of 2"]
+    assert MeterKey("dev-0", VF) not in shown(reader, target(at_home=home, identity=vf(7)), pfs)
+
+
 @pytest.mark.parametrize(
-    ("vfs", "pf", "expected"),
-    [({}, True, {}), ({0: {}}, False, {}), (HwError("busy"), True, {MeterKey("dev-0", VF): "busy"})],
+    ("vfs", "expected"),
+    [({}, {}), (None, {}), (HwError("busy"), {MeterKey("dev-0", VF): "busy"})],
+    ids=["no such VF", "no PF", "refused"],
 )
 def test_a_pf_that_does_not_tell_has_no_meter(
-    reader: NodeMeters, vfs: object, pf: bool, expected: dict[MeterKey, str]
+    reader: NodeMeters, vfs: object, expected: dict[MeterKey, str]
 ) -> None:
     by_file = NicConfig(vf=VfConfig(driver=VfDriver.VFIO))
-    assert shown(reader, target(at_home=Links({}, vfs), pf=pf, config=by_file)) == expected
+    assert shown(reader, target(at_home=Links({}, vfs), config=by_file)) == expected
 
 
 # --- RDMA ---------------------------------------------------------------------------------------------
@@ -230,9 +253,9 @@ def test_a_device_under_another_name_is_the_one_on_record_and_a_new_one_another(
     reader: NodeMeters, rdma: Rdma
 ) -> None:
     rdma.devices_of["home"] = (device(name="mine"),)
-    (first,) = reader.read(target(mode=RdmaMode.SHARED, kind=DeviceKind.RDMA), on_pf=False)
+    (first,) = reader.read(target(mode=RdmaMode.SHARED, kind=DeviceKind.RDMA))
     rdma.devices_of["home"] = (device(index=8),)
-    (second,) = reader.read(target(mode=RdmaMode.SHARED, kind=DeviceKind.RDMA), on_pf=False)
+    (second,) = reader.read(target(mode=RdmaMode.SHARED, kind=DeviceKind.RDMA))
     assert first.meter == second.meter == HW
     assert first.reading is not None
     assert second.reading is not None
