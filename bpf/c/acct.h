@@ -282,8 +282,7 @@ INLINE void transport(struct __sk_buff *skb, struct frame *f, u32 proto)
 }
 
 /* What nearly all packets are, in a few instructions: TCP or UDP right behind a plain IP header, untagged and in
- * the linear part. Then kind and dscp are known, and where the IP header ends; else nothing is, and the long way
- * gives the same answers. */
+ * the linear part. Then kind and dscp are known, all that a packet needs that is no more than one on the wire. */
 INLINE bool is_plain(struct __sk_buff *skb, struct frame *f)
 {
 	u8 *p = (u8 *)(long)skb->data, *end = (u8 *)(long)skb->data_end;
@@ -298,15 +297,11 @@ INLINE bool is_plain(struct __sk_buff *skb, struct frame *f)
 	    !(ip4->fragment & BIG_ENDIAN_16(0x1fff))) {
 		proto = ip4->proto;
 		f->dscp = ip4->tos >> 2;
-		f->version = 4;
-		f->at = ETHERNET_BYTES + IPV4_BYTES;
 		ports = (void *)(p + ETHERNET_BYTES + IPV4_BYTES);
 	} else if (*(u16 *)(p + ETHERNET_BYTES - 2) == ETHERTYPE_IPV6 && ip6->version_class >> 4 == 6 &&
 		   p + ETHERNET_BYTES + IPV6_BYTES + PORTS_BYTES <= end) {
 		proto = ip6->next;
 		f->dscp = ((ip6->version_class & 15) << 2) | (ip6->class_flow >> 6);
-		f->version = 6;
-		f->at = ETHERNET_BYTES + IPV6_BYTES;
 		ports = (void *)(p + ETHERNET_BYTES + IPV6_BYTES);
 	} else {
 		return false;
@@ -315,27 +310,19 @@ INLINE bool is_plain(struct __sk_buff *skb, struct frame *f)
 	return proto == PROTO_TCP || proto == PROTO_UDP;
 }
 
-/* plain: is_plain() found what it finds. */
-INLINE void dissect(struct __sk_buff *skb, struct frame *f, bool ipoib, bool plain)
+INLINE void dissect(struct __sk_buff *skb, struct frame *f, bool ipoib)
 {
-	u32 proto = PROTO_UNREADABLE;
+	u32 type = ipoib ? ipoib_layer(skb, f) : link_layer(skb, f), proto = PROTO_UNREADABLE;
 
-	if (plain) {
-		proto = f->kind == KIND_TCP ? PROTO_TCP : PROTO_UDP;
-		f->network = ETHERNET_BYTES;
-	} else {
-		u32 type = ipoib ? ipoib_layer(skb, f) : link_layer(skb, f);
-
-		f->at = unknown(skb, f->at, 0xff);
-		f->tagged = unknown(skb, f->tagged, 1);
-		if (type == ETHERTYPE_IPV4)
-			proto = ipv4(skb, f);
-		else if (type == ETHERTYPE_IPV6)
-			proto = ipv6(skb, f);
-		f->network = unknown(skb, f->network, 0xff);
-		f->version = unknown(skb, f->version, 7);
-		f->dscp = unknown(skb, f->dscp, 63);
-	}
+	f->at = unknown(skb, f->at, 0xff);
+	f->tagged = unknown(skb, f->tagged, 1);
+	if (type == ETHERTYPE_IPV4)
+		proto = ipv4(skb, f);
+	else if (type == ETHERTYPE_IPV6)
+		proto = ipv6(skb, f);
+	f->network = unknown(skb, f->network, 0xff);
+	f->version = unknown(skb, f->version, 7);
+	f->dscp = unknown(skb, f->dscp, 63);
 	if (proto != PROTO_UNREADABLE)
 		transport(skb, f, proto);
 }

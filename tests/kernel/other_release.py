@@ -34,8 +34,8 @@ WIDER: Changes = {
     ),
     "bpf/limits.py": (('"=IIIIII8s20Q"', '"=IIIIII16s36Q"'), ('"=22Q"', '"=38Q"')),
     "bpf/accounting.py": (
-        ("range(len(lanes) // 2) if lanes[2 * at + 1])", "range(len(lanes) // 3) if lanes[3 * at + 2])"),
-        ("lanes[2 * at], lanes[2 * at + 1])", "lanes[3 * at + 1], lanes[3 * at + 2])"),
+        ("(_CELLS, lanes[1::2])", "(_CELLS, lanes[2::3])"),
+        ("lanes[2 * at : 2 * at + 2]", "lanes[3 * at + 1 : 3 * at + 3]"),
     ),
     "bpf/c/acct.h": (
         ("struct cell {\n", "struct cell {\n\tu64 runs;\n"),

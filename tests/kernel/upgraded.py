@@ -12,7 +12,6 @@ import os
 import signal
 import sys as python
 from collections.abc import Callable
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +69,7 @@ def main() -> None:
             accounting.set_classes([int(python.argv[7])] * 64, range(8))
         take_over(accounting, pins, hook, ifindex, slot)
         gone = accounting.others.settle({slot})
-        cells = [astuple(cell) for cell in accounting.read(slot)]
+        cells = [tuple(cell) for cell in accounting.read(slot)]
         print(json.dumps({"gone": [path.name for path in gone], "cells": cells}))
 
 

@@ -97,6 +97,8 @@ def name_of(plan: Plan) -> str:
         Act.ZERO_SLOT: "attach",
         Act.DOWN: "detach",
         Act.NOTE_FOREIGN: "prepare",
+        # Of a device given by its files, which nobody has programs on.
+        Act.TIDY: "prepare",
         Act.DISARM: "unprepare",
         Act.UNBIND: "unprepare",
         Act.RESTORE: "tidy",
