@@ -88,7 +88,8 @@ def test_repointing_reaches_devices_in_pods_and_names_what_is_wanting(node: Node
 
 
 def test_what_is_made_on_a_device_counts_into_its_slot_and_goes_with_it(node: Node) -> None:
-    """wire stands for it: there is no IPoIB here."""
+    """wire stands for it: there is no IPoIB here. Read as IPoIB, the kernel's own IPv6 chatter is no IP."""
+    node.host.run(lambda: Path("/proc/sys/net/ipv6/conf/all/disable_ipv6").write_text("1"))
     node.tcx.attach(NAME, node.device, SLOT)
     node.tcx.attach(child_of(NAME), node.wire, SLOT, Framing.IPOIB)
     assert node.tcx.names() == {NAME}
