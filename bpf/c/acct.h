@@ -246,13 +246,18 @@ INLINE u32 extensions(struct __sk_buff *skb, struct frame *f, u32 proto, bool ju
 	return is_extension(proto) ? PROTO_OPAQUE : proto;
 }
 
+INLINE u32 ipv6_dscp(const struct ipv6_start *ip)
+{
+	return ((ip->version_class & 15) << 2) | (ip->class_flow >> 6);
+}
+
 INLINE u32 ipv6(struct __sk_buff *skb, struct frame *f)
 {
 	struct ipv6_start ip;
 
 	if (!fetch_ipv6(skb, f->at, &ip) || skb->len < f->at + IPV6_BYTES || ip.version_class >> 4 != 6)
 		return PROTO_UNREADABLE;
-	f->dscp = ((ip.version_class & 15) << 2) | (ip.class_flow >> 6);
+	f->dscp = ipv6_dscp(&ip);
 	f->network = f->at;
 	f->version = 6;
 	f->at += IPV6_BYTES;
@@ -301,7 +306,7 @@ INLINE bool is_plain(struct __sk_buff *skb, struct frame *f)
 	} else if (*(u16 *)(p + ETHERNET_BYTES - 2) == ETHERTYPE_IPV6 && ip6->version_class >> 4 == 6 &&
 		   p + ETHERNET_BYTES + IPV6_BYTES + PORTS_BYTES <= end) {
 		proto = ip6->next;
-		f->dscp = ((ip6->version_class & 15) << 2) | (ip6->class_flow >> 6);
+		f->dscp = ipv6_dscp(ip6);
 		ports = (void *)(p + ETHERNET_BYTES + IPV6_BYTES);
 	} else {
 		return false;
