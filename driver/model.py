@@ -19,8 +19,12 @@ from driver.nicconfig import InterfaceConfig as InterfaceConfig
 from driver.nicconfig import NicConfig as NicConfig
 from driver.nicconfig import VfConfig as VfConfig
 from driver.nicconfig import VfDriver as VfDriver
+from driver.offers import CapacityRequest as CapacityRequest
+from driver.offers import CounterUse as CounterUse
+from driver.offers import Taint as Taint
+from driver.offers import TaintEffect as TaintEffect
 from driver.rdma import Infiniband, IpoibConfig, RdmaBinding, RdmaInPod
-from driver.traffic import Portion
+from driver.traffic import Portion, Sharable
 from hw.ipoib import has_ipoib_address
 from hw.model import (
     DeviceKind,
@@ -39,6 +43,7 @@ from hw.model import (
     VfLinkState,
     VfSettings,
 )
+from hw.subinterface import Subinterface
 
 ClaimUid = NewType("ClaimUid", str)
 PodUid = NewType("PodUid", str)
@@ -169,40 +174,14 @@ class Device:
     """Of a PF and its VFs, where the policy says what is given out of the port."""
     instance: int | None = None
     """Of a PCI function: another one each time it is made."""
-
-
-class TaintEffect(enum.StrEnum):
-    NONE = "None"
-    NO_SCHEDULE = "NoSchedule"
-    NO_EXECUTE = "NoExecute"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Taint:
-    key: str
-    value: str = ""
-    effect: TaintEffect = TaintEffect.NO_SCHEDULE
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CounterUse:
-    """What a device takes of something that it shares with others, so that the scheduler gives no more of it
-    away than there is. Amounts are Kubernetes quantities as text, by counter.
-
-    of: all there is, the same for everyone who names the set. instead: this device is the one to be left out
-    where the API server has no counters.
-    """
-
-    set: str
-    """A DNS label."""
-    takes: Mapping[str, str]
-    of: Mapping[str, str]
-    instead: bool = False
+    sharable: Sharable | None = None
+    """Of a SHARED one, and of no other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OfferedDevice:
-    """What goes into a ResourceSlice."""
+    """What goes into a ResourceSlice. requests: of a device that several claims can have at once, by
+    capacity; empty for one that a claim has whole."""
 
     name: DeviceName
     attributes: Mapping[str, AttributeValue]
@@ -210,6 +189,7 @@ class OfferedDevice:
     taints: tuple[Taint, ...] = ()
     uses: tuple[CounterUse, ...] = ()
     """At most two, of different sets."""
+    requests: Mapping[str, CapacityRequest] = field(default_factory=dict)
 
 
 # --- preparations -----------------------------------------------------------------------------------
@@ -222,6 +202,21 @@ class PreparationKey:
     device: DeviceName
     share_id: ShareId | None = None
 
+    @property
+    def unit(self) -> DeviceName:
+        """What the claim has of the device, as this node calls it: the device itself, or one share of it,
+        which is locked, counted and withheld by itself."""
+        return self.device if self.share_id is None else DeviceName(f"{self.device}{_OF}{self.share_id}")
+
+
+_OF = "_"
+"""Not in a DNS label, so no device is called like a share."""
+
+
+def device_of(unit: DeviceName) -> DeviceName:
+    """The device of which a unit is a share; itself where it is none."""
+    return DeviceName(unit.partition(_OF)[0])
+
 
 def preparation_owner(key: PreparationKey) -> str:
     """Names a preparation in the journal's step table. Written to disk: the text must not change."""
@@ -232,6 +227,15 @@ class PreparationState(enum.StrEnum):
     PREPARING = "preparing"
     PREPARED = "prepared"
     UNPREPARING = "unpreparing"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """The interface that is made for a claim on top of a device. ifname: what it is called in the pod unless
+    the claim says it, after the device itself."""
+
+    interface: Subinterface
+    ifname: IfName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,9 +269,13 @@ class Preparation:
     port: PortBaseline | None = None
     """Of a PF that had VFs when it was prepared."""
     size: int | None = None
-    """Mb/s of its PF's bandwidth that it was given; None where the policy gave it no size."""
+    """Mb/s that it was given of its PF's bandwidth, or of what its device gives out in shares; None where the
+    policy gave it no size."""
     no_iommu: bool = False
     """The policy let it be given by its files without an IOMMU."""
+    share: Share | None = None
+    """Of a device that is given out in shares; identity and baseline are those of the share's own
+    interface."""
 
     @property
     def rdma_only(self) -> bool:
@@ -287,7 +295,8 @@ class Preparation:
     @property
     def ifname(self) -> IfName:
         """Its name inside the pod; where the pod gets no netdev, of the one it was at home."""
-        return self.config.interface.name or self.baseline.name
+        own = self.share.ifname if self.share is not None else self.baseline.name
+        return self.config.interface.name or own
 
     @property
     def pod_ifname(self) -> IfName | None:

@@ -9,6 +9,8 @@ import enum
 import re
 from dataclasses import dataclass
 
+from hw.subinterface import SubinterfaceKind, SubinterfaceMode
+
 CLASS_NAME_PATTERN = r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?"
 
 
@@ -55,6 +57,47 @@ class Portion:
 
     size: int
     of: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Amounts:
+    """What one claim can ask for of something that is given out in parts. Mb/s; default is what one has who
+    asks for nothing. Multiples of step above least, or anything where that is 0."""
+
+    default: int
+    least: int
+    most: int
+    step: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VlanRange:
+    """Ids from first to last, both included."""
+
+    first: int
+    last: int
+
+    def __contains__(self, id: int) -> bool:
+        return self.first <= id <= self.last
+
+    def __str__(self) -> str:
+        return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sharable:
+    """How a device is given out in shares, each an interface of its own on top of it, which its pod gets.
+
+    bandwidth: Mb/s of all shares together, each way. shares: how many there are at most. vlans: what claims
+    may choose from; empty for what is no VLAN.
+    """
+
+    kind: SubinterfaceKind
+    mode: SubinterfaceMode | None
+    bandwidth: int
+    amounts: Amounts
+    shares: int
+    vlans: tuple[VlanRange, ...] = ()
 
 
 NO_QOS = QosConfig()

@@ -236,12 +236,13 @@ def is_at_home(identity: Identity, link: LinkInfo) -> bool:
 
 
 class DeviceKind(enum.StrEnum):
-    """What can be given away; published as the attribute `kind`."""
+    """What can be given away; the attribute `kind`. SHARED: in parts, each an interface on top of it."""
 
     VF = "vf"
     PF = "pf"
     RDMA = "rdma"
     NETDEV = "netdev"
+    SHARED = "shared"
 
 
 class EswitchMode(enum.StrEnum):
@@ -363,6 +364,8 @@ class HwDevice:
     """What it is known not to be able to set."""
     taken: bool = False
     """Withheld since someone has it: the host, others, or a pod."""
+    in_use: str = ""
+    """Why others need its link as it is, a sentence, or "". It can be given out in parts all the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

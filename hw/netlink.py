@@ -38,6 +38,7 @@ from hw.model import (
 from hw.netns import NetnsHandle
 from hw.qdisc import Qdiscs
 from hw.statistics import link_statistics, vf_statistics
+from hw.subinterface import Subinterface, request
 from hw.transport import DEFAULT_TIMEOUT, Encode, Transport, header, open_netlink
 from hw.vf import VfValue, vf_request, vf_settings
 from hw.wire import BpfFilter
@@ -287,6 +288,22 @@ class LinkSocket:
         A partition may have several."""
         encode = _packed(wire.RTM_NEWLINK, child_request(parent, name, pkey, mode))
         what = self._what(f"make {name!a} for partition {pkey:#06x} on", parent)
+        self._transport.change(what, encode, _NLM_F_CREATE | _NLM_F_EXCL)
+
+    def add_subinterface(
+        self,
+        made: Subinterface,
+        *,
+        index: IfIndex,
+        parent: IfIndex,
+        name: IfName,
+        mac: MacAddress | None = None,
+    ) -> None:
+        """Make an interface on top of parent, with this index; delete() takes it away. NotFound if parent is
+        gone, Busy if the index is taken or parent is in a bridge, a bond or the like; Refused with EEXIST if
+        the name is taken, or the VLAN; Unsupported where the kernel knows no such kind."""
+        what = self._what(f"make {name!a}, a {made}, on", parent)
+        encode = _packed(wire.RTM_NEWLINK, request(made, index=index, parent=parent, name=name, mac=mac))
         self._transport.change(what, encode, _NLM_F_CREATE | _NLM_F_EXCL)
 
     def add_altnames(self, ifindex: IfIndex, names: Sequence[str]) -> None:

@@ -217,7 +217,7 @@ class _View:
         reason = self._in_use.get(device.link.ifindex, "") if device.link else ""
         if not reason:
             return device
-        return replace(device, withheld=device.withheld or reason, taken=True)
+        return replace(device, withheld=device.withheld or reason, taken=True, in_use=reason)
 
     def _ports(
         self, function: PciFunction, links: Sequence[LinkInfo]
