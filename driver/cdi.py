@@ -51,17 +51,16 @@ def _uid(claim_uid: ClaimUid) -> str:
 
 
 def _device_name(key: PreparationKey) -> str:
-    parts = [_uid(key.claim_uid), _checked(_LABEL, key.device, "device name")]
+    _checked(_LABEL, key.device, "device name")
     if key.share_id is not None:
-        parts.append(_checked(_UID, key.share_id, "share id"))
-    return "-".join(parts)
+        _checked(_UID, key.share_id, "share id")
+    return f"{_uid(key.claim_uid)}-{key.unit}"
 
 
 def env_name(what: str, key: PreparationKey) -> str:
     """The variable that tells a container of a device, which it may have many of:
     `KND_INTERFACE_PCI_0000_3B_00_2`."""
-    name = key.device if key.share_id is None else f"{key.device}_{key.share_id}"
-    return f"KND_{what}_{re.sub('[^A-Z0-9]', '_', name.upper())}"
+    return f"KND_{what}_{re.sub('[^A-Z0-9]', '_', key.unit.upper())}"
 
 
 def cdi_id(driver: str, key: PreparationKey) -> str:
@@ -207,8 +206,8 @@ class CdiProjection:
             _remove(self._file(claim_uid))
 
     def devices(self, claim_uid: ClaimUid) -> frozenset[DeviceName]:
-        """The devices that a claim's spec names; none where there is no spec that can be read. For when
-        nothing else is left to tell of them."""
+        """The devices, and shares of devices, that a claim's spec names; none where there is no spec that can
+        be read. For when nothing else is left to tell of them."""
         try:
             spec = json.loads(self._file(claim_uid).read_text())
             names = [str(device["name"]) for device in spec["devices"]]

@@ -8,7 +8,7 @@ told.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bpf.layout import CLASSES, LEAF
@@ -121,18 +121,35 @@ def sized(device: Device, config: NicConfig) -> NicConfig:
         "vf.maxRate": vf.max_rate,
         "vf.minRate": vf.min_rate,
     }
-    told = (
-        f"is above {portion.size}M, the size of {device.name} (capacity bandwidth): ask for less, or for a "
-        "device of a larger size"
+    _check_below(
+        portion.size, asked, f"the size of {device.name} (capacity bandwidth)", "a device of a larger size"
     )
-    problems = [
-        FieldProblem(path, f"{rate}M {told}") for path, rate in asked.items() if (rate or 0) > portion.size
-    ]
-    if problems:
-        raise ConfigError(problems)
     if qos.egress_rate or vf.max_rate:
         return config
     return replace(config, qos=replace(qos, egress_rate=portion.size, by_size=True))
+
+
+def shared(device: Device, config: NicConfig, size: int) -> NicConfig:
+    """config with what a claim has of a device that is given out in parts for its rates, each way, where it
+    does not ask for less. ConfigError for rates above that."""
+    qos = config.qos
+    asked = {"qos.egress.rate": qos.egress_rate, "qos.ingress.rate": qos.ingress_rate}
+    _check_below(
+        size, asked, f"what the claim has of {device.name} (capacity bandwidth)", "more of the capacity"
+    )
+    egress, ingress = qos.egress_rate or size, qos.ingress_rate or size
+    by_size = not qos.egress_rate
+    return replace(config, qos=replace(qos, egress_rate=egress, ingress_rate=ingress, by_size=by_size))
+
+
+def _check_below(most: int, asked: Mapping[str, int | None], what: str, instead: str) -> None:
+    problems = [
+        FieldProblem(path, f"{rate}M is above {most}M, {what}: ask for less, or for {instead}")
+        for path, rate in asked.items()
+        if (rate or 0) > most
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def check(device: Device, config: NicConfig, policy: QosPolicy) -> None:
@@ -187,7 +204,7 @@ def past_size(preparation: Preparation) -> FieldProblem:
     """Why a device that passes_by is not given away."""
     return FieldProblem(
         "qos.enforcement",
-        f"{preparation.key.device} has an RDMA device, whose packets the node's kernel does not see, and a "
+        f"{preparation.key.unit} has an RDMA device, whose packets the node's kernel does not see, and a "
         f"size of {preparation.size}M (node policy, bandwidth), to which only its PF could hold it",
     )
 

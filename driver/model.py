@@ -17,6 +17,7 @@ from bpf.layout import Framing, Slot
 from driver.nicconfig import VF_FIELDS as VF_FIELDS
 from driver.nicconfig import InterfaceConfig as InterfaceConfig
 from driver.nicconfig import NicConfig as NicConfig
+from driver.nicconfig import SubinterfaceConfig as SubinterfaceConfig
 from driver.nicconfig import VfConfig as VfConfig
 from driver.nicconfig import VfDriver as VfDriver
 from driver.offers import CapacityRequest as CapacityRequest

@@ -45,6 +45,13 @@ class VfConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SubinterfaceConfig:
+    """Section `subinterface`: of the interface that a share of a device is."""
+
+    vlan: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NicConfig:
     """A NetworkDeviceConfig after merging class and claim, for one device."""
 
@@ -52,6 +59,7 @@ class NicConfig:
     vf: VfConfig = VfConfig()
     rdma: RdmaConfig = NO_WISHES
     qos: QosConfig = NO_QOS
+    subinterface: SubinterfaceConfig = SubinterfaceConfig()
 
     @property
     def by_file(self) -> bool:

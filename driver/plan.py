@@ -60,6 +60,8 @@ class Act(enum.StrEnum):
     IPOIB_UP = "ipoib-up"
     IPOIB_FOLD = "fold-ipoib-counters"
     IPOIB_REMOVE = "remove-ipoib"
+    SHARE_MAKE = "make-share"
+    SHARE_REMOVE = "remove-share"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +98,8 @@ _PF_BUDGET = 3.0
 # The kernel unregisters and registers its clients with a device that moves, uverbs among them.
 _RDMA_BUDGET = 0.2
 
+_SHARE = Step(act=Act.SHARE_MAKE, undo=(Act.SHARE_REMOVE,), budget=0.1)
+
 # Queues are made for it, by the device's firmware, and programs are loaded.
 _IPOIB_BUDGET = 0.2
 
@@ -108,10 +112,10 @@ _HOMEWARD = (Act.DOWN, Act.UNSHAPE, Act.STRIP, Act.MOVE_HOME, Act.RESTORE)
 def prepare(preparation: Preparation, hook: Hook) -> Plan:
     """Everything slow that needs no pod. clsact filters die in a move, so only tcx is armed here. What others
     have on the device is on record before anything is done to it."""
-    steps = []
+    steps = [] if preparation.share is None else [_SHARE]
     if not preparation.by_file:
         steps.append(Step(act=Act.NOTE_FOREIGN, undo=(Act.PUT_FOREIGN_BACK,), budget=0.1))
-    if not preparation.rdma_only:
+    if not preparation.rdma_only and preparation.share is None:
         steps.append(Step(act=Act.TIDY, budget=0.1))
     if preparation.rdma is not None:
         steps.append(Step(act=Act.RDMA_VERIFY, budget=_RDMA_BUDGET))
@@ -146,8 +150,9 @@ def unprepare(preparation: Preparation, *, reset: bool = False) -> Plan:
     reset = reset or preparation.infiniband is not None
     probes = preparation.config.by_file or (reset and preparation.can_be_probed)
     on_pf = preparation.vf_baseline is not None
-    netdev = not preparation.rdma_only
+    netdev = not preparation.rdma_only and preparation.share is None
     acts = [
+        *((Act.SHARE_REMOVE,) if preparation.share is not None else ()),
         *(() if preparation.by_file else (Act.DISARM, Act.PUT_FOREIGN_BACK)),
         *((Act.UNBIND,) if probes else ()),
         *((Act.RESTORE_VF,) if on_pf else ()),
@@ -178,6 +183,17 @@ def tidy(preparation: Preparation) -> Plan:
         generation=preparation.generation,
         homeward=True,
         steps=on_vfio if preparation.config.by_file else rdma if preparation.rdma_only else netdev,
+    )
+
+
+def remake(preparation: Preparation) -> Plan:
+    """Have an interface there again that was made for a share: a pod or a reboot ended it, or the device that
+    it was made on was away."""
+    return Plan(
+        owner=preparation_owner(preparation.key),
+        generation=preparation.generation,
+        homeward=True,
+        steps=(Step(act=Act.SHARE_MAKE),),
     )
 
 

@@ -17,7 +17,16 @@ from typing import Protocol
 
 from driver.inventory import name_of, quantity
 from driver.model import AttributeValue, CounterUse, Device, DeviceName, Preparation
-from hw.model import Identity, PciIdentity, PfAddress, SoftwareIdentity, bus_of, card_of, parse_pci_address
+from hw.model import (
+    DeviceKind,
+    Identity,
+    PciIdentity,
+    PfAddress,
+    SoftwareIdentity,
+    bus_of,
+    card_of,
+    parse_pci_address,
+)
 
 VFS = "vfs"
 RDMA = "device"
@@ -28,6 +37,8 @@ BANDWIDTH = "bandwidth"
 class Shares(Protocol):
     """What a device and a preparation have in common."""
 
+    @property
+    def kind(self) -> DeviceKind: ...
     @property
     def identity(self) -> Identity: ...
     @property
@@ -74,6 +85,9 @@ class Sharing:
         self._rdma: defaultdict[str, list[DeviceName]] = defaultdict(list)
         self._given_out: dict[PfAddress, int] = {}
         for name, each in sorted(self._all.items()):
+            if each.kind is DeviceKind.SHARED:
+                # Given out in parts, which take from it alone: what it gives out is not its VFs'.
+                continue
             port = port_of(each)
             if port is not None:
                 (self._ports if is_whole(each) else self._vfs)[port].append(name)

@@ -25,6 +25,7 @@ from driver.claimconfig.sections import (
     FieldPath,
     InterfaceSection,
     MtuBounds,
+    SubinterfaceSection,
     VfSection,
     decode,
 )
@@ -37,6 +38,7 @@ from driver.model import (
     InterfaceConfig,
     NicConfig,
     OpaqueConfig,
+    SubinterfaceConfig,
     VfConfig,
     VfDriver,
 )
@@ -214,6 +216,7 @@ def build(values: Mapping[FieldPath, object]) -> NicConfig:
     qos = _section(QosSection, "qos", values)
     egress = _section(EgressSection, "qos.egress", values)
     ingress = _section(IngressSection, "qos.ingress", values)
+    subinterface = _section(SubinterfaceSection, "subinterface", values)
     return NicConfig(
         interface=InterfaceConfig(
             name=interface.name,
@@ -247,6 +250,7 @@ def build(values: Mapping[FieldPath, object]) -> NicConfig:
             egress_min_rate=egress.min_rate or 0,
             ingress_rate=ingress.rate or 0,
         ),
+        subinterface=SubinterfaceConfig(vlan=subinterface.vlan),
     )
 
 

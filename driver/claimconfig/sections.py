@@ -166,6 +166,18 @@ class VfSection:
     ] = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubinterfaceSection:
+    vlan: Annotated[
+        int | None,
+        Key(
+            "vlan",
+            integer(1, MAX_VLAN),
+            "Of a device that is given out by VLAN: one of those that the node policy names for it.",
+        ),
+    ] = None
+
+
 _INTERFACE_LATER = frozenset(
     {
         "dhcp",
@@ -180,13 +192,14 @@ _INTERFACE_LATER = frozenset(
         "disableEbpfPrograms",
     }
 )
-_SECTIONS_LATER = frozenset({"routes", "rules", "neighbors", "ethtool", "subinterface"})
+_SECTIONS_LATER = frozenset({"routes", "rules", "neighbors", "ethtool"})
 
 SECTIONS: Mapping[str, Mapping[str, Key[Any]]] = {
     "interface": keys_of(InterfaceSection),
     "vf": keys_of(VfSection),
     "rdma": {name: key for name, key in keys_of(RdmaSection).items() if name != "limits"},
     "rdma.limits": keys_of(RdmaLimitsSection),
+    "subinterface": keys_of(SubinterfaceSection),
     "qos": {name: key for name, key in keys_of(QosSection).items() if name not in ("egress", "ingress")},
     "qos.egress": keys_of(EgressSection),
     "qos.ingress": keys_of(IngressSection),
@@ -282,6 +295,15 @@ class Document:
     qos: Annotated[
         QosSection | None,
         Key("qos", record(QosSection), "How much traffic it may have, and of which class."),
+    ] = None
+
+    subinterface: Annotated[
+        SubinterfaceSection | None,
+        Key(
+            "subinterface",
+            record(SubinterfaceSection),
+            "The interface that is made for the claim, of a device that is given out in parts.",
+        ),
     ] = None
 
     def given(self) -> Mapping[FieldPath, object]:

@@ -151,7 +151,7 @@ def _records(
     with contextlib.suppress(DriverError), Journal.open_read_only(paths.journal) as journal:
         state = journal.state()
         return (
-            {p.key.device: p for p in state.preparations},
+            {p.key.unit: p for p in state.preparations},
             {q.device: q.reason for q in state.quarantines},
             tuple(state.attachments),
         )

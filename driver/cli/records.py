@@ -34,7 +34,7 @@ def run_pods(arguments: argparse.Namespace) -> int:
                 "interface": preparation.pod_ifname if attachment else None,
                 "state": attachment.state if attachment else preparation.state,
                 "sandbox": attachment.sandbox[:12] if attachment else None,
-                "quarantine": quarantined.get(preparation.key.device),
+                "quarantine": quarantined.get(preparation.key.unit),
             }
         )
     columns = ["namespace", "pod", "claim", "request", "device", "interface", "state", "quarantine"]

@@ -64,7 +64,7 @@ def measure(paths: Paths, wait: Callable[[], None]) -> Costs:
 
 def _cost(preparation: Preparation, attachment: Attachment | None, timed: cost.Timed) -> Cost:
     return Cost(
-        device=preparation.key.device,
+        device=preparation.key.unit,
         namespace=preparation.claim.namespace,
         pod=attachment.pod.name if attachment else None,
         interface=preparation.pod_ifname if attachment else None,

@@ -23,6 +23,7 @@ from driver.execute import filters, infiniband, port, probe, rdma, rdma_given, v
 from driver.execute.foreign import Foreign
 from driver.execute.ipoib import IpoibActs
 from driver.execute.shape import Shaper
+from driver.execute.share import ShareActs
 from driver.execute.target import NotClean, Target, Vanished
 from driver.model import Attachment, Preparation
 from driver.plan import Act
@@ -108,6 +109,7 @@ class NodeActs:
         self._accounting = accounting
         self._programs = programs
         self._ipoib = IpoibActs(programs)
+        self._share = ShareActs(programs)
         self._fold = fold
         self._meters = meters
 
@@ -153,6 +155,8 @@ class NodeActs:
             Act.IPOIB_UP: self._ipoib.up,
             Act.IPOIB_FOLD: self.fold_ipoib,
             Act.IPOIB_REMOVE: self._ipoib.remove,
+            Act.SHARE_MAKE: self._share.make,
+            Act.SHARE_REMOVE: self._share.remove,
             Act.PORT_ACTIVE: partial(infiniband.port_active, host=self._host),
         }
 

@@ -49,7 +49,8 @@ class Target:
 
     @property
     def device(self) -> str:
-        return self.preparation.key.device
+        """What this node calls it: a share of a device is a thing of its own."""
+        return self.preparation.key.unit
 
     def find_at_home(self) -> LinkInfo | None:
         identity = self.preparation.identity

@@ -11,9 +11,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from driver.kube.quantity import parse_quantity
 from driver.kube.wire import JsonObject, clamp
 from driver.model import AttributeValue, OfferedDevice, Taint
+from driver.quantity import parse_quantity
 
 PROPERTIES_MAX = 32
 """Attributes and capacities of one device together."""

@@ -29,6 +29,7 @@ from driver.model import (
     PreparationState,
     SandboxId,
 )
+from hw.model import IfIndex, SoftwareIdentity
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +83,14 @@ class Book:
     def of_claim(self, uid: ClaimUid) -> tuple[Preparation, ...]:
         return tuple(p for p in self.preparations() if p.key.claim_uid == uid)
 
-    def of_device(self, device: DeviceName) -> tuple[Preparation, ...]:
-        return tuple(p for p in self.preparations() if p.key.device == device)
+    def of_device(self, name: DeviceName) -> tuple[Preparation, ...]:
+        """Who has the device, or the share of one, or any share of the device."""
+        return tuple(p for p in self.preparations() if name in (p.key.unit, p.key.device))
+
+    def indices(self) -> frozenset[IfIndex]:
+        """Of interfaces that are known by them, wherever they are."""
+        identities = (p.identity for p in self.preparations())
+        return frozenset(each.ifindex for each in identities if isinstance(each, SoftwareIdentity))
 
     def in_namespace(self, namespace: str) -> tuple[Preparation, ...]:
         """Prepared ones only: the claims that a pod of this namespace could name."""
@@ -137,8 +144,8 @@ class Book:
         with self._writing:
             for each in preparations:
                 if (known := self.preparation(each.key)) is not None:
-                    raise ImpossibleTransition(f"preparation {each.key.device}: it is {known.state} already")
-                check_preparation(None, each.state, each.key.device)
+                    raise ImpossibleTransition(f"preparation {each.key.unit}: it is {known.state} already")
+                check_preparation(None, each.state, each.key.unit)
             written = tuple(
                 replace(each, slot=slot, generation=self.next_generation())
                 for each, slot in zip(preparations, self._free_slots(len(preparations)), strict=True)
@@ -155,7 +162,7 @@ class Book:
         with self._writing:
             current = self.preparation(preparation.key)
             if current is None or current.generation != preparation.generation:
-                raise ImpossibleTransition(f"preparation {preparation.key.device}: its record was made anew")
+                raise ImpossibleTransition(f"preparation {preparation.key.unit}: its record was made anew")
             put = partial(self._journal.put_preparation, preparation, durable=True)
             self._write({preparation.key: put}, insist=True)
             with self._lock:
@@ -188,7 +195,7 @@ class Book:
             if current is None:
                 return
             self._check(preparation, None)
-            device = preparation.key.device
+            device = preparation.key.unit
             drops: dict[Hashable, Callable[[], None]] = {
                 preparation.key: partial(self._journal.drop_preparation, preparation.key)
             }
@@ -204,8 +211,8 @@ class Book:
         """Against the record there is now, not against what the caller remembers of it."""
         current = self.preparation(preparation.key)
         if current is not None and current.generation != preparation.generation:
-            raise ImpossibleTransition(f"preparation {preparation.key.device}: its record was made anew")
-        check_preparation(current.state if current else None, state, preparation.key.device)
+            raise ImpossibleTransition(f"preparation {preparation.key.unit}: its record was made anew")
+        check_preparation(current.state if current else None, state, preparation.key.unit)
 
     def open_attachment(self, attachment: Attachment) -> Attachment:
         with self._writing:

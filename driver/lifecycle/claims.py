@@ -10,10 +10,9 @@ import asyncio
 import logging
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
-from bpf.layout import Slot
 from driver import claimconfig, limits, plan
 from driver.cdi import cdi_id
 from driver.errors import ConfigError, DriverError, NotNow, Refusal
@@ -21,24 +20,24 @@ from driver.execute.engine import EXPECTED, Token
 from driver.execute.target import Vanished, open_target
 from driver.lifecycle import guids, one_address
 from driver.lifecycle.context import Context
-from driver.lifecycle.fitting import check_fits, check_ipoib, check_pf
+from driver.lifecycle.fitting import check_pf
 from driver.lifecycle.gate import Gate
 from driver.lifecycle.homecoming import HIDDEN, QUARANTINED, Homecoming
 from driver.lifecycle.orphans import Orphans
 from driver.lifecycle.ports import ClaimFailed
 from driver.lifecycle.projections import Projections
-from driver.lifecycle.relations import check_budgets, check_rivals, to_lock
+from driver.lifecycle.relations import check_budgets, check_rivals, check_room, to_lock
+from driver.lifecycle.wanted import Coming, Wanted, asking, clean, named, record, want
 from driver.lifecycle.workers import KeyedLocks
 from driver.model import (
-    AllocatedDevice,
     Claim,
     ClaimRef,
     ClaimUid,
     Device,
+    DeviceName,
     DriverEvent,
     EventKind,
     NicConfig,
-    PodUid,
     Preparation,
     PreparationKey,
     PreparationState,
@@ -46,28 +45,13 @@ from driver.model import (
 )
 from driver.plan import Act
 from driver.policy import ResetPolicy
-from driver.rdma import NO_NETDEV
-from hw.model import DeviceKind, IfName, LinkSettings
+from hw.model import DeviceKind, LinkSettings
 
 log = logging.getLogger(__name__)
 
 FOREIGN_PROGRAMS = "ForeignPrograms"
 UNPREPARE_PATIENCE = 10.0
 """Seconds that unprepare waits for a clean device before it quarantines it and lets the pod go."""
-
-
-Wanted = tuple[AllocatedDevice, Device, NicConfig]
-Named = tuple[str, NicConfig, IfName]
-"""A device as claimconfig.check_together wants it: its label, its config, its name in the pod."""
-
-
-@dataclass(frozen=True, slots=True)
-class Coming:
-    """A claim that is being prepared: what the other claims of its pods must stand beside."""
-
-    reserved_for: frozenset[PodUid]
-    devices: tuple[Named, ...]
-    addresses: tuple[one_address.Has, ...]
 
 
 class Claims:
@@ -120,10 +104,10 @@ class Claims:
             await self._context.workers.run_until([], self._context.devices.rescan, deadline)
         wanted = self._examine(claim)
         # No await since the check, so of two claims of one pod one is checked against the other.
-        self._coming[ref.uid] = Coming(claim.reserved_for, tuple(_named(wanted)), _asking(claim, wanted))
+        self._coming[ref.uid] = Coming(claim.reserved_for, tuple(named(wanted)), asking(claim, wanted))
         try:
             done = await self._context.workers.run_until(
-                to_lock(self._context, [device.name for _, device, _ in wanted]),
+                to_lock(self._context, [each.unit for each in wanted]),
                 lambda: self._prepare_devices(claim, wanted, token),
                 deadline,
                 token,
@@ -144,7 +128,7 @@ class Claims:
             raise NotNow(f"claim {ref.name} is still being taken back from an earlier attempt")
         quarantined = book.quarantines()
         for preparation in existing:
-            device = preparation.key.device
+            device = preparation.key.unit
             if device in quarantined:
                 raise NotNow(f"{device} is withheld until it is clean: {quarantined[device].reason}")
         return existing
@@ -170,25 +154,19 @@ class Claims:
             if device is None:
                 raise Refusal("NoSuchDevice", f"this node has no device {allocated.device} now")
             # Also before its turn comes: whoever cleans it may be long about it.
-            self._check_quarantine(device)
-            if any(device.name == other.name for _, other, _ in wanted):
+            self._check_quarantine(device.name)
+            if any((device.name, allocated.share_id) == (w.device.name, w.key.share_id) for w in wanted):
                 raise Refusal("DeviceTwice", f"{device.name} is allocated twice and cannot be shared")
-            _check_whole(allocated)
-            config = claimconfig.resolve(allocated, claim.configs, policy.claim_limits)
-            config = limits.sized(device, config)
-            check_fits(device, config)
-            check_ipoib(device, config, self._context.hook)
-            limits.check(device, config, policy.qos)
-            wanted.append((allocated, device, config))
+            wanted.append(want(claim, allocated, device, policy.claim_limits, policy.qos, self._context.hook))
         self._check_pod(claim, wanted)
         self._check_addresses(claim, wanted)
         return wanted
 
     def _check_pod(self, claim: Claim, wanted: Sequence[Wanted]) -> None:
         """ConfigError if two devices of one pod cannot stand together, of other claims of it too."""
-        together = _named(wanted)
+        together = named(wanted)
         together += [
-            (f"{other.key.device} of claim {other.claim.name}", other.config, other.ifname)
+            (f"{other.key.unit} of claim {other.claim.name}", other.config, other.ifname)
             for other in self._context.book.preparations()
             if other.state is PreparationState.PREPARED
             and other.key.claim_uid not in {claim.ref.uid, *self._coming}
@@ -203,7 +181,7 @@ class Claims:
     def _check_addresses(self, claim: Claim, wanted: Sequence[Wanted]) -> None:
         others = [*one_address.on_record(self._context.book.preparations(), but=claim.ref.uid)]
         others += [each for coming in self._coming.values() for each in coming.addresses]
-        one_address.check(_asking(claim, wanted), others)
+        one_address.check(asking(claim, wanted), others)
 
     def _prepare_devices(
         self, claim: Claim, wanted: Sequence[Wanted], token: Token
@@ -216,31 +194,23 @@ class Claims:
             return existing
         token.check(0.0)
         look = context.devices.as_it_is
-        wanted = [(allocated, look(device), config) for allocated, device, config in wanted]
-        for _, device, config in wanted:
-            self._check_free(device, claim.ref)
-            check_pf(device, config)
-            mac = config.interface.hardware_address
-            holder = context.devices.who_else_has(mac, device) if mac is not None else ""
+        wanted = [replace(each, device=look(each.device)) for each in wanted]
+        for each in wanted:
+            self._check_free(each, claim.ref)
+            check_pf(each.device, each.config)
+            mac = each.config.interface.hardware_address
+            holder = context.devices.who_else_has(mac, each.device) if mac is not None else ""
             if mac is not None and holder:
-                raise one_address.refused(device.name, mac, holder)
-        check_rivals(context, [device.name for _, device, _ in wanted], claim.ref.uid)
-        policy = context.policy()
-        made = [
-            replace(
-                _new(claim, allocated, device, config),
-                no_iommu=policy.vfio.no_iommu and config.by_file,
-                rdma=context.rdma.binding(device, config, policy.rdma),
-            )
-            for allocated, device, config in wanted
-        ]
+                raise one_address.refused(each.unit, mac, holder)
+        check_rivals(context, [each.unit for each in wanted], claim.ref.uid)
+        made = self._records(claim, wanted)
         if past := next((each for each in made if limits.passes_by(each)), None):
             raise ConfigError([limits.past_size(past)])
-        opened = self._open(claim.ref.uid, made, [device for _, device, _ in wanted])
+        opened = self._open(claim.ref.uid, made, [each.device for each in wanted])
         try:
             done = [
-                self._prepare_one(preparation, config, token)
-                for preparation, (_, _, config) in zip(opened, wanted, strict=True)
+                self._prepare_one(preparation, each.config, token)
+                for preparation, each in zip(opened, wanted, strict=True)
             ]
             return context.book.advance_preparations(done, PreparationState.PREPARED)
         except EXPECTED as error:
@@ -249,14 +219,29 @@ class Claims:
                 raise
             raise NotNow(str(error)) from error
 
+    def _records(self, claim: Claim, wanted: Sequence[Wanted]) -> list[Preparation]:
+        context = self._context
+        policy, indices = context.policy(), context.book.indices()
+        return [
+            replace(
+                record(claim, each, indices),
+                no_iommu=policy.vfio.no_iommu and each.config.by_file,
+                rdma=context.rdma.binding(each.device, each.config, policy.rdma)
+                if each.size is None
+                else None,
+            )
+            for each in wanted
+        ]
+
     def _open(
         self, uid: ClaimUid, made: Sequence[Preparation], devices: Sequence[Device]
     ) -> tuple[Preparation, ...]:
         with self._giving_out:
             try:
-                check_budgets(self._context, {each.key.device: each.size for each in made}, uid)
+                check_budgets(self._context, {each.key.unit: each.size for each in made}, uid)
+                check_room(self._context, made, devices, uid)
             except Refusal:
-                self._projections.promise(uid, [each.key.device for each in made])
+                self._projections.promise(uid, [each.key.unit for each in made if each.share is None])
                 raise
             opened = self._context.book.open_preparations(guids.give(self._context, made, devices))
         self._projections.promise(uid, ())
@@ -271,7 +256,7 @@ class Claims:
             software = limits.instead(preparation.config, asked=config)
             if software is None or limits.passes_by(replace(preparation, config=software)):
                 raise
-            log.info("%s: its limit is kept by the node's kernel: %s", preparation.key.device, refusal)
+            log.info("%s: its limit is kept by the node's kernel: %s", preparation.key.unit, refusal)
             preparation = self._context.book.amend_preparation(replace(preparation, config=software))
             return self._run(preparation, token)
 
@@ -283,26 +268,29 @@ class Claims:
             if told := context.foreign.told(target):
                 log.warning("%s", told)
                 self._tell(preparation.claim, FOREIGN_PROGRAMS, told)
+            if preparation.share is not None and (link := target.find_at_home()) is not None:
+                return replace(preparation, baseline=clean(LinkSettings.of(link)))
             return replace(preparation, rdma=context.rdma.binding_now(target))
 
-    def _check_free(self, device: Device, ref: ClaimRef) -> None:
+    def _check_free(self, wanted: Wanted, ref: ClaimRef) -> None:
         """The last guard, whatever the scheduler, taints and tolerations say."""
-        self._check_quarantine(device)
-        for holder in self._context.book.of_device(device.name):
+        device = wanted.device
+        self._check_quarantine(device.name)
+        for holder in self._context.book.of_device(wanted.unit):
             if holder.key.claim_uid != ref.uid:
                 raise Refusal(
                     "DeviceInUse",
-                    f"{device.name} is held by claim {holder.claim.namespace}/{holder.claim.name}",
+                    f"{wanted.unit} is held by claim {holder.claim.namespace}/{holder.claim.name}",
                 )
         if device.withheld:
             raise Refusal("Withheld", f"{device.name} is not given away: {device.withheld}")
         if device.kind is not DeviceKind.RDMA and (device.ifindex is None or device.settings is None):
             raise NotNow(f"{device.name} is not in the host's network namespace now")
 
-    def _check_quarantine(self, device: Device) -> None:
-        quarantine = self._context.book.quarantines().get(device.name)
+    def _check_quarantine(self, name: DeviceName) -> None:
+        quarantine = self._context.book.quarantines().get(name)
         if quarantine is not None:
-            raise NotNow(f"{device.name} is withheld until it is clean: {quarantine.reason}")
+            raise NotNow(f"{name} is withheld until it is clean: {quarantine.reason}")
 
     def _take_back(self, leaving: Preparation, *, reset: bool) -> None:
         """Undo a preparation that is in no pod. The record, which says what clean is, stays until the
@@ -328,13 +316,13 @@ class Claims:
             if errors:
                 self._withhold(leaving, _why_kept(errors))
                 return
-        context.foreign.sweep(leaving.key.device, context.devices.hint(leaving))
+        context.foreign.sweep(leaving.key.unit, context.devices.hint(leaving))
         context.book.close_preparation(leaving)
         self._reset.discard(leaving.key)
 
     def _withhold(self, preparation: Preparation, reason: str) -> None:
-        if self._context.book.quarantine(preparation.key.device, reason, self._context.clock.wall()):
-            self._tell(preparation.claim, QUARANTINED, f"{preparation.key.device} is withheld: {reason}")
+        if self._context.book.quarantine(preparation.key.unit, reason, self._context.clock.wall()):
+            self._tell(preparation.claim, QUARANTINED, f"{preparation.key.unit} is withheld: {reason}")
 
     def _answer(self, preparations: Sequence[Preparation]) -> tuple[PreparedDevice, ...]:
         return tuple(
@@ -371,7 +359,7 @@ class Claims:
             self._projections.offer()
             return
         patience = min(deadline, self._context.clock.monotonic() + UNPREPARE_PATIENCE)
-        devices = [p.key.device for p in leaving]
+        devices = [p.key.unit for p in leaving]
         try:
             await self._context.workers.run_until(devices, lambda: self.finish(leaving), patience)
         except NotNow:
@@ -385,7 +373,7 @@ class Claims:
     def _note_late(self, preparations: Sequence[Preparation]) -> None:
         for preparation in preparations:
             self._context.book.quarantine(
-                preparation.key.device,
+                preparation.key.unit,
                 "it did not come home in time",
                 self._context.clock.wall(),
                 held=preparation.key,
@@ -394,7 +382,7 @@ class Claims:
     async def release_all(self) -> None:
         """Take back every preparation of this node. What does not come stays in the book."""
         for preparation in self._context.book.preparations():
-            await self._context.workers.run([preparation.key.device], partial(self.finish, [preparation]))
+            await self._context.workers.run([preparation.key.unit], partial(self.finish, [preparation]))
 
     def finish(self, preparations: Sequence[Preparation], *, reset: bool = True) -> None:
         """In a worker, holding the devices: home from every pod, programs off, and each record closed if
@@ -411,62 +399,13 @@ class Claims:
                 if not book.attachments_of(leaving.key):
                     self._take_back(leaving, reset=reset)
             except EXPECTED as error:
-                log.error("taking %s back: %s", leaving.key.device, error)
+                log.error("taking %s back: %s", leaving.key.unit, error)
                 self._withhold(leaving, str(error))
 
     def _tell(self, ref: ClaimRef, reason: str, message: str) -> None:
         self._context.events.emit(
             DriverEvent(subject=ref, kind=EventKind.WARNING, reason=reason, message=message)
         )
-
-
-def _check_whole(allocated: AllocatedDevice) -> None:
-    """Refusal for a share of a device: the scheduler makes them of devices that allow several allocations."""
-    if allocated.share_id is not None or allocated.consumed_capacity:
-        raise Refusal(
-            "NotSharable",
-            f"{allocated.device} is allocated in part (shareID or consumedCapacity), and no device of this "
-            "driver can be: has somebody else changed its ResourceSlice (allowMultipleAllocations)?",
-        )
-
-
-def _named(wanted: Sequence[Wanted]) -> list[Named]:
-    """Those that will have a netdev in the pod."""
-    return [
-        (device.name, config, config.interface.name or device.settings.name)
-        for _, device, config in wanted
-        if device.settings is not None and not config.by_file
-    ]
-
-
-def _asking(claim: Claim, wanted: Sequence[Wanted]) -> tuple[one_address.Has, ...]:
-    named = f"{claim.ref.namespace}/{claim.ref.name}"
-    return one_address.asking([(device, config) for _, device, config in wanted], named)
-
-
-def _new(claim: Claim, allocated: AllocatedDevice, device: Device, config: NicConfig) -> Preparation:
-    """The record of a device that passed every check; slot and generation are the book's to give."""
-    assert device.settings is not None or device.kind is DeviceKind.RDMA
-    return Preparation(
-        key=PreparationKey(claim.ref.uid, allocated.pool, device.name, allocated.share_id),
-        claim=claim.ref,
-        request=allocated.base_request,
-        identity=device.identity,
-        kind=device.kind,
-        dies_with_netns=device.dies_with_netns,
-        config=limits.settled(device, config),
-        baseline=clean(device.settings) if device.settings is not None else NO_NETDEV,
-        attributes=device.attributes,
-        capacities=device.capacities,
-        reserved_for=claim.reserved_for,
-        slot=Slot(0),
-        state=PreparationState.PREPARING,
-        generation=0,
-        home_driver=device.driver or "",
-        vf_baseline=device.vf,
-        port=device.port,
-        size=device.portion.size if device.portion is not None and device.kind is DeviceKind.VF else None,
-    )
 
 
 def _is_gone(errors: Mapping[Act, Exception]) -> bool:
@@ -481,8 +420,3 @@ def _why_kept(errors: Mapping[Act, Exception]) -> str:
     telling = (Act.UNBIND, Act.TO_KERNEL, Act.VERIFY_VF, Act.VERIFY, Act.RESTORE_PORT, Act.RDMA_VERIFY)
     found = [errors[act] for act in telling if act in errors] or [list(errors.values())[-1]]
     return "; ".join(dict.fromkeys(map(str, found)))
-
-
-def clean(settings: LinkSettings) -> LinkSettings:
-    """The baseline of a device from how it was found: what a tenant could have left on is off."""
-    return replace(settings, promisc=False, allmulti=False)

@@ -158,12 +158,12 @@ class Lifecycle:
         """Devices by what they are now, for the gauge."""
         book = self._context.book
         devices = self._context.devices.current()
-        held = {p.key.device for p in book.preparations()}
+        held = {p.key.unit for p in book.preparations()}
         return {
             "offered": sum(not d.withheld for d in devices.values()),
             "withheld": sum(bool(d.withheld) for d in devices.values()),
             "prepared": len(held),
-            "attached": len({a.preparation.device for a in book.attachments()}),
+            "attached": len({a.preparation.unit for a in book.attachments()}),
             "quarantined": len(book.quarantines()),
         }
 
@@ -193,7 +193,7 @@ class Lifecycle:
         """Take every claim back, whatever lives; returns what did not come home, a sentence each."""
         await self._claims.release_all()
         await self._context.workers.run([], self._orphans.end_all)
-        left = [f"{p.key.device} did not come home" for p in self._context.book.preparations()]
+        left = [f"{p.key.unit} did not come home" for p in self._context.book.preparations()]
         left += [f"{q.device}: {q.reason}" for q in self._context.book.quarantines().values()]
         return tuple(left)
 
@@ -241,7 +241,7 @@ class Lifecycle:
         """The devices that are in pods."""
         book = self._context.book
         return {
-            a.preparation.device: p.identity
+            a.preparation.unit: p.identity
             for a in book.attachments()
             if (p := book.preparation(a.preparation)) is not None
         }

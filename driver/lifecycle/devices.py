@@ -86,7 +86,7 @@ class Devices:
         To be verified by identity."""
         if isinstance(preparation.identity, SoftwareIdentity):
             return preparation.identity.ifindex
-        device = self.get(preparation.key.device)
+        device = self.get(preparation.key.unit)
         return device.ifindex if device is not None else None
 
     def is_at_home(self, preparation: Preparation) -> bool:
@@ -153,8 +153,11 @@ class Devices:
 
     def see_home(self, preparation: Preparation) -> None:
         """Look again if the picture does not have the device at home and clean: it is from while a pod had
-        it, or from before it was put in order or probed anew, and an offer made from it would be wrong."""
-        device = self.get(preparation.key.device)
+        it, or from before it was put in order or probed anew, and an offer made from it would be wrong. A
+        share is in no offer."""
+        if preparation.share is not None:
+            return
+        device = self.get(preparation.key.unit)
         known = device is not None and device.settings == preparation.baseline
         hardware = preparation.rdma is not None and preparation.rdma.software is None
         known = known and not (hardware and device is not None and device.rdma is None)
@@ -179,6 +182,9 @@ class Devices:
             vf, pf_mtu = _on_pf(device.identity, links) if device.kind is DeviceKind.VF else (None, None)
             port = _port(link, links) if device.kind is DeviceKind.PF else None
         withheld = self._withheld_now(device)
+        if device.kind is DeviceKind.SHARED:
+            # What the host uses it for stays as it is.
+            return replace(device, settings=LinkSettings.of(link), withheld=withheld)
         if addressed:
             withheld = withheld or "in use by the host: it has an address"
         elif link.master is not None:
@@ -298,6 +304,9 @@ def _matters(link: LinkInfo | None, known: Device | None, policy: NodePolicy) ->
     if known is not None:
         taken = link.up or link.master is not None
         settings = LinkSettings.of(link, kind=known.kind)
+        if known.kind is DeviceKind.SHARED:
+            # It is up, and the host's: that is nothing new.
+            taken = False
         same = is_at_home(known.identity, link) and known.settings == settings
         return taken or bool(known.withheld) or not same
     return link.kind is None or policy.selects(link)

@@ -29,6 +29,7 @@ from driver.model import (
     PreparationKey,
     PreparationState,
     Sandbox,
+    device_of,
 )
 from driver.troubles import DeviceHealth, Trouble
 
@@ -147,7 +148,7 @@ class Health:
                 if view.held is None and self._watch.pending(Subject(view.name), Trouble.NO_DRIVER)
             )
             shown = self._projections.show_health(self._told, kept)
-            self.feed.put(tuple(self._told.values()))
+            self.feed.put(tuple(health for name, health in self._told.items() if device_of(name) == name))
             self._tell_ports(before)
             self._tell_devices(told)
             if shown and self._gate.settled and not self._gate.recovery:
@@ -165,7 +166,7 @@ class Health:
 
     def lose(self, attachment: Attachment, *, dead: bool) -> None:
         """A device came home from a pod that lives. dead: what the pod had of it is no more."""
-        device, pod = attachment.preparation.device, attachment.pod
+        device, pod = attachment.preparation.unit, attachment.pod
         if dead:
             text = f"{device} was reset or unbound under pod {pod.name}; it is given back when it is clean"
             sandbox = Sandbox(id=attachment.sandbox, pod=pod, netns_path=attachment.netns_path)
@@ -183,10 +184,8 @@ class Health:
         """Of every device that is offered, was the last time, or is held."""
         context, book = self._context, self._context.book
         current = context.devices.current()
-        attached = {
-            a.preparation.device: a for a in book.attachments() if a.state is AttachmentState.ATTACHED
-        }
-        held = {p.key.device: p for p in book.preparations()}
+        attached = {a.preparation.unit: a for a in book.attachments() if a.state is AttachmentState.ATTACHED}
+        held = {p.key.unit: p for p in book.preparations()}
         quarantines = book.quarantines()
         self._forget_losses(held, attached)
         names = {name for name, device in current.items() if not device.withheld} | held.keys()
@@ -218,8 +217,8 @@ class Health:
         self, held: Mapping[DeviceName, Preparation], attached: Mapping[DeviceName, Attachment]
     ) -> None:
         for key in tuple(self._losses):
-            preparation = held.get(key.device)
-            over = preparation is None or preparation.key != key or key.device in attached
+            preparation = held.get(key.unit)
+            over = preparation is None or preparation.key != key or key.unit in attached
             if over or (preparation is not None and preparation.state is not PreparationState.PREPARED):
                 self._losses.pop(key, None)
 

@@ -20,6 +20,7 @@ from driver.execute.engine import EXPECTED, Problem
 from driver.execute.target import NotClean, Target, Vanished, open_target
 from driver.lifecycle.context import Context
 from driver.lifecycle.projections import Projections
+from driver.lifecycle.shares import renewed
 from driver.model import Attachment, AttachmentId, AttachmentState, Preparation
 from driver.plan import Act
 from hw.errors import HwError
@@ -123,7 +124,7 @@ class Homecoming:
     def is_hidden(self, preparation: Preparation) -> bool:
         """Whether the device is there, but not at home: in a netns that nobody told us of."""
         context = self._context
-        device = preparation.key.device
+        device = preparation.key.unit
         if preparation.by_file:
             return False
         with open_target(
@@ -186,7 +187,7 @@ class Homecoming:
             try:
                 context.engine.undo(plan.attach(attachment, preparation, context.hook), target)
             except EXPECTED as error:
-                log.warning("undoing the attach of %s: %s", preparation.key.device, error)
+                log.warning("undoing the attach of %s: %s", preparation.key.unit, error)
                 (leaving,) = context.book.advance_attachments(
                     [attachment], AttachmentState.DETACHING, insist=False
                 )
@@ -199,7 +200,8 @@ class Homecoming:
         self.let_go(attachment)
 
     def check_clean(self, preparation: Preparation) -> tuple[Problem, ...]:
-        """Compare a device that should be at home with its baseline, mending what can be mended."""
+        """Compare a device that should be at home with its baseline, mending what can be mended. A share
+        whose interface is no more is made anew."""
         context = self._context
         with open_target(
             preparation,
@@ -208,15 +210,24 @@ class Homecoming:
             None,
             context.devices.hint(preparation),
         ) as target:
+            made = self._remade(target) if preparation.share is not None else ()
             try:
                 context.foreign.note_anew(target)
             except EXPECTED as error:
-                return (Problem(Act.NOTE_FOREIGN, error),)
-            return context.engine.bring_home(plan.tidy(preparation), target)
+                return (*made, Problem(Act.NOTE_FOREIGN, error))
+            return made or context.engine.bring_home(plan.tidy(preparation), target)
+
+    def _remade(self, target: Target) -> tuple[Problem, ...]:
+        """Before anything is looked at: there is to be something to look at."""
+        return self._context.engine.bring_home(plan.remake(target.preparation), target)
 
     def make_ready(self, preparation: Preparation) -> tuple[Problem, ...]:
         """Have a prepared device that is in no pod be as its prepare left it, programs included. What stands
         against it, or nothing."""
+        try:
+            preparation = renewed(self._context, preparation)
+        except EXPECTED as error:
+            return (Problem(Act.SHARE_MAKE, error),)
         problems = self.check_clean(preparation)
         if not problems:
             # Its netdev may be another one than the last scan saw.
@@ -232,7 +243,7 @@ class Homecoming:
         if programs is None:
             self._refilter(preparation)
             return
-        device = preparation.key.device
+        device = preparation.key.unit
         ifindex = self._context.devices.hint(preparation)
         if must_be_home and ifindex is not None:
             programs.attach(device, ifindex, preparation.slot, preparation.framing)
@@ -258,9 +269,9 @@ class Homecoming:
         if programs is None or preparation.by_file:
             return False
         try:
-            pair = programs.state(preparation.key.device)
+            pair = programs.state(preparation.key.unit)
         except BpfError as error:
-            log.warning("%s: %s", preparation.key.device, error)
+            log.warning("%s: %s", preparation.key.unit, error)
             return False
         return pair is None or not pair.alive
 
@@ -279,7 +290,7 @@ class Homecoming:
     ) -> bool:
         """Close, or keep and quarantine, by what the last look at the device said."""
         context = self._context
-        device = preparation.key.device
+        device = preparation.key.unit
         errors = {problem.act: problem.error for problem in problems}
         if Act.FOLD in errors:
             context.book.quarantine(
@@ -305,7 +316,7 @@ class Homecoming:
         return verdict is None or isinstance(verdict, Vanished)
 
     def _withhold(self, attachment: Attachment, preparation: Preparation, reason: str) -> None:
-        device = preparation.key.device
+        device = preparation.key.unit
         log.warning("%s is withheld: %s", device, reason)
         if self._context.book.quarantine(device, reason, self._now()):
             self._projections.tell_pod(attachment.pod, QUARANTINED, f"{device} is withheld: {reason}")

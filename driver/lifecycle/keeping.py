@@ -73,7 +73,7 @@ class Keeping:
     async def apply_all(self, *, report: bool) -> None:
         """Make every attached device's limits what they are to be by now, and say so in the statuses."""
         for attachment, _ in self._attached():
-            device = attachment.preparation.device
+            device = attachment.preparation.unit
             try:
                 await self._context.workers.run([device], partial(self._apply, attachment.id))
             except EXPECTED as error:
@@ -92,7 +92,7 @@ class Keeping:
             attachment = self._context.book.attachment(id)
             if attachment is None:
                 continue
-            device = attachment.preparation.device
+            device = attachment.preparation.unit
             try:
                 await self._context.workers.run([device], partial(self._look, id))
             except EXPECTED as error:

@@ -143,7 +143,7 @@ class Metering:
                     if target is not None:
                         self._settle(attachment, target, pfs)
             except EXPECTED as error:
-                log.warning("reading the counters of %s: %s", attachment.preparation.device, error)
+                log.warning("reading the counters of %s: %s", attachment.preparation.unit, error)
         if all_known:
             self._end_of_the_gone()
 
@@ -307,7 +307,7 @@ class Metering:
             preparation = self._book.preparation(attachment.preparation)
             wish = preparation.config.rdma.ipoib if preparation is not None else None
             if wish is not None:
-                found[child_of(attachment.preparation.device)] = wish.name
+                found[child_of(attachment.preparation.unit)] = wish.name
         return found
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from driver.errors import Refusal
-from driver.model import ClaimUid, Device, DeviceName, NicConfig, Preparation
+from driver.model import ClaimUid, DeviceName, NicConfig, Preparation
 from hw.model import MacAddress
 
 
@@ -29,11 +29,11 @@ def asked_for(preparations: Iterable[Preparation]) -> frozenset[MacAddress]:
     return frozenset(mac for p in preparations if (mac := p.config.interface.hardware_address) is not None)
 
 
-def asking(wanted: Iterable[tuple[Device, NicConfig]], claim: str) -> tuple[Has, ...]:
+def asking(wanted: Iterable[tuple[DeviceName, NicConfig]], claim: str) -> tuple[Has, ...]:
     """The devices of a claim that is being prepared which are to have an address of its choice."""
     return tuple(
-        Has(device.name, mac, f"claim {claim} is to have it on {device.name}")
-        for device, config in wanted
+        Has(name, mac, f"claim {claim} is to have it on {name}")
+        for name, config in wanted
         if (mac := config.interface.hardware_address) is not None
     )
 
@@ -43,11 +43,11 @@ def on_record(preparations: Iterable[Preparation], *, but: ClaimUid) -> Iterator
     for p in preparations:
         if p.key.claim_uid == but:
             continue
-        who = f"{p.key.device} of claim {p.claim.namespace}/{p.claim.name}"
+        who = f"{p.key.unit} of claim {p.claim.namespace}/{p.claim.name}"
         if (mac := p.config.interface.hardware_address) is not None:
-            yield Has(p.key.device, mac, f"{who} has it")
+            yield Has(p.key.unit, mac, f"{who} has it")
         if p.baseline.mac is not None:
-            yield Has(p.key.device, p.baseline.mac, f"it is {who}'s own")
+            yield Has(p.key.unit, p.baseline.mac, f"it is {who}'s own")
 
 
 def check(mine: Iterable[Has], others: Iterable[Has]) -> None:

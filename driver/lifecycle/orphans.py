@@ -41,7 +41,7 @@ class Orphans:
 
     def devices(self) -> frozenset[DeviceName]:
         book = self._context.book
-        return frozenset(book.quarantines()) - {p.key.device for p in book.preparations()}
+        return frozenset(book.quarantines()) - {p.key.unit for p in book.preparations()}
 
     def claims(self) -> frozenset[ClaimUid]:
         """Whose files must stand."""
@@ -55,7 +55,7 @@ class Orphans:
         names = {device for uid in context.cdi.claims() for device in context.cdi.devices(uid)}
         if context.programs is not None:
             names.update(DeviceName(name) for name in context.programs.names())
-        for name in sorted(names - {p.key.device for p in context.book.preparations()}):
+        for name in sorted(names - {p.key.unit for p in context.book.preparations()}):
             log.error("%s is withheld: %s", name, UNKNOWN)
             context.book.quarantine(name, UNKNOWN, context.clock.wall())
         self.keep_slots()

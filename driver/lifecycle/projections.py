@@ -125,7 +125,7 @@ class Projections:
                 mac=None if p.by_file else p.mac,
                 addresses=p.config.interface.addresses,
                 hook="" if p.by_file else self._context.hook,
-                unhealthy=health.message if (health := self._healths.get(p.key.device)) else None,
+                unhealthy=self._unhealthy(p),
                 partition=_partition(p),
                 ipoib=p.config.rdma.ipoib,
             )
@@ -147,6 +147,13 @@ class Projections:
         ]
         said += _limits(preparation) + _rdma_said(attachment) + _ipoib_said(preparation)
         return "; ".join([said, *in_software])
+
+    def _unhealthy(self, preparation: Preparation) -> str | None:
+        """Of a share also what is wrong with the device that it is a share of. None: neither was looked
+        at."""
+        names = dict.fromkeys((preparation.key.device, preparation.key.unit))
+        found = [health.message for name in names if (health := self._healths.get(name)) is not None]
+        return "; ".join(filter(None, found)) if found else None
 
     def limits_of(self, preparation: Preparation) -> tuple[limits.Kept, ...]:
         """The limits that are in force for an attached device."""

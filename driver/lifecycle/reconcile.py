@@ -114,7 +114,7 @@ class Reconcile:
             known = {sandbox.id for sandbox in sandboxes}
             for attachment in attachments:
                 if attachment.sandbox not in known:
-                    await self._on_device(attachment.preparation.device, self._homeward(attachment))
+                    await self._on_device(attachment.preparation.unit, self._homeward(attachment))
             self._listed = self._as_listed(sandboxes, containers, attachments)
             self._told_bare &= {(each.sandbox.id, name) for each in self._listed for name in each.containers}
             self.attach_waiting()
@@ -127,8 +127,8 @@ class Reconcile:
                 return
             came = set(returned)
             for attachment in self._context.book.attachments():
-                if attachment.preparation.device in came or attachment.state is AttachmentState.DETACHING:
-                    await self._on_device(attachment.preparation.device, self._if_home(attachment))
+                if attachment.preparation.unit in came or attachment.state is AttachmentState.DETACHING:
+                    await self._on_device(attachment.preparation.unit, self._if_home(attachment))
             await self._mend()
             self._give_back()
             self._projections.offer()
@@ -164,7 +164,7 @@ class Reconcile:
         book = self._context.book
         alone = {p.key for p in book.preparations() if p.rdma_only}
         candidates = [a for a in book.attachments() if a.preparation in alone]
-        return frozenset(a.preparation.device for a in candidates if self._homecoming.is_home(a))
+        return frozenset(a.preparation.unit for a in candidates if self._homecoming.is_home(a))
 
     # --- parts --------------------------------------------------------------------------------------
 
@@ -173,9 +173,9 @@ class Reconcile:
         await self._try("noting what another version counted", self._upgrades.begin)
         await self._try("taking over devices in pods", self._adopt)
         for attachment in context.book.attachments():
-            await self._on_device(attachment.preparation.device, self._resume_attachment(attachment))
+            await self._on_device(attachment.preparation.unit, self._resume_attachment(attachment))
         for preparation in context.book.preparations():
-            await self._on_device(preparation.key.device, self._resume_preparation(preparation))
+            await self._on_device(preparation.key.unit, self._resume_preparation(preparation))
         await self._try("looking for devices that no record tells of", self._orphans.keep_slots)
         await self._try(
             "sweeping CDI specs and live files", lambda: self._projections.sweep(self._orphans.claims())
@@ -191,7 +191,7 @@ class Reconcile:
 
     def _adopt(self) -> None:
         context, book = self._context, self._context.book
-        in_pods = {a.preparation.device for a in book.attachments() if a.boot_id == context.boot_id}
+        in_pods = {a.preparation.unit for a in book.attachments() if a.boot_id == context.boot_id}
         # A reboot made every device anew: nothing that is on one is a pod's.
         withheld = frozenset() if self._journal.state().boot_changed else frozenset(book.quarantines())
         context.foreign.adopt(in_pods, withheld)
@@ -233,21 +233,21 @@ class Reconcile:
                 return
             problems = self._homecoming.make_ready(preparation)
             if problems:
-                context.book.quarantine(preparation.key.device, str(problems[-1].error), context.clock.wall())
+                context.book.quarantine(preparation.key.unit, str(problems[-1].error), context.clock.wall())
             else:
-                context.book.release(preparation.key.device)
+                context.book.release(preparation.key.unit)
 
         return work
 
     def _forget_before_boot(self) -> None:
         """A reboot makes every device anew: one that is withheld with no record of it is as good as any."""
         book = self._context.book
-        for device in book.quarantines().keys() - {p.key.device for p in book.preparations()}:
+        for device in book.quarantines().keys() - {p.key.unit for p in book.preparations()}:
             book.release(device)
 
     def _sweep_programs(self) -> None:
         context = self._context
-        wanted = {p.key.device for p in context.book.preparations()} | self._orphans.devices()
+        wanted = {p.key.unit for p in context.book.preparations()} | self._orphans.devices()
         for device in context.foreign.devices() - wanted:
             known = context.devices.get(device)
             context.foreign.sweep(device, known.ifindex if known is not None else None)
@@ -280,7 +280,7 @@ class Reconcile:
     async def _mend(self) -> None:
         """What is on its way home, or was not clean, and is in no pod."""
         for preparation in (*self._unfinished(), *await self._in_worker(self._made_anew)):
-            await self._on_device(preparation.key.device, self._resume_preparation(preparation))
+            await self._on_device(preparation.key.unit, self._resume_preparation(preparation))
 
     def _made_anew(self) -> list[Preparation]:
         """Prepared, in no pod, and not what was prepared any more: its driver was bound anew, or its PF's VFs
@@ -300,7 +300,7 @@ class Reconcile:
         for key, sandbox in self._health.to_give_back():
             preparation = book.preparation(key)
             ready = preparation is not None and preparation.state is PreparationState.PREPARED
-            if ready and key.device not in book.quarantines():
+            if ready and key.unit not in book.quarantines():
                 self._sandboxes.attach_late(sandbox)
 
     def _unfinished(self) -> list[Preparation]:
@@ -309,7 +309,7 @@ class Reconcile:
         return [
             p
             for p in book.preparations()
-            if (p.state is PreparationState.UNPREPARING or p.key.device in quarantined)
+            if (p.state is PreparationState.UNPREPARING or p.key.unit in quarantined)
             and not book.attachments_of(p.key)
         ]
 

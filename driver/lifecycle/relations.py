@@ -5,11 +5,12 @@ Invariant: reads only; each call is of the moment it is made in.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
+from driver import shares
 from driver.errors import NotNow, Refusal
 from driver.lifecycle.context import Context
-from driver.model import ClaimUid, DeviceName
+from driver.model import ClaimUid, Device, DeviceName, Preparation
 from driver.sharing import Node, Sharing
 
 
@@ -19,7 +20,7 @@ def sharing(context: Context, *, without: ClaimUid | None = None) -> Sharing:
     return Sharing(
         Node(
             devices=context.devices.current(),
-            held={p.key.device: p for p in book.preparations() if p.key.claim_uid != without},
+            held={p.key.unit: p for p in book.preparations() if p.key.claim_uid != without},
             quarantined={name: each.reason for name, each in book.quarantines().items()},
         )
     )
@@ -50,6 +51,17 @@ def check_budgets(context: Context, sizes: Mapping[DeviceName, int | None], uid:
         raise Refusal(
             "OverBudget", f"{over}: delete a pod that has one of its VFs, or ask for a smaller size"
         )
+
+
+def check_room(
+    context: Context, made: Sequence[Preparation], devices: Sequence[Device], uid: ClaimUid
+) -> None:
+    """Refusal or NotNow if more of a device would be given out in parts than there is. made: a claim's
+    records, devices those that they are of. As check_budgets, no other claim may come on record meanwhile."""
+    held = [p for p in context.book.preparations() if p.key.claim_uid != uid]
+    for device in {device.name: device for device in devices}.values():
+        mine = [each for each in made if each.key.device == device.name and each.share is not None]
+        shares.check_room(device, held, mine)
 
 
 def to_lock(context: Context, names: Collection[DeviceName]) -> frozenset[DeviceName]:

@@ -236,7 +236,7 @@ class Sandboxes:
         if sandbox.id in self._ended:
             raise NotNow(f"sandbox {sandbox.id} has been stopped: it is given no device")
         token = Token(self._context.clock, deadline)
-        devices = tuple(p.key.device for p in preparations)
+        devices = tuple(p.key.unit for p in preparations)
         under_way = UnderWay(token, devices)
         self._under_way.setdefault(sandbox.id, []).append(under_way)
         try:
@@ -277,7 +277,7 @@ class Sandboxes:
         late = self._late.pop(id, None)
         if late is not None:
             late.cancel()
-        devices = {a.preparation.device for a in self._context.book.of_sandbox(id)}
+        devices = {a.preparation.unit for a in self._context.book.of_sandbox(id)}
         devices.update(device for each in under_way for device in each.devices)
         if not devices:
             return
@@ -314,7 +314,7 @@ class Sandboxes:
             try:
                 self._homecoming.bring_home(attachment)
             except EXPECTED as error:
-                log.error("bringing %s home: %s", attachment.preparation.device, error)
+                log.error("bringing %s home: %s", attachment.preparation.unit, error)
         self._projections.offer()
 
     def forget_unlisted(self, listed: Collection[SandboxId]) -> None:
@@ -379,7 +379,7 @@ class Sandboxes:
                 self._homecoming.bring_home(current)
         except EXPECTED as error:
             # It is on record, so reconcile goes on with it; the others must still come out.
-            log.error("taking %s out again: %s", preparation.key.device, error)
+            log.error("taking %s out again: %s", preparation.key.unit, error)
 
     def _open(self, sandbox: Sandbox) -> NetnsHandle:
         if sandbox.netns_path is None:
@@ -402,17 +402,17 @@ class Sandboxes:
                 if not same_pod and self._homecoming.is_alive(other):
                     raise Refusal(
                         DEVICE_IN_USE,
-                        f"{preparation.key.device} is in pod {other.pod.namespace}/{other.pod.name}; "
+                        f"{preparation.key.unit} is in pod {other.pod.namespace}/{other.pod.name}; "
                         "its claim cannot be shared",
                     )
                 if not self._homecoming.bring_home(other):
-                    raise NotNow(f"{preparation.key.device} has not come home clean from an earlier sandbox")
+                    raise NotNow(f"{preparation.key.unit} has not come home clean from an earlier sandbox")
             self._check_clean(preparation)
 
     def _check_clean(self, preparation: Preparation) -> None:
         """There is no second prepare for a sandbox made anew, so a withheld device is looked at here too, and
         one that was made anew by others meanwhile."""
-        device = preparation.key.device
+        device = preparation.key.unit
         if device not in self._context.book.quarantines() and not self._homecoming.is_dead(preparation):
             return
         problems = self._homecoming.make_ready(preparation)

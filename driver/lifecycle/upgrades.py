@@ -59,7 +59,7 @@ class Upgrades:
         programs = self._context.programs
         if programs is None:
             return
-        known = {p.key.device for p in self._context.book.preparations()}
+        known = {p.key.unit for p in self._context.book.preparations()}
         for name in programs.names() - known:
             slot = programs.slot(name)
             if slot is not None:

@@ -225,7 +225,7 @@ def owner_of(
         attachment=attachment.id,
         pod=attachment.pod,
         claim=preparation.claim,
-        device=preparation.key.device,
+        device=preparation.key.unit,
         interface=preparation.pod_ifname or IfName(""),
         sandbox=attachment.sandbox,
         started=started,

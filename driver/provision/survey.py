@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from driver.model import BootId, DeviceName, Preparation
+from driver.model import BootId, DeviceName, Preparation, device_of
 from driver.policy import NodePolicy
 from driver.provision.plan import Known, PortPlan, plan, removal
 from driver.provision.records import Makings
@@ -37,7 +37,7 @@ def held_devices(
     preparations: Iterable[Preparation], quarantined: Mapping[DeviceName, str]
 ) -> Mapping[DeviceName, str]:
     """Devices that nobody may take away, each with why."""
-    held = {name: f"is withheld: {why}" for name, why in quarantined.items()}
+    held = {device_of(name): f"is withheld: {why}" for name, why in quarantined.items()}
     held |= {p.key.device: f"is held by claim {p.claim.namespace}/{p.claim.name}" for p in preparations}
     return held
 

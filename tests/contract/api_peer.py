@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from driver.kube.client import ApiClient, Limits, connect
-from driver.kube.quantity import parse_quantity
+from driver.quantity import parse_quantity
 from kndsim.api import SimApi
 from kndsim.waiting import wait_until
 

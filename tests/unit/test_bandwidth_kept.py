@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from driver import limits
 from driver.errors import ConfigError, Refusal
 from driver.inventory import build
-from driver.kube.quantity import parse_quantity
 from driver.lifecycle.core import Lifecycle
 from driver.model import (
     AllocatedDevice,
@@ -34,6 +33,7 @@ from driver.model import (
 )
 from driver.plan import Act
 from driver.qos import QosPolicy
+from driver.quantity import parse_quantity
 from driver.rdma import RdmaBinding, RdmaMode
 from driver.traffic import Enforcement, Portion
 from hw.model import (

@@ -61,7 +61,7 @@ def test_the_id_for_kubelet_names_the_device_in_the_spec(paths: Paths, specs: Cd
     ids = [f"{spec['kind']}={device['name']}" for device in spec["devices"]]
     assert ids == [cdi_id(paths.driver, entry().key), cdi_id(paths.driver, shared)]
     assert ids[0] == f"knd.internal/nic={UID}-pci-0000-3b-00-2"
-    assert ids[1] == f"knd.internal/nic={UID}-pci-0000-3b-00-2-00000000-0000-0000-0000-000000000005"
+    assert ids[1] == f"knd.internal/nic={UID}-pci-0000-3b-00-2_00000000-0000-0000-0000-000000000005"
 
 
 def test_a_container_of_the_claim_runs_the_check_of_its_live_file_once(

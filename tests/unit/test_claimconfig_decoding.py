@@ -111,7 +111,7 @@ def test_a_wrong_value_is_refused_with_its_path_and_reason(
 
 @pytest.mark.parametrize(
     "content",
-    [{name: {}} for name in ("routes", "rules", "neighbors", "ethtool", "subinterface")]
+    [{name: {}} for name in ("routes", "rules", "neighbors", "ethtool")]
     + [{"interface": {name: 1}} for name in ("dhcp", "vrf", "forwarding", "gsoMaxSize")],
 )
 def test_what_is_ours_but_not_built_is_not_called_unknown(content: dict[str, object]) -> None:

@@ -21,9 +21,9 @@ from driver.kube.failures import (
     Throttled,
     Unavailable,
 )
-from driver.kube.quantity import parse_quantity
 from driver.kube.retry import BackOff, wait_after, worth_an_immediate_repeat
 from driver.kube.wire import Malformed, child, children, clamp, decode, flag, number, text, texts, timestamp
+from driver.quantity import parse_quantity
 
 
 @given(st.text(), st.integers(0, 70))

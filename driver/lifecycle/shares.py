@@ -1,0 +1,92 @@
+"""Records of parts of devices: what the interface of one will be, before there is one.
+
+Invariant: index and address are on record before the interface is made, so it is known by them whatever
+crashes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Collection
+from dataclasses import replace
+
+from driver import shares
+from driver.errors import NotNow
+from driver.lifecycle.context import Context
+from driver.model import Device, DeviceName, NicConfig, Preparation, Share
+from hw import subinterface
+from hw.model import IfIndex, IfName, LinkSettings, MacAddress, SoftwareIdentity
+
+_LOCAL, _GROUP = 0x02, 0x01
+
+
+def as_share(
+    whole: Preparation, device: Device, config: NicConfig, taken: Collection[IfIndex]
+) -> Preparation:
+    """The record of a part of the device, from that of the whole of it. taken: indices that others have."""
+    assert device.sharable is not None
+    assert device.ifindex is not None
+    assert device.settings is not None
+    made = shares.interface(device.sharable, config)
+    index = _free_index(taken)
+    mac = _mac_of(whole.key.unit) if made.has_own_mac else device.settings.mac
+    return replace(
+        whole,
+        share=Share(interface=made, ifname=device.settings.name),
+        identity=subinterface.identity(made, index, device.ifindex),
+        dies_with_netns=True,
+        baseline=_before_it_is_made(subinterface.name_at_home(index), device.settings.mtu, mac),
+        home_driver="",
+        rdma=None,
+    )
+
+
+def renewed(context: Context, preparation: Preparation) -> Preparation:
+    """The record as it is to be for an interface that must be made again: the device under it may have
+    another index since. NotNow where that is not at home."""
+    identity = preparation.identity
+    if preparation.share is None or not isinstance(identity, SoftwareIdentity):
+        return preparation
+    device = context.devices.get(preparation.key.device)
+    if device is None or device.ifindex is None:
+        raise NotNow(f"{preparation.key.device} is not in the host's network namespace now")
+    if identity.peer == device.ifindex:
+        return preparation
+    moved = replace(identity, peer=device.ifindex)
+    return context.book.amend_preparation(replace(preparation, identity=moved))
+
+
+def _free_index(taken: Collection[IfIndex]) -> IfIndex:
+    while True:
+        span = subinterface.LAST_INDEX - subinterface.FIRST_INDEX + 1
+        index = IfIndex(subinterface.FIRST_INDEX + secrets.randbelow(span))
+        if index not in taken:
+            return index
+
+
+def _mac_of(unit: DeviceName) -> MacAddress:
+    """Locally administered; the same each time the interface is made anew, and on no other node: a share's id
+    is unique in the cluster."""
+    digest = bytearray(hashlib.sha256(unit.encode("ascii")).digest()[:6])
+    digest[0] = digest[0] & ~_GROUP & 0xFF | _LOCAL
+    return MacAddress(digest.hex(":"))
+
+
+def _before_it_is_made(name: IfName, mtu: int, mac: MacAddress | None) -> LinkSettings:
+    """What is known of it by then; the rest is read when it is there."""
+    return LinkSettings(
+        name=name,
+        mtu=mtu,
+        mac=mac,
+        txqlen=0,
+        group=0,
+        alias="",
+        altnames=(),
+        gso_max_size=None,
+        gro_max_size=None,
+        noarp=False,
+        promisc=False,
+        allmulti=False,
+        multicast=True,
+    )
