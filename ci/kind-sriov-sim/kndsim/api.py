@@ -32,6 +32,7 @@ from kndsim.api_http import (
     forbidden,
     parse_selector,
 )
+from kndsim.api_parts import Parts
 from kndsim.api_store import ApiError, Json, Key, Kind, Store
 from kndsim.api_write import Writer
 
@@ -298,21 +299,38 @@ class SimApi(Backend):
         node: str,
         requests: Mapping[str, Callable[[Json], bool]],
         *,
+        amounts: Mapping[str, Mapping[str, str]] | None = None,
         tolerate: bool = False,
     ) -> list[Device]:
         """Give the claim free devices as the scheduler does: from the node's complete pools of the highest
         generation, untainted unless it tolerates all taints, in order, one per request whose predicate takes
-        the published device. LookupError where there is none."""
-        in_use = api_alloc.allocated(self.store.list(Kind.CLAIM, "", {}), driver)
-        chosen = api_alloc.choose(self.slices(driver, node), in_use, requests, tolerate=tolerate)
+        the published device. amounts: of capacities, by request, of devices that are given out in parts.
+        LookupError where there is none."""
+        claims = self.store.list(Kind.CLAIM, "", {})
+        chosen = api_alloc.choose(
+            self.slices(driver, node),
+            api_alloc.allocated(claims, driver),
+            Parts(claims, driver),
+            requests,
+            amounts=amounts or {},
+            tolerate=tolerate,
+        )
+        devices: list[Device] = [
+            (each.request, each.pool, each.device, None if each.consumed is None else new_share_id())
+            for each in chosen
+        ]
 
         def change(obj: Json) -> Json:
-            results = [self._result(driver, device) for device in chosen]
+            results = [
+                self._result(driver, device)
+                | ({} if each.consumed is None else {"consumedCapacity": dict(each.consumed)})
+                for device, each in zip(devices, chosen, strict=True)
+            ]
             allocation = {"devices": {"results": results, "config": []}}
             return {**obj, "status": {**(obj.get("status") or {}), "allocation": allocation}}
 
         self.store.update(Key(Kind.CLAIM, namespace, name), change)
-        return chosen
+        return devices
 
     def delete(self, resource: str, name: str, namespace: str = "") -> None:
         """Delete an object by its plural (`pods`, `resourceslices`...)."""

@@ -7,9 +7,11 @@ which too little is left of a shared counter, and a tainted one only to whoever 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from kndsim.api_parts import Parts, is_shared
 from kndsim.api_rules import quantity_value
 
 Json = dict[str, Any]
@@ -17,12 +19,12 @@ BLOCKING = ("NoSchedule", "NoExecute")
 
 
 def allocated(claims: Sequence[Json], driver: str) -> set[tuple[str, str]]:
-    """(pool, device) of everything allocated exclusively."""
+    """(pool, device) of everything allocated whole."""
     return {
         (result["pool"], result["device"])
         for claim in claims
         for result in (claim.get("status") or {}).get("allocation", {}).get("devices", {}).get("results", [])
-        if result["driver"] == driver and not result.get("adminAccess")
+        if result["driver"] == driver and not (result.get("adminAccess") or result.get("shareID"))
     }
 
 
@@ -80,16 +82,29 @@ class Counters:
                 yield (pool, use["counterSet"], counter), quantity_value(amount["value"])
 
 
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A device for a request. consumed: what is given of one that is given out in parts; None: all of it."""
+
+    request: str
+    pool: str
+    device: str
+    consumed: Mapping[str, str] | None = None
+
+
 def choose(
     slices: Sequence[Json],
     in_use: set[tuple[str, str]],
+    parts: Parts,
     requests: Mapping[str, Callable[[Json], bool]],
     *,
+    amounts: Mapping[str, Mapping[str, str]],
     tolerate: bool = False,
-) -> list[tuple[str, str, str, str | None]]:
-    """First fit, one device per request. LookupError names the request that finds none."""
+) -> list[Chosen]:
+    """First fit, one device per request. amounts: of capacities, by request. LookupError names the request
+    that finds none."""
     taken, counters = set(in_use), Counters(slices, in_use)
-    chosen: list[tuple[str, str, str, str | None]] = []
+    chosen: list[Chosen] = []
     for request, takes in requests.items():
         for pool, device in usable_devices(slices):
             key = (pool, device["name"])
@@ -97,9 +112,15 @@ def choose(
             unfit = tainted and not tolerate
             if key in taken or unfit or not counters.allow(pool, device) or not takes(device):
                 continue
-            taken.add(key)
+            consumed = None
+            if is_shared(device):
+                consumed = parts.take(pool, device, amounts.get(request, {}))
+                if consumed is None:
+                    continue
+            else:
+                taken.add(key)
             counters.take(pool, device)
-            chosen.append((request, *key, None))
+            chosen.append(Chosen(request, *key, consumed))
             break
         else:
             raise LookupError(f"no free device for request {request!r}")

@@ -48,11 +48,13 @@ def any_device(device: Mapping[str, Any]) -> bool:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClaimSpec:
     """A claim to be made for a pod. requests: name to what the published device must satisfy; parameters:
-    NetworkDeviceConfig by request name, "" for all; tolerate: all taints."""
+    NetworkDeviceConfig by request name, "" for all; amounts: of capacities, by request name; tolerate: all
+    taints."""
 
     name: str
     requests: Mapping[str, Predicate] = field(default_factory=lambda: {"net": any_device})
     parameters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    amounts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     tolerate: bool = False
 
 
@@ -183,7 +185,13 @@ class SimNode:
             uid = self.api.add_claim(namespace, claim.name)
             requests = dict(claim.requests)
             self.api.allocate(
-                namespace, claim.name, self.driver, self.name, requests, tolerate=claim.tolerate
+                namespace,
+                claim.name,
+                self.driver,
+                self.name,
+                requests,
+                amounts=claim.amounts,
+                tolerate=claim.tolerate,
             )
             if claim.parameters:
                 self.configure(namespace, claim)
