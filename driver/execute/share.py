@@ -45,7 +45,6 @@ class ShareActs:
         except NotFound as error:
             raise NotNow(f"{target.device}: {error}") from error
         except Busy as error:
-            self._check_index(target, identity.ifindex)
             raise Refusal(
                 CANNOT,
                 f"{target.device} cannot be made: {error}; {preparation.key.device} is in a bridge or bond, "
@@ -57,7 +56,10 @@ class ShareActs:
                 CANNOT, f"{target.device} cannot be made: {error}; this kernel has no {kind}: modprobe {kind}"
             ) from error
         except Refused as error:
-            if error.errno != errno.EEXIST or share.interface.vlan is None:
+            if error.errno != errno.EEXIST:
+                raise
+            self._check_index(target, identity.ifindex)
+            if share.interface.vlan is None:
                 raise
             raise Refusal(
                 CANNOT,

@@ -244,7 +244,7 @@ def test_all_problems_come_at_once_in_the_order_of_their_lines() -> None:
         "interface.addresses, interface.hardwareAddress, interface.mtu, interface.name, qos.class, "
         "qos.egress.burst, qos.egress.minRate, qos.egress.rate, qos.enforcement, qos.ingress.rate, "
         "rdma.deviceFiles, rdma.ipoib, rdma.limits.handles, rdma.limits.objects, rdma.mode, rdma.nccl, "
-        "rdma.partition, rdma.ucx, "
+        "rdma.partition, rdma.ucx, subinterface.vlan, "
         "vf.driver, vf.linkState, vf.maxRate, vf.minRate, vf.spoofCheck, vf.trust, vf.vlan",
         "policy.yaml:13: claims.mtu: minimum 9000 is above maximum 1500",
     ]

@@ -1,7 +1,7 @@
 """Giving out parts of devices as the scheduler does (KEP 5075).
 
-Invariant: an amount is what was asked for, rounded up to what the device's request policy allows, or its default;
-of no device more is given out than it has.
+Invariant: an amount is what was asked for, rounded up to what the device's request policy allows, or its
+default; of no device more is given out than it has.
 """
 
 from __future__ import annotations
