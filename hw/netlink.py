@@ -300,8 +300,8 @@ class LinkSocket:
         mac: MacAddress | None = None,
     ) -> None:
         """Make an interface on top of parent, with this index; delete() takes it away. NotFound if parent is
-        gone, Busy if it is in a bridge, a bond or the like; Refused with EEXIST if index or name are taken, or
-        the VLAN; Unsupported where the kernel knows no such kind."""
+        gone, Busy if it is in a bridge, a bond or the like; Refused with EEXIST if index, name or VLAN are
+        taken; Unsupported where the kernel knows no such kind."""
         what = self._what(f"make {name!a}, a {made}, on", parent)
         encode = _packed(wire.RTM_NEWLINK, request(made, index=index, parent=parent, name=name, mac=mac))
         self._transport.change(what, encode, _NLM_F_CREATE | _NLM_F_EXCL)

@@ -16,6 +16,7 @@ from datetime import datetime
 
 from driver.cli.output import Row, Value, print_table, printable, show
 from driver.journal.ledger import Bill, CounterRow, Ledger, UsageGap, UsageRow
+from driver.model import device_of
 from driver.settings import add_place_arguments, paths_from
 
 _AGE = re.compile(r"([0-9]{1,9})([smhdw])")
@@ -26,7 +27,7 @@ _GROUPS: Mapping[str, Callable[[UsageRow], Value]] = {
     "namespace": lambda row: row.owner.pod.namespace,
     "pod": lambda row: row.owner.pod.name,
     "claim": lambda row: row.owner.claim.name,
-    "device": lambda row: row.owner.device,
+    "device": lambda row: device_of(row.owner.device),
     "interface": lambda row: row.owner.interface,
     "attachment": lambda row: row.owner.attachment,
     "started": lambda row: row.owner.started,
@@ -125,7 +126,7 @@ def counter_row(row: CounterRow) -> Row:
         "namespace": owner.pod.namespace if owner else None,
         "pod": owner.pod.name if owner else None,
         "claim": owner.claim.name if owner else None,
-        "device": owner.device if owner else None,
+        "device": device_of(owner.device) if owner else None,
         "counted": row.meter.subject,
         "port": row.meter.port or None,
         "source": row.meter.source,

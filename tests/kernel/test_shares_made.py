@@ -207,7 +207,7 @@ def test_one_that_a_pod_hides_is_neither_made_twice_nor_called_gone(uplink: IfIn
 def test_what_the_kernel_refuses_comes_with_its_words(uplink: IfIndex, home: LinkSocket) -> None:
     add = home.add_subinterface
     add(KINDS[0], index=INDEX, parent=uplink, name=IfName("one"))
-    with pytest.raises(Refused, match="make 'two', a macvlan bridge, on link .*EEXIST"):
+    with pytest.raises(Refused, match=r"make 'two', a macvlan bridge, on link .*EEXIST"):
         add(KINDS[0], index=INDEX, parent=uplink, name=IfName("two"))
     with pytest.raises(Refused, match="EEXIST"):
         add(KINDS[0], index=IfIndex(INDEX + 1), parent=uplink, name=IfName("one"))
