@@ -26,10 +26,11 @@ _MODE = 1
 """IFLA_MACVLAN_MODE and IFLA_IPVLAN_MODE alike."""
 _VLAN_ID = 1
 
-FIRST_INDEX = 1 << 30
-LAST_INDEX = (1 << 31) - 1
+FIRST_INDEX = 500_000_000
+LAST_INDEX = 999_999_999
 """Indices that interfaces made here are given. The kernel itself deals them out from 1 on, so none of
-another's is ever among them, in a pod neither: each keeps its own wherever it is, and is known by it."""
+another's is ever among them, in a pod neither: each keeps its own wherever it is, and is known by it. At most
+nine digits: they are in the names of what is made for an interface."""
 _PREFIX = "knds"
 
 
@@ -99,7 +100,7 @@ def identity(made: Subinterface, index: IfIndex, parent: IfIndex) -> SoftwareIde
 
 
 def name_at_home(index: IfIndex) -> IfName:
-    """At most 14 characters: IFNAMSIZ has room for 15."""
+    """At most 13 characters: IFNAMSIZ has room for 15."""
     return IfName(f"{_PREFIX}{index}")
 
 

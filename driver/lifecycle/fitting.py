@@ -8,7 +8,7 @@ from __future__ import annotations
 from bpf.layout import Hook
 from driver import limits
 from driver.errors import ConfigError, FieldProblem
-from driver.model import VF_FIELDS, Device, NicConfig
+from driver.model import Device, NicConfig
 from driver.nicconfig import BY_SIZE
 from hw.ipoib import has_ipoib_address
 from hw.model import DeviceKind
@@ -55,7 +55,7 @@ def _check_vf(device: Device, config: NicConfig) -> list[FieldProblem]:
     """What is asked of something that is no VF."""
     if device.kind is DeviceKind.VF:
         return []
-    asked = (VF_FIELDS[name] for name in config.on_pf())
+    asked = (config.field_of(name) for name in config.on_pf())
     return [FieldProblem(path, f"{device.name} is no VF") for path in asked if path.startswith("vf.")]
 
 

@@ -151,7 +151,7 @@ def test_each_pods_bytes_are_its_own(short_tmp: Path) -> None:
         frame = 14 + 20 + 8 + 1000
 
         def counted(name: str) -> float:
-            labels = {"pod": name, "direction": "egress", "kind": "rocev2", "source": "tcx"}
+            labels = {"pod": name, "direction": "egress", "kind": "roce", "source": "tcx"}
             return seen.metric(sim, "knd_pod_network_bytes_total", **labels)
 
         for name, count in datagrams.items():

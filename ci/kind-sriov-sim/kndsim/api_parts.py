@@ -67,5 +67,6 @@ def _rounded(capacity: Json, asked: str | None) -> Decimal | None:
     wanted = max(wanted, least)
     if "step" in valid:
         step = quantity_value(valid["step"])
-        wanted = least + -(-(wanted - least) // step) * step
+        steps, rest = divmod(wanted - least, step)
+        wanted = least + (steps + bool(rest)) * step
     return None if "max" in valid and wanted > quantity_value(valid["max"]) else wanted
