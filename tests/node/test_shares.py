@@ -14,7 +14,7 @@ import pytest
 from pyroute2 import IPRoute
 
 from hw.subinterface import FIRST_INDEX
-from kndsim.demo.devices import Devices, changes, dump, make_veths
+from kndsim.demo.devices import Devices, changes, disable_ipv6, dump, make_veths
 from kndsim.kubelet import PrepareFailed
 from kndsim.netns import in_netns, in_thread
 from kndsim.node import ClaimSpec, SimNode, SimPod, interface
@@ -43,6 +43,7 @@ HOST = "198.18.0.9"
 def uplink() -> Iterator[Devices]:
     """One port that the host uses: up, with an address, wired to somebody who answers."""
     with make_veths(1) as made:
+        in_thread(disable_ipv6)
         in_thread(lambda: use(UPLINK, HOST))
         made.far.run(lambda: use(made.wires[0].peer, FAR))
         yield made
