@@ -200,7 +200,8 @@ class App:
                 policy_file=str(policy_file.path or ""),
                 policy=policy_file.text,
                 policy_problem=policy_file.problem,
-                has_counters=hub.has_counters,
+                has_counters=hub.server.has_counters,
+                has_shares=hub.server.has_shares,
             )
 
         await stack.enter_async_context(background(tell_others(self._paths, now), "telling"))

@@ -14,11 +14,12 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from driver.model import AttributeValue, Device, DeviceName
-from driver.traffic import Portion
+from driver.model import AttributeValue, CapacityRequest, Device, DeviceName
+from driver.outlets import Outlet, SharingPolicy, as_shared, outlet_of
+from driver.traffic import Portion, Sharable
 from hw.model import (
     DeviceKind,
     HwDevice,
@@ -32,6 +33,7 @@ from hw.model import (
     card_of,
     check_ifname,
 )
+from hw.subinterface import is_ours
 
 STANDARD_DOMAIN = "resource.kubernetes.io"
 ATTRIBUTE_LIMIT = 32
@@ -43,6 +45,7 @@ STRING_LIMIT = 64
 
 OPTIONAL = (
     "ifName",
+    "subinterface",
     "pfName",
     "pfPciAddress",
     "vfIndex",
@@ -64,6 +67,10 @@ OPTIONAL = (
 )
 """In the order in which they get a place: what selects a device first, what only describes it last."""
 
+BANDWIDTH = "bandwidth"
+SHARES = "shares"
+"""Capacities: in bits per second, and how many claims can have one at once."""
+
 _LINK_TYPES = {1: "ethernet", 32: "infiniband"}
 _UNITS = ((1_000_000, "T"), (1_000, "G"))
 
@@ -78,7 +85,7 @@ class PortBandwidth(Protocol):
         """Of the VF of this index; None: it has none."""
 
 
-class DevicePolicy(Protocol):
+class DevicePolicy(SharingPolicy, Protocol):
     """What inventory asks of the node policy."""
 
     def selects(self, link: LinkInfo) -> bool:
@@ -96,10 +103,16 @@ class DevicePolicy(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class GivenOut:
-    """What is given out of one PF. budget in Mb/s; None: the speed of its port was never seen."""
+    """What is given out of one PF, in Mb/s. whole None: the speed of its port was never seen. shared: what of
+    it is given out in shares, of the PF itself or of a VF, and so is nothing for VFs any more."""
 
     rule: PortBandwidth
-    budget: int | None
+    whole: int | None
+    shared: int = 0
+
+    @property
+    def budget(self) -> int | None:
+        return None if self.whole is None else max(0, self.whole - self.shared)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +142,8 @@ def build(devices: Iterable[HwDevice], policy: DevicePolicy, previous: Inventory
     is taken from there, so that a flap is not a change of the device."""
     seen = tuple(devices)
     given_out = _given_out(seen, policy, previous)
+    outlets = _outlets(seen, policy, previous, given_out)
+    given_out = _without_shares(given_out, outlets)
     found: dict[DeviceName, Device] = {}
     problems: list[str] = []
     dropped: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
@@ -136,7 +151,7 @@ def build(devices: Iterable[HwDevice], policy: DevicePolicy, previous: Inventory
         if isinstance(device.identity, SoftwareIdentity) and not _selected(device, policy):
             continue
         try:
-            made, without = _device(device, policy, previous, given_out)
+            made, without = _device(device, policy, previous, given_out, outlets.get(device.identity))
         except ValueError as error:
             problems.append(f"{device.identity} is left out: {error}")
             continue
@@ -183,7 +198,8 @@ def name_of(identity: Identity) -> DeviceName:
 
 
 def _selected(device: HwDevice, policy: DevicePolicy) -> bool:
-    return device.link is not None and policy.selects(device.link)
+    """Shares in the host's namespace are parts of a device, whatever the policy selects."""
+    return device.link is not None and not is_ours(device.link) and policy.selects(device.link)
 
 
 def _device(
@@ -191,25 +207,30 @@ def _device(
     policy: DevicePolicy,
     previous: Inventory | None,
     given_out: Mapping[PfAddress, GivenOut],
+    outlet: Outlet | None,
 ) -> tuple[Device, tuple[str, ...]]:
     """The device, and the names of attributes that found no place."""
     name = name_of(device.identity)
     speed = device.speed_mbps or _last_speed(name, previous)
-    portion, no_portion = _portion(device, given_out)
+    sharable = outlet.sharable if outlet is not None else None
+    shown = device if sharable is None else as_shared(device)
+    portion, no_portion = _portion(device, given_out) if sharable is None else (None, "")
     sized = portion is not None and device.kind is DeviceKind.VF
-    capacities = _capacities(device, portion.size if portion is not None and sized else speed)
-    attributes, without = _attributes(device, speed, policy.attributes_for(device, name), len(capacities))
+    capacities = _capacities(shown, portion.size if portion is not None and sized else speed, sharable)
+    extra = policy.attributes_for(shown, name)
+    attributes, without = _attributes(shown, speed, extra, len(capacities), sharable)
+    withheld = shown.withheld if outlet is None or sharable is not None else outlet.reason
     return Device(
         name=name,
-        kind=device.kind,
+        kind=shown.kind,
         identity=device.identity,
         ifindex=device.link.ifindex if device.link else None,
         settings=LinkSettings.of(device.link, kind=device.kind) if device.link else None,
         attributes=attributes,
         capacities=capacities,
-        withheld=device.withheld or _bad_name(device) or policy.withheld(device, name) or no_portion,
+        withheld=withheld or _bad_name(device) or policy.withheld(shown, name) or no_portion,
         dies_with_netns=isinstance(device.identity, SoftwareIdentity),
-        rdma=device.rdma,
+        rdma=shown.rdma,
         min_mtu=device.link.min_mtu if device.link else None,
         max_mtu=device.link.max_mtu if device.link else None,
         driver=device.pci.driver if device.pci else None,
@@ -220,6 +241,7 @@ def _device(
         has_netdev=device.has_netdev,
         portion=portion,
         instance=device.pci.instance if device.pci else None,
+        sharable=sharable,
     ), without
 
 
@@ -244,6 +266,18 @@ def _given_out(
     return found
 
 
+def _without_shares(
+    given_out: Mapping[PfAddress, GivenOut], outlets: Mapping[Identity, Outlet]
+) -> Mapping[PfAddress, GivenOut]:
+    """What is given out in shares of a PF or its VFs is not given out a second time."""
+    shared: defaultdict[PfAddress, int] = defaultdict(int)
+    for identity, outlet in outlets.items():
+        card = card_of(identity)
+        if card is not None and outlet.sharable is not None:
+            shared[card] += outlet.sharable.bandwidth
+    return {card: replace(out, shared=shared[card]) for card, out in given_out.items()}
+
+
 def _portion(device: HwDevice, given_out: Mapping[PfAddress, GivenOut]) -> tuple[Portion | None, str]:
     """What the device takes of its PF's bandwidth, and why it is not given away for want of that, or ""."""
     identity, card = device.identity, card_of(device.identity)
@@ -257,11 +291,60 @@ def _portion(device: HwDevice, given_out: Mapping[PfAddress, GivenOut]) -> tuple
         return None, f"no size is left for VF {identity.vf_index} of its PF {by}"
     if device.kind is DeviceKind.RDMA:
         return None, f"it has no netdev, and nobody could hold it to a size {by}"
+    if out.whole and not out.budget:
+        return None, "all that its PF gives out is given out in shares (node policy, shared)"
     if not out.budget:
         return None, f"the speed of its port is not known: set its PF up, or say the speed {by}"
     if size > out.budget:
         return None, f"its size is {quantity(size)} and its PF gives out {quantity(out.budget)} {by}"
     return Portion(size=size, of=out.budget), ""
+
+
+# --- devices that are given out in shares -------------------------------------------------------------
+
+
+def _outlets(
+    devices: Iterable[HwDevice],
+    policy: DevicePolicy,
+    previous: Inventory | None,
+    given_out: Mapping[PfAddress, GivenOut],
+) -> Mapping[Identity, Outlet]:
+    """Of the devices that the policy wants given out in shares. A VF that has a size shares that."""
+    found: dict[Identity, Outlet] = {}
+    for device in devices:
+        try:
+            name = name_of(device.identity)
+        except ValueError:
+            continue  # left out, and told, with all other devices
+        speed = _size(device.identity, given_out) or device.speed_mbps or _last_speed(name, previous)
+        outlet = outlet_of(device, name, speed, policy)
+        if outlet is not None:
+            found[device.identity] = outlet
+    return found
+
+
+def _size(identity: Identity, given_out: Mapping[PfAddress, GivenOut]) -> int | None:
+    """Mb/s that a VF has of its PF; None where the policy gives it none."""
+    card = card_of(identity)
+    out = given_out.get(card) if card is not None else None
+    if out is None or isinstance(identity, SoftwareIdentity) or identity.vf_index is None:
+        return None
+    return out.rule.size_of(identity.vf_index)
+
+
+def capacity_requests(sharable: Sharable) -> Mapping[str, CapacityRequest]:
+    """What one claim can ask for of each capacity of a device that is given out in shares."""
+    amounts = sharable.amounts
+    bandwidth = CapacityRequest(
+        default=quantity(amounts.default),
+        least=quantity(amounts.least),
+        most=quantity(amounts.most),
+        step=quantity(amounts.step) if amounts.step else None,
+    )
+    return {BANDWIDTH: bandwidth, SHARES: CapacityRequest(default="1", values=("1",))}
+
+
+# --- attributes and capacities ------------------------------------------------------------------------
 
 
 def _bad_name(device: HwDevice) -> str:
@@ -282,7 +365,11 @@ def _last_speed(name: DeviceName, previous: Inventory | None) -> int | None:
 
 
 def _attributes(
-    device: HwDevice, speed: int | None, extra: Mapping[str, AttributeValue], capacities: int
+    device: HwDevice,
+    speed: int | None,
+    extra: Mapping[str, AttributeValue],
+    capacities: int,
+    sharable: Sharable | None,
 ) -> tuple[Mapping[str, AttributeValue], tuple[str, ...]]:
     attributes: dict[str, AttributeValue] = {
         "kind": device.kind.value,
@@ -294,7 +381,8 @@ def _attributes(
     added = {key: value for key, value in extra.items() if key not in attributes and key not in OPTIONAL}
     kept = dict(list(added.items())[:POLICY_LIMIT])
     room = min(OPTIONAL_LIMIT, ATTRIBUTE_LIMIT - capacities - len(attributes) - len(kept))
-    optional = {key: value for key, value in _optional(device, speed).items() if value not in (None, "")}
+    known = _optional(device, speed) | {"subinterface": sharable.kind.value if sharable else None}
+    optional = {key: value for key, value in known.items() if value not in (None, "")}
     ordered = [key for key in OPTIONAL if key in optional]
     attributes.update({key: value for key in ordered[:room] if (value := optional[key]) is not None})
     attributes.update(kept)
@@ -342,11 +430,13 @@ def _optional(device: HwDevice, speed: int | None) -> dict[str, AttributeValue |
     }
 
 
-def _capacities(device: HwDevice, bandwidth: int | None) -> Mapping[str, str]:
-    """bandwidth in bits per second; vfs is how many a PF can have."""
+def _capacities(device: HwDevice, bandwidth: int | None, sharable: Sharable | None) -> Mapping[str, str]:
+    """bandwidth in Mb/s; vfs is how many a PF can have."""
+    if sharable is not None:
+        return {BANDWIDTH: quantity(sharable.bandwidth), SHARES: str(sharable.shares)}
     capacities: dict[str, str] = {}
     if bandwidth:
-        capacities["bandwidth"] = quantity(bandwidth)
+        capacities[BANDWIDTH] = quantity(bandwidth)
     if device.total_vfs:
         capacities["vfs"] = str(device.total_vfs)
     return capacities

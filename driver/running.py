@@ -32,6 +32,8 @@ class Running:
     """Why the file is not in force."""
     has_counters: bool | None = None
     """Whether the API server keeps shared counters; None: it was not asked."""
+    has_shares: bool | None = None
+    """Whether it lets several claims have one device; None: it was not asked."""
 
 
 def write(paths: Paths, running: Running) -> None:

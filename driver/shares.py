@@ -10,16 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from driver.errors import ConfigError, FieldProblem, NotNow, Refusal
-from driver.inventory import quantity
+from driver.inventory import BANDWIDTH, quantity
 from driver.model import AllocatedDevice, Device, NicConfig, Preparation
 from driver.quantity import parse_quantity
 from driver.rdma import NO_WISHES
 from driver.traffic import Sharable
 from hw.subinterface import Subinterface, SubinterfaceKind
 
-BANDWIDTH = "bandwidth"
-SHARES = "shares"
-"""Names of capacities."""
 VLAN_FIELD = "subinterface.vlan"
 _MBIT = 1_000_000
 

@@ -84,6 +84,10 @@ class Sharing:
         self._vfs: defaultdict[PfAddress, list[DeviceName]] = defaultdict(list)
         self._rdma: defaultdict[str, list[DeviceName]] = defaultdict(list)
         self._given_out: dict[PfAddress, int] = {}
+        self._parts: defaultdict[DeviceName, list[DeviceName]] = defaultdict(list)
+        for name, preparation in sorted(node.held.items()):
+            if preparation.share is not None:
+                self._parts[preparation.key.device].append(name)
         for name, each in sorted(self._all.items()):
             if each.kind is DeviceKind.SHARED:
                 # Given out in parts, which take from it alone: what it gives out is not its VFs'.
@@ -101,9 +105,10 @@ class Sharing:
     def rivals(self, name: DeviceName) -> tuple[DeviceName, ...]:
         """Those that nobody may have while someone has this one."""
         each = self._all.get(name)
-        if each is None:
+        if each is None or each.kind is DeviceKind.SHARED:
             return ()
-        found: list[DeviceName] = []
+        # The node policy may have had it given out in parts before.
+        found: list[DeviceName] = list(self._parts.get(name, ()))
         port = port_of(each)
         if port is not None:
             found += (self._vfs if is_whole(each) else self._ports).get(port, [])
@@ -148,6 +153,10 @@ class Sharing:
             return False
         its_pf = is_whole(device) and not is_whole(self._all[name])
         return not its_pf or device.ifindex is None
+
+    def in_parts(self, name: DeviceName) -> bool:
+        """Whether claims have parts of a device that is given whole by now."""
+        return self._all[name].kind is not DeviceKind.SHARED and bool(self._parts.get(name))
 
     def quarantine(self, name: DeviceName) -> bool:
         """Whether it or one that it shares with is withheld until it is clean."""
@@ -261,6 +270,8 @@ class Sharing:
 
     def _called(self, name: DeviceName, other: DeviceName) -> str:
         mine, others = self._all[name], self._all[other]
+        if other in self._parts.get(name, ()):
+            return f"{other}, a part of it,"
         if port_of(mine) != port_of(others) or is_whole(mine) == is_whole(others):
             return f"{other}, which has the same RDMA device,"
         return f"its {'VF' if is_whole(mine) else 'PF'} {other}"

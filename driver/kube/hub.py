@@ -23,6 +23,7 @@ from driver.kube.events import KubeEventSink
 from driver.kube.failures import ApiFailure
 from driver.kube.pods import KubePodDirectory, parse_pod
 from driver.kube.retry import BackOff
+from driver.kube.server_features import ServerFeatures
 from driver.kube.slice_plan import parse_slice
 from driver.kube.slices import KubeSlicePublisher, Pace
 from driver.kube.status import KubeStatusWriter
@@ -153,9 +154,9 @@ class KubeHub:
         return self._slices.published
 
     @property
-    def has_counters(self) -> bool | None:
-        """Whether the API server keeps shared counters; None: it was not asked."""
-        return self._slices.has_counters
+    def server(self) -> ServerFeatures:
+        """What the API server can do of what offers need."""
+        return self._slices.server
 
     @property
     def slice_problems(self) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """From an offered device to the API's form of it, within the API's limits.
 
 Invariant: what comes out passes the API server's validation, so that one bad device never costs a slice.
-Whatever had to be left out or cut is said in a sentence. A device whose name or taints cannot be expressed
-is left out whole: without its taint it would be given away.
+Whatever had to be left out or cut is said in a sentence. A device whose name, taints or shares cannot be
+expressed is left out whole: it would be given away without its taint, or all of it at once.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from driver.kube.request_policy import comparable_policy, request_policy
 from driver.kube.wire import JsonObject, clamp
 from driver.model import AttributeValue, OfferedDevice, Taint
 from driver.quantity import parse_quantity
@@ -49,7 +50,8 @@ def describe(offered: OfferedDevice) -> Described:
     if not _LABEL.fullmatch(offered.name):
         out.problems.append(f"device {offered.name!r} is not offered: the name is not a DNS label")
         return out
-    bad = _bad_taint(offered.taints)
+    policies, bad = _policies(offered)
+    bad = bad or _bad_taint(offered.taints)
     if bad:
         out.problems.append(f"device {offered.name} is not offered: {bad}")
         return out
@@ -59,7 +61,9 @@ def describe(offered: OfferedDevice) -> Described:
     if attributes:
         device["attributes"] = attributes
     if capacities:
-        device["capacity"] = capacities
+        device["capacity"] = {name: {**capacities[name], **policies.get(name, {})} for name in capacities}
+    if policies:
+        device["allowMultipleAllocations"] = True
     if offered.taints:
         device["taints"] = [_taint(taint) for taint in offered.taints]
     if offered.uses:
@@ -96,6 +100,22 @@ def counter_sets(offered: Sequence[OfferedDevice]) -> tuple[JsonObject, ...]:
 def without_counters(offered: Sequence[OfferedDevice]) -> tuple[OfferedDevice, ...]:
     """For a server that has none: of devices that rule each other out those that were not to give way."""
     return tuple(replace(each, uses=()) for each in offered if not any(use.instead for use in each.uses))
+
+
+def without_shared(offered: Sequence[OfferedDevice]) -> tuple[OfferedDevice, ...]:
+    """For a server that knows nothing of shares: it would give such a device away whole."""
+    return tuple(each for each in offered if not each.requests)
+
+
+def _policies(offered: OfferedDevice) -> tuple[Mapping[str, JsonObject], str]:
+    """What is said of each capacity that is given out in parts, and why that cannot be said, or ""."""
+    policies: dict[str, JsonObject] = {}
+    for name, request in offered.requests.items():
+        try:
+            policies[name] = {"requestPolicy": request_policy(request, offered.capacities.get(name, ""))}
+        except ValueError as error:
+            return {}, f"of capacity {name} no amounts can be given out: {error}"
+    return policies, ""
 
 
 def _amounts(amounts: Mapping[str, str]) -> JsonObject:
@@ -221,7 +241,8 @@ def _comparable_amounts(amounts: Mapping[str, object]) -> dict[str, object]:
 def _comparable_amount(value: object) -> object:
     if isinstance(value, dict) and isinstance(value.get("value"), str):
         try:
-            return {**value, "value": parse_quantity(value["value"])}
+            policy = comparable_policy(value.get("requestPolicy"))
+            return {**value, "value": parse_quantity(value["value"]), "requestPolicy": policy}
         except ValueError:
             return value
     return value

@@ -179,14 +179,14 @@ def says(devices: Sequence[JsonObject], stored: Sequence[JsonObject]) -> bool:
 
 
 def dropped_fields(devices: Sequence[JsonObject], stored: Sequence[JsonObject]) -> tuple[str, ...]:
-    """Names of device fields that were sent and not kept."""
-    names = {
-        key
-        for sent, kept in zip(devices, stored, strict=False)
-        for key, value in sent.items()
-        if value and not kept.get(key)
-    }
-    return tuple(sorted(names))
+    """Names of device fields, and of those of capacities, that were sent and not kept."""
+    pairs = list(zip(devices, stored, strict=False))
+    pairs += [
+        (capacity, (kept.get("capacity") or {}).get(name, {}))
+        for sent, kept in pairs
+        for name, capacity in sent.get("capacity", {}).items()
+    ]
+    return tuple(sorted({key for sent, kept in pairs for key in sent if sent[key] and not kept.get(key)}))
 
 
 def _match(
@@ -274,7 +274,7 @@ def _create(pool: Pool, index: int, content: Content, generation: int, count: in
     return Write(None, content, body)
 
 
-def trials(pool: Pool) -> tuple[JsonObject, JsonObject]:
+def counter_trials(pool: Pool) -> tuple[JsonObject, JsonObject]:
     """Slices to be tried, not kept: one with a counter set and one with a device that uses it. A server that
     has counters gives both back whole."""
     counters: JsonObject = {"name": "trial", "counters": {"trial": {"value": "1"}}}
@@ -284,3 +284,12 @@ def trials(pool: Pool) -> tuple[JsonObject, JsonObject]:
         _create(pool, 0, Content(counters=(counters,)), 1, 2).body,
         _create(pool, 1, Content(devices=(device,)), 1, 2).body,
     )
+
+
+def sharing_trial(pool: Pool) -> JsonObject:
+    """A slice to be tried, not kept, with a device that several claims can have at once. A server that lets
+    them gives it back whole."""
+    policy: JsonObject = {"default": "1", "validRange": {"min": "1"}}
+    capacity: JsonObject = {"trial": {"value": "2", "requestPolicy": policy}}
+    device: JsonObject = {"name": "trial", "allowMultipleAllocations": True, "capacity": capacity}
+    return _create(pool, 0, Content(devices=(device,)), 1, 1).body

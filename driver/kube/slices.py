@@ -13,13 +13,14 @@ import random
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from driver.kube.client import ApiClient, Resource
 from driver.kube.failures import Conflict, Invalid, NotFound, Unavailable
 from driver.kube.retry import BackOff
+from driver.kube.server_features import ServerFeatures, ask_for_counters, ask_for_shares, lost
 from driver.kube.slice_cache import SliceCache
-from driver.kube.slice_device import counter_sets, describe_all, without_counters
+from driver.kube.slice_device import counter_sets, describe_all, without_counters, without_shared
 from driver.kube.slice_plan import (
     Content,
     Existing,
@@ -30,10 +31,9 @@ from driver.kube.slice_plan import (
     fingerprint,
     parse_slice,
     plan_slices,
-    trials,
 )
 from driver.kube.watch import Change
-from driver.kube.wire import JsonObject, Malformed, child, children, needed_text
+from driver.kube.wire import JsonObject, Malformed, child, needed_text
 from driver.kube.work import Worker
 from driver.model import NodeName, OfferedDevice
 
@@ -71,7 +71,7 @@ class KubeSlicePublisher:
         self._pace = pace or Pace()
         self._cache = SliceCache()
         self._offered: tuple[OfferedDevice, ...] | None = None
-        self._described: tuple[tuple[OfferedDevice, ...], bool | None, Content] | None = None
+        self._described: tuple[tuple[OfferedDevice, ...], ServerFeatures, Content] | None = None
         self._adopted: dict[str, str] = {}
         self._refused: dict[str, str] = {}
         self._node_uid = ""
@@ -83,8 +83,7 @@ class KubeSlicePublisher:
         """What of the last offer had to be left out or cut, a sentence each."""
         self.dropped: tuple[str, ...] = ()
         """Device fields that the API server does not keep."""
-        self.has_counters: bool | None = None
-        """Whether the API server keeps shared counters; None: it was not asked yet."""
+        self.server = ServerFeatures()
         self.worker: Worker[str, None] = Worker("knd-slices", self._work, capacity=1, back_off=back_off)
 
     @property
@@ -111,9 +110,8 @@ class KubeSlicePublisher:
                 self._soon()
             else:
                 self._heal()
-        if not first and self.has_counters is False:
-            # It may be another server, or a newer one, since.
-            self.has_counters = None
+        if not first and self.server != self.server.in_doubt():
+            self.server = self.server.in_doubt()
             self._soon()
 
     def changed(self, change: Change, item: Existing) -> None:
@@ -142,8 +140,7 @@ class KubeSlicePublisher:
         offered = self._offered
         if offered is None or not self._cache.synced:
             return None  # the first offer or the first list comes back here
-        if self.has_counters is None and any(each.uses for each in offered):
-            self.has_counters = self.ask_for_counters()
+        self._ask(offered)
         wanted = self._wanted(offered)
         plan = plan_slices(self._pool, self._cache.snapshot(), wanted.devices, self._adopted, wanted.counters)
         if plan:
@@ -161,36 +158,25 @@ class KubeSlicePublisher:
         self._published = offered
         return None
 
-    def ask_for_counters(self) -> bool:
-        """By a trial, before anything depends on them: what is over is dropped without a word."""
-        try:
-            kept = [self._tried(body) for body in trials(self._pool)]
-        except (Invalid, Malformed) as error:
-            log.warning("the API server has no shared counters as they are needed: %s", error)
-            return False
-        has = bool(kept[0].counters) and bool(kept[1].devices[0].get("consumesCounters"))
-        if not has:
-            log.warning(
-                "the API server keeps no shared counters (DRAPartitionableDevices): PFs that have VFs are "
-                "not offered beside them, nor VFs beyond what their PF gives out"
-            )
-        return has
-
-    def _tried(self, body: JsonObject) -> Content:
-        spec = child(self._client().try_create(Resource.RESOURCE_SLICES, body), "spec")
-        return Content(tuple(children(spec, "devices")), tuple(children(spec, "sharedCounters")))
+    def _ask(self, offered: tuple[OfferedDevice, ...]) -> None:
+        """Before anything depends on it: what the server does not know it drops without a word."""
+        if self.server.has_counters is None and any(each.uses for each in offered):
+            self.server = replace(self.server, has_counters=ask_for_counters(self._client(), self._pool))
+        if self.server.has_shares is None and any(each.requests for each in offered):
+            self.server = replace(self.server, has_shares=ask_for_shares(self._client(), self._pool))
 
     def _wanted(self, offered: tuple[OfferedDevice, ...]) -> Content:
         """Devices and the counter sets that they use."""
         known = self._described
-        if known is None or known[0] is not offered or known[1] is not self.has_counters:
-            shown = offered if self.has_counters else without_counters(offered)
+        if known is None or known[0] is not offered or known[1] != self.server:
+            shown = offered if self.server.has_shares else without_shared(offered)
+            shown = shown if self.server.has_counters else without_counters(shown)
             devices, problems = describe_all(shown)
             for problem in problems:
                 if problem not in self.problems:
                     log.warning("%s", problem)
             self.problems = problems
-            known = self._described = (offered, self.has_counters, Content(devices, counter_sets(shown)))
+            known = self._described = (offered, self.server, Content(devices, counter_sets(shown)))
         content = known[2]
         if not self._refused:
             return content
@@ -270,9 +256,9 @@ class KubeSlicePublisher:
             self._adopted.clear()
         self._adopted[write.content.fingerprint] = stored.content.fingerprint
         fields = dropped_fields(write.content.devices, stored.devices)
-        if "consumesCounters" in fields or (write.content.counters and not stored.content.counters):
-            # It had them when it was asked: without, what rules each other out must not be offered together.
-            self.has_counters = False
+        known = self.server
+        self.server = lost(known, fields, sets=bool(write.content.counters and not stored.content.counters))
+        if self.server != known:
             self._soon()
         if fields != self.dropped:
             self.dropped = fields

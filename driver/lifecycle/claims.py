@@ -276,11 +276,12 @@ class Claims:
         """The last guard, whatever the scheduler, taints and tolerations say."""
         device = wanted.device
         self._check_quarantine(device.name)
-        for holder in self._context.book.of_device(wanted.unit):
-            if holder.key.claim_uid != ref.uid:
+        for holder in self._context.book.of_device(device.name):
+            # Of a device that is given out in parts others may have theirs, but nobody the whole of it.
+            if holder.key.claim_uid != ref.uid and holder.key.unit in (wanted.unit, device.name):
                 raise Refusal(
                     "DeviceInUse",
-                    f"{wanted.unit} is held by claim {holder.claim.namespace}/{holder.claim.name}",
+                    f"{holder.key.unit} is held by claim {holder.claim.namespace}/{holder.claim.name}",
                 )
         if device.withheld:
             raise Refusal("Withheld", f"{device.name} is not given away: {device.withheld}")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from driver import limits
 from driver.cdi import CdiEntry
+from driver.inventory import capacity_requests
 from driver.lifecycle.context import Context
 from driver.lifecycle.relations import sharing
 from driver.model import (
@@ -168,16 +169,21 @@ class Projections:
 
     def offer(self) -> None:
         """Say what this node offers. A device in use keeps the attributes it had when it was prepared,
-        so attach, detach and a restart change nothing here."""
+        so attach, detach and a restart change nothing here; one that is given out in shares is as it is."""
         context = self._context
         relations = sharing(context)
-        held = {p.key.device: p for p in context.book.preparations()}
+        held = {p.key.device: p for p in context.book.preparations() if p.share is None}
         offered = {
             device.name: OfferedDevice(
-                name=device.name, attributes=device.attributes, capacities=device.capacities
+                name=device.name,
+                attributes=device.attributes,
+                capacities=device.capacities,
+                requests=capacity_requests(device.sharable) if device.sharable is not None else {},
             )
             for device in context.devices.current().values()
-            if not device.withheld and not relations.in_others_hands(device.name)
+            if not device.withheld
+            and not relations.in_others_hands(device.name)
+            and not relations.in_parts(device.name)
         }
         for name, preparation in held.items():
             offered[name] = OfferedDevice(
@@ -196,7 +202,7 @@ class Projections:
                     uses=uses.get(name, ()),
                     taints=self._taints(name, bool(relations.quarantine(name))),
                 )
-                for name in sorted(offered, key=lambda name: (_takes_all(uses.get(name, ())), name))
+                for name in sorted(offered, key=lambda name: _rank(offered[name], uses.get(name, ())))
             )
         )
 
@@ -259,9 +265,11 @@ def _limits(preparation: Preparation) -> str:
     return f", sends {' and '.join(parts)} by {wanted.rates_by}" if wanted is not None and parts else ""
 
 
-def _takes_all(uses: Sequence[CounterUse]) -> bool:
-    """The scheduler takes the first that fits: whoever asks for any device must not get a PF."""
-    return any(VFS in use.of and use.takes == use.of for use in uses)
+def _rank(device: OfferedDevice, uses: Sequence[CounterUse]) -> tuple[bool, bool, DeviceName]:
+    """The scheduler takes the first that fits: whoever asks for any device is to get a whole one if there is
+    one, and must not get a PF."""
+    takes_all = any(VFS in use.of and use.takes == use.of for use in uses)
+    return takes_all, bool(device.requests), device.name
 
 
 def _partition(preparation: Preparation) -> int | None:

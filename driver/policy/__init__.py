@@ -7,14 +7,13 @@ from driver.policy.file import PolicyFile
 from driver.policy.load import load_policy, policy_schema
 from driver.policy.rules import (
     DeviceRule,
-    DeviceSelector,
     ForeignChoice,
     HookPreference,
-    NetdevSelector,
     NodePolicy,
     ResetPolicy,
     VfioPolicy,
 )
+from driver.policy.selectors import DeviceSelector, NetdevSelector
 from driver.policy.usage import UsagePolicy
 
 __all__ = [

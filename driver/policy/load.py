@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from driver.errors import ConfigError, FieldProblem
 from driver.policy.bandwidth import bandwidth_problems
 from driver.policy.rules import NodePolicy
+from driver.policy.shared import shared_problems
 from driver.policy.yaml_tree import parse_yaml
 from driver.qos import class_problems, shaper_problems
 from driver.strict import Kind, Node, Problem, Problems, record
@@ -36,6 +37,7 @@ def load_policy(text: str, source: str) -> NodePolicy:
             *class_problems(policy.classes),
             *shaper_problems(policy.classes, policy.shaper),
             *bandwidth_problems(policy.port_bandwidth),
+            *shared_problems(policy.shared),
         )
         found += [_placed(root, problem) for problem in together]
     if policy is None or found:

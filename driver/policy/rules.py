@@ -16,13 +16,15 @@ from driver.claimconfig import DEFAULT_LIMITS, RATE, ClaimLimits
 from driver.model import AttributeValue
 from driver.policy.bandwidth import BANDWIDTH_RULES, BandwidthRule, rule_for
 from driver.policy.health import DEFAULT_HEALTH, HealthPolicy
-from driver.policy.patterns import GLOBS, IDS, matches
 from driver.policy.rdma import DEFAULT_RDMA, RdmaRules
+from driver.policy.selectors import DeviceSelector, NetdevSelector
+from driver.policy.shared import SHARED_RULES, SharedRule, sharing_rule
 from driver.policy.sriov import PF_RULES, PfRule
 from driver.policy.usage import DEFAULT_USAGE, UsagePolicy
 from driver.qos import DEFAULT_CLASSES, EgressShaper, PodLimits, PodMarks, QosClass, QosPolicy
 from driver.strict import Key, Kind, Node, Problems, boolean, choice, converted, listing, record, shown
-from hw.model import DeviceKind, HwDevice, LinkInfo
+from driver.traffic import Sharable
+from hw.model import HwDevice, LinkInfo
 
 POLICY_ATTRIBUTES = 6
 """Places the API's limit of 32 leaves for attributes from the policy."""
@@ -51,6 +53,7 @@ OWN_ATTRIBUTES = frozenset(
         "rdmaDevice",
         "rdmaLinkLayer",
         "representor",
+        "subinterface",
         "vendor",
         "vendorName",
         "vfIndex",
@@ -97,57 +100,6 @@ class VfioPolicy:
             "true: also where no IOMMU holds them back, so that their pods can read and write all memory.",
         ),
     ] = False
-
-
-# --- selectors --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NetdevSelector:
-    """Interfaces that are not hardware and are offered all the same. All given criteria must fit."""
-
-    names: Annotated[tuple[str, ...], Key("names", GLOBS, "Patterns for the name on the host.")] = ()
-    kinds: Annotated[tuple[str, ...], Key("kinds", GLOBS, "Link kinds, like veth or macvlan.")] = ()
-
-    def __post_init__(self) -> None:
-        if not self.names and not self.kinds:
-            raise ValueError("needs names or kinds: it would select every interface of the node")
-
-    def selects(self, link: LinkInfo) -> bool:
-        return matches(self.names, link.name) and matches(self.kinds, link.kind)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceSelector:
-    """Devices a rule is about. All given criteria must fit, each by one of its entries."""
-
-    names: Annotated[tuple[str, ...], Key("names", GLOBS, "Patterns for the name in slices.")] = ()
-    kinds: Annotated[
-        tuple[DeviceKind, ...], Key("kinds", listing(choice(DeviceKind), minimum=1, maximum=8), "Kinds.")
-    ] = ()
-    vendors: Annotated[tuple[str, ...], Key("vendors", IDS, "PCI vendor ids.")] = ()
-    products: Annotated[tuple[str, ...], Key("products", IDS, "PCI device ids.")] = ()
-    drivers: Annotated[tuple[str, ...], Key("drivers", GLOBS, "Patterns for the kernel driver.")] = ()
-    pf_names: Annotated[tuple[str, ...], Key("pfNames", GLOBS, "Patterns for the PF's interface.")] = ()
-    interfaces: Annotated[
-        tuple[str, ...], Key("interfaces", GLOBS, "Patterns for the interface's name on the host.")
-    ] = ()
-
-    def __post_init__(self) -> None:
-        if not any(getattr(self, attribute) for attribute in self.__slots__):
-            raise ValueError("needs a criterion; leave match out for a rule about every device")
-
-    def selects(self, device: HwDevice, name: str) -> bool:
-        pci = device.pci
-        return (
-            matches(self.names, name)
-            and (not self.kinds or device.kind in self.kinds)
-            and (not self.vendors or (pci is not None and pci.vendor.lower() in self.vendors))
-            and (not self.products or (pci is not None and pci.product.lower() in self.products))
-            and matches(self.drivers, pci.driver if pci else None)
-            and matches(self.pf_names, device.pf_name)
-            and matches(self.interfaces, device.link.name if device.link else None)
-        )
 
 
 # --- rules ------------------------------------------------------------------------------------------
@@ -273,6 +225,10 @@ class NodePolicy:
             "bandwidth", BANDWIDTH_RULES, "What PFs give out, and how much each VF has; the first match wins."
         ),
     ] = ()
+    shared: Annotated[
+        tuple[SharedRule, ...],
+        Key("shared", SHARED_RULES, "Uplinks that many pods have a share of; the first match wins."),
+    ] = ()
     claim_limits: Annotated[
         ClaimLimits, Key("claims", record(ClaimLimits), "What users' claims may set.")
     ] = DEFAULT_LIMITS
@@ -342,8 +298,12 @@ class NodePolicy:
         )
 
     def selects(self, link: LinkInfo) -> bool:
-        """Whether an interface that is not hardware is to be offered. Loopback never is."""
-        return link.link_type != _LOOPBACK and any(selector.selects(link) for selector in self.netdevs)
+        """Whether an interface that is not hardware is to be offered, in shares or whole. Loopback never
+        is."""
+        return link.link_type != _LOOPBACK and (
+            any(selector.selects(link) for selector in self.netdevs)
+            or any(rule.match.selects_software(link) for rule in self.shared)
+        )
 
     def attributes_for(self, device: HwDevice, name: str) -> Mapping[str, AttributeValue]:
         """Extra attributes of a device; name is its name in slices. At most 6."""
@@ -369,6 +329,17 @@ class NodePolicy:
     def bandwidth_of(self, pf: HwDevice) -> BandwidthRule | None:
         """What is given out of a PF; None: nothing is said of it, and its VFs are bound by nobody."""
         return rule_for(pf, self.port_bandwidth)
+
+    def sharable(self, device: HwDevice, name: str, speed: int | None) -> Sharable | None:
+        """How a device is given out in shares. speed: of its port in Mb/s, where that is known. None: nothing
+        is said of it, or it cannot be, and unsharable() says why."""
+        rule = sharing_rule(device, name, self.shared)
+        return rule.sharable(speed) if rule is not None else None
+
+    def unsharable(self, device: HwDevice, name: str, speed: int | None) -> str:
+        """Why a device of which the policy says so cannot be given out in shares, a sentence; or ""."""
+        rule = sharing_rule(device, name, self.shared)
+        return rule.unsharable(speed) if rule is not None else ""
 
     def _rules(self, device: HwDevice, name: str) -> Iterator[DeviceRule]:
         return (rule for rule in self.devices if rule.applies_to(device, name))

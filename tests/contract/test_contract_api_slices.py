@@ -9,8 +9,8 @@ import pytest
 
 from driver.kube import failures
 from driver.kube.client import Resource
-from driver.kube.slices import KubeSlicePublisher
-from driver.model import NodeName
+from driver.kube.server_features import ask_for_counters
+from driver.kube.slice_plan import Pool
 from tests.contract.api_peer import DRIVER, SLICES, ApiPeer
 
 TAINT = {"key": "k", "effect": "NoSchedule"}
@@ -245,8 +245,7 @@ def test_counters_are_kept_canonical_and_their_sets_may_be_in_another_slice(api:
 
 def test_the_driver_learns_by_a_trial_whether_counters_are_kept_and_nothing_is_made(api: ApiPeer) -> None:
     with api.client() as client:
-        publisher = KubeSlicePublisher(DRIVER, NodeName(api.elsewhere), lambda: client)
-        has = publisher.ask_for_counters()
+        has = ask_for_counters(client, Pool(driver=DRIVER, node=api.elsewhere))
         assert [items for items, _ in client.list_pages(Resource.RESOURCE_SLICES, api.selector)] == [[]]
     version = re.match(r"v1\.(\d+)", api.version)
     assert has is (version is None or int(version[1]) >= 36)

@@ -59,6 +59,12 @@ class Policy:
     def bandwidth_of(self, pf: HwDevice) -> None:
         return None
 
+    def sharable(self, device: HwDevice, name: str, speed: int | None) -> None:
+        return None
+
+    def unsharable(self, device: HwDevice, name: str, speed: int | None) -> str:
+        return ""
+
 
 def link(index: int = 7, name: str = "ens1f0v0", **more: Any) -> LinkInfo:
     values: dict[str, Any] = {"flags": LinkFlags(0), "link_type": 1, "mtu": 9000, "mac": "02:00:00:00:00:07"}
@@ -139,7 +145,8 @@ def test_a_full_device_keeps_to_the_limit_and_says_what_it_left_out() -> None:
     assert device.attributes["pfName"] == "ens1f0np0"
     assert device.attributes["vfIndex"] == 0
     assert device.attributes["linkSpeed"] == 100_000
-    assert set(OPTIONAL) - set(device.attributes) == {"firmware", "representor", "vfSettings"}
+    missing = {"firmware", "representor", "subinterface", "vfSettings"}
+    assert set(OPTIONAL) - set(device.attributes) == missing
     assert len(device.attributes) == 4 + 3 + 16
     assert device.capacities == {"bandwidth": "100G"}
     (problem,) = inventory.problems

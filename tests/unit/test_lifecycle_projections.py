@@ -23,6 +23,7 @@ from driver.model import (
     Attachment,
     AttachmentId,
     AttachmentState,
+    CapacityRequest,
     ClaimUid,
     Device,
     DeviceName,
@@ -32,13 +33,17 @@ from driver.model import (
     OfferedDevice,
     Preparation,
     PreparationState,
+    Share,
+    ShareId,
     VfConfig,
     VfDriver,
 )
 from driver.paths import Paths
 from driver.policy import NodePolicy
 from driver.rdma import IpoibConfig, RdmaConfig, SysfsProof
+from driver.traffic import Amounts, Sharable
 from hw.model import DeviceKind, IfIndex, IfName, NetnsCookie, PciAddress, PciIdentity, RatesBy, VfSettings
+from hw.subinterface import Subinterface, SubinterfaceKind
 from tests.unit.journal_values import BOOT, IDENTITIES, attachment, preparation
 
 UID = ClaimUid("claim-0")
@@ -235,6 +240,54 @@ def test_an_offer_is_what_is_free_and_what_is_held_as_it_was_when_it_was_prepare
     free, *while_held = [offer[0].attributes for offer in world.offers]
     assert free == {"now": 0}
     assert while_held == [held.attributes] * 3
+
+
+def shared(number: int, **fields: object) -> Device:
+    amounts = Amounts(default=500, least=100, most=4_000, step=100)
+    sharable = Sharable(kind=SubinterfaceKind.VLAN, mode=None, bandwidth=10_000, amounts=amounts, shares=16)
+    capacities = {"bandwidth": "10G", "shares": "16"}
+    return device(number, kind=DeviceKind.SHARED, sharable=sharable, capacities=capacities, **fields)
+
+
+def test_a_shared_device_is_offered_with_what_claims_can_ask_of_it_and_behind_the_whole_ones(
+    world: World,
+) -> None:
+    world.devices = {each.name: each for each in (shared(0), device(1))}
+    world.projections.offer()
+    (whole, parted) = world.offers[-1]
+    assert (whole.name, whole.requests) == ("dev-1", {})
+    assert (parted.name, parted.capacities) == ("dev-0", {"bandwidth": "10G", "shares": "16"})
+    assert parted.requests == {
+        "bandwidth": CapacityRequest(default="500M", least="100M", most="4G", step="100M"),
+        "shares": CapacityRequest(default="1", values=("1",)),
+    }
+    any_amount = Amounts(default=500, least=100, most=4_000)
+    made = world.devices[DeviceName("dev-0")]
+    assert made.sharable is not None
+    made = replace(made, sharable=replace(made.sharable, amounts=any_amount))
+    world.devices[made.name] = made
+    world.projections.offer()
+    assert world.offers[-1][1].requests["bandwidth"].step is None
+
+
+def test_claims_that_have_shares_change_nothing_of_what_is_offered(world: World) -> None:
+    world.devices = {each.name: each for each in (shared(0), device(1))}
+    world.projections.offer()
+    interface = Subinterface(kind=SubinterfaceKind.VLAN, vlan=100)
+    made = [
+        replace(
+            each,
+            key=replace(each.key, device=DeviceName("dev-0"), share_id=ShareId(f"share-{number}")),
+            share=Share(interface=interface, ifname=IfName("bond0")),
+        )
+        for number, each in enumerate((preparation(0), preparation(1)))
+    ]
+    world.prepare(*made)
+    world.projections.offer()
+    assert world.offers[0] == world.offers[1]
+    world.devices.pop(DeviceName("dev-0"))
+    world.projections.offer()
+    assert [each.name for each in world.offers[-1]] == ["dev-1"]
 
 
 def test_a_quarantined_device_is_offered_with_a_taint_until_it_is_released(world: World) -> None:

@@ -50,9 +50,9 @@ current-context: sim
 
 
 class SimApi(Backend):
-    """Use as a context manager. dropped_fields are fields of slices and devices that a disabled gate removes
-    silently (`taints`, `allowMultipleAllocations`...). tokens are those it knows, None: any will do, or none.
-    With tls it serves HTTPS. The log has what each request carried as authorization."""
+    """Use as a context manager. dropped_fields are fields of slices, devices and capacities that a disabled
+    gate removes silently (`taints`, `allowMultipleAllocations`...). tokens are those it knows, None: any will
+    do, or none. With tls it serves HTTPS. The log has what each request carried as authorization."""
 
     def __init__(
         self,

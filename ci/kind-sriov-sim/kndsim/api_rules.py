@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
@@ -39,6 +40,8 @@ EFFECTS = ("None", "NoSchedule", "NoExecute")
 IPS_MAX = 16
 CONDITIONS_MAX = 8
 DATA_MAX = 10 * 1024
+VALID_VALUES_MAX = 10
+INT64_MAX = 2**63 - 1
 
 BINARY = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50, "Ei": 2**60}
 DECIMAL = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15, "E": 10**18}
@@ -184,9 +187,88 @@ def _properties(path: str, device: Json) -> Iterator[Cause]:
         if not _qualified(name):
             yield f"{path}.attributes", f"Invalid value: {name!r}: not a qualified name"
         yield from _attribute(f"{path}.attributes[{name}]", value)
-    for name in capacity:
+    shared = device.get("allowMultipleAllocations") is True
+    for name, amount in capacity.items():
         if not _qualified(name):
             yield f"{path}.capacity", f"Invalid value: {name!r}: not a qualified name"
+        where = f"{path}.capacity[{name}].requestPolicy"
+        if "requestPolicy" in amount and not shared:
+            yield where, "Forbidden: allowMultipleAllocations must be true"
+        elif "requestPolicy" in amount:
+            yield from _request_policy(where, amount["requestPolicy"], quantity_value(amount["value"]))
+
+
+def _request_policy(path: str, policy: Json, capacity: Decimal) -> Iterator[Cause]:
+    values, bounds = policy.get("validValues") or [], policy.get("validRange")
+    if values and bounds is not None:
+        yield path, "Forbidden: cannot specify `validValues` and `validRange` at the same time"
+    elif (values or bounds is not None) and "default" not in policy:
+        yield f"{path}.default", "Required value"
+    elif values:
+        default = quantity_value(policy["default"])
+        yield from _valid_values(f"{path}.validValues", default, list(map(quantity_value, values)), capacity)
+    elif bounds is not None:
+        amounts = {name: quantity_value(text) for name, text in bounds.items()}
+        amounts["default"] = quantity_value(policy["default"])
+        yield from _valid_range(f"{path}.validRange", amounts, capacity)
+
+
+def _valid_values(path: str, default: Decimal, values: list[Decimal], capacity: Decimal) -> Iterator[Cause]:
+    for index in range(1, len(values)):
+        if values[index - 1] > values[index]:
+            yield f"{path}[{index}]", "Invalid value: values must be sorted in ascending order"
+    if len(values) > VALID_VALUES_MAX:
+        yield path, f"Too many: {len(values)}: must have at most {VALID_VALUES_MAX} items"
+        found = False
+    else:
+        found = default in values
+        for index, value in enumerate(values):
+            if value > capacity:
+                yield f"{path}[{index}]", "Invalid value: option is larger than capacity value"
+            # By whole numbers, rounded up, whatever fractions say.
+            if any(_rounded_up(value) == _rounded_up(other) for other in values[:index]):
+                yield f"{path}[{index}]", "Duplicate value"
+    if not found:
+        yield path, "Invalid value: default value is not valid according to the requestPolicy"
+
+
+def _valid_range(path: str, amounts: Mapping[str, Decimal], capacity: Decimal) -> Iterator[Cause]:
+    """amounts: the bounds that are given, and the default."""
+    if "min" not in amounts:
+        yield f"{path}.min", "Required value"
+        return
+    least, default, most, step = (amounts.get(name) for name in ("min", "default", "max", "step"))
+    assert least is not None
+    assert default is not None
+    if least > capacity:
+        yield f"{path}.min", "Invalid value: min is larger than capacity value"
+    if default < least:
+        yield f"{path}.default", "Invalid value: default is less than min"
+    if most is not None:
+        if least > most:
+            yield f"{path}.max", "Invalid value: min is larger than max"
+        if most > capacity:
+            yield f"{path}.max", "Invalid value: max is larger than capacity value"
+        if default > most:
+            yield f"{path}.default", "Invalid value: default is more than max"
+    if step is not None and step <= 0:
+        yield f"{path}.step", "Invalid value: must be greater than zero"
+    elif step is not None:
+        if least + step > capacity:
+            yield f"{path}.step", "Invalid value: one step is larger than capacity value"
+        unsafe = [name for name, amount in amounts.items() if not 0 <= amount <= INT64_MAX]
+        yield from ((f"{path}.{name}", "Invalid value: must be 0 to 2^63-1") for name in unsafe)
+        for amount in (default, most):
+            if amount is not None and not unsafe and _off_step(amount, least, step):
+                yield f"{path}.step", "Invalid value: value is not a multiple of a given step"
+
+
+def _off_step(amount: Decimal, least: Decimal, step: Decimal) -> bool:
+    return (_rounded_up(amount) - _rounded_up(least)) % _rounded_up(step) != 0
+
+
+def _rounded_up(amount: Decimal) -> int:
+    return math.ceil(amount)
 
 
 def _qualified(name: str) -> bool:

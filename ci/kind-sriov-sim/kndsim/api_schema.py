@@ -35,10 +35,15 @@ ATTRIBUTE = {
     "versions": [TEXT],
 }
 TAINT = {"key": TEXT, "value": TEXT, "effect": TEXT, "timeAdded": TEXT}
+REQUEST_POLICY = {
+    "default": QUANTITY_TEXT,
+    "validValues": [QUANTITY_TEXT],
+    "validRange": {"min": QUANTITY_TEXT, "max": QUANTITY_TEXT, "step": QUANTITY_TEXT},
+}
 DEVICE = {
     "name": TEXT,
     "attributes": Map(ATTRIBUTE),
-    "capacity": Map({"value": QUANTITY_TEXT, "requestPolicy": ANY}),
+    "capacity": Map({"value": QUANTITY_TEXT, "requestPolicy": REQUEST_POLICY}),
     "taints": [TAINT],
     "allowMultipleAllocations": BOOL,
     "consumesCounters": [{"counterSet": TEXT, "counters": Map({"value": QUANTITY_TEXT})}],

@@ -19,7 +19,7 @@ IMMUTABLE = "field is immutable"
 
 
 class Writer:
-    """dropped_fields: fields of slices and devices that a disabled gate removes silently."""
+    """dropped_fields: fields of slices, devices and capacities that a disabled gate removes silently."""
 
     def __init__(self, store: Store, dropped_fields: set[str]) -> None:
         self.store = store
@@ -128,33 +128,52 @@ class Writer:
                 changed.append("pool.name")
             if changed:
                 raise invalid(target.kind, name, tuple((f"spec.{path}", IMMUTABLE) for path in changed))
+        spec = _without(spec, self.dropped_fields)
         causes = tuple(api_rules.slice_causes(spec))
         if causes:
             raise invalid(target.kind, name, causes)
-        stored = {key: value for key, value in spec.items() if key not in {"devices", *self.dropped_fields}}
+        stored = {key: value for key, value in spec.items() if key != "devices"}
         if stored.get("sharedCounters"):
             stored["sharedCounters"] = [_canonical_counters(each) for each in stored["sharedCounters"]]
         if spec.get("devices"):
-            stored["devices"] = [self._stored_device(device) for device in spec["devices"]]
+            stored["devices"] = [_stored_device(device) for device in spec["devices"]]
         return {**body, "spec": stored}
 
-    def _stored_device(self, device: Json) -> Json:
-        """As the server keeps it: no gated or empty fields, quantities canonical, taints with a time."""
-        stored = {
-            key: value
-            for key, value in device.items()
-            if key not in self.dropped_fields and value not in ({}, [], "")
-        }
-        if "capacity" in stored:
-            stored["capacity"] = {
-                name: {**value, "value": api_rules.canonical_quantity(value["value"])}
-                for name, value in stored["capacity"].items()
-            }
-        if "consumesCounters" in stored:
-            stored["consumesCounters"] = [_canonical_counters(each) for each in stored["consumesCounters"]]
-        if "taints" in stored:
-            stored["taints"] = [{"timeAdded": now(), **taint} for taint in stored["taints"]]
-        return stored
+
+def _without(spec: Json, fields: set[str]) -> Json:
+    """What is left where a gate is off, before anything is checked."""
+    kept = {key: value for key, value in spec.items() if key not in fields}
+    if kept.get("devices"):
+        kept["devices"] = [
+            {key: value for key, value in device.items() if key not in fields} for device in kept["devices"]
+        ]
+        for device in kept["devices"]:
+            for name, amount in device.get("capacity", {}).items():
+                left = {key: value for key, value in amount.items() if key not in fields}
+                device["capacity"] = {**device["capacity"], name: left}
+    return kept
+
+
+def _stored_device(device: Json) -> Json:
+    """As the server keeps it: no empty fields, quantities canonical, taints with a time."""
+    stored = {key: value for key, value in device.items() if value not in ({}, [], "")}
+    if "capacity" in stored:
+        stored["capacity"] = {name: _canonical(amount) for name, amount in stored["capacity"].items()}
+    if "consumesCounters" in stored:
+        stored["consumesCounters"] = [_canonical_counters(each) for each in stored["consumesCounters"]]
+    if "taints" in stored:
+        stored["taints"] = [{"timeAdded": now(), **taint} for taint in stored["taints"]]
+    return stored
+
+
+def _canonical(amounts: Any) -> Any:
+    """A capacity with its policy, whose texts are all quantities."""
+    match amounts:
+        case str():
+            return api_rules.canonical_quantity(amounts)
+        case list():
+            return [_canonical(each) for each in amounts]
+    return {key: _canonical(each) for key, each in amounts.items() if each not in ({}, [])}
 
 
 def _canonical_counters(holder: Json) -> Json:

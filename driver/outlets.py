@@ -1,0 +1,82 @@
+"""Devices that the node policy wants given out in shares: how, or why one cannot be.
+
+Invariant: pure. What the host or others do with the link of such a device is nothing against it, since it
+stays where it is; whatever else is against giving it away counts here too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from driver.traffic import Sharable
+from hw.model import DeviceKind, HwDevice
+from hw.subinterface import SubinterfaceKind
+
+_ETHERNET = 1
+
+
+class SharingPolicy(Protocol):
+    """What is asked of the node policy here."""
+
+    def sharable(self, device: HwDevice, name: str, speed: int | None) -> Sharable | None:
+        """How it is given out in shares, if its port has this speed in Mb/s (None: not known)."""
+
+    def unsharable(self, device: HwDevice, name: str, speed: int | None) -> str:
+        """Why it cannot be, where the policy wants it to, a sentence; "" else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outlet:
+    """sharable None: it cannot be given out, and reason says why in a sentence."""
+
+    sharable: Sharable | None
+    reason: str = ""
+
+
+def outlet_of(device: HwDevice, name: str, speed: int | None, policy: SharingPolicy) -> Outlet | None:
+    """Of a device of this name in slices; None where the policy does not want it given out in shares."""
+    sharable = policy.sharable(device, name, speed)
+    reason = policy.unsharable(device, name, speed)
+    if sharable is None and not reason:
+        return None
+    reason = _unfit(device) or reason or _no_place(device, sharable)
+    return Outlet(None if reason else sharable, reason)
+
+
+def as_shared(device: HwDevice) -> HwDevice:
+    """As it is offered: what the interfaces on top of it do not have is not there."""
+    return replace(
+        device,
+        kind=DeviceKind.SHARED,
+        withheld="",
+        rdma=None,
+        more_rdma=(),
+        rdma_capable=False,
+        vf_can="",
+        total_vfs=None,
+    )
+
+
+def _unfit(device: HwDevice) -> str:
+    """Why nothing can be made on top of a device, or ""."""
+    if device.withheld != device.in_use:
+        return device.withheld
+    if device.link is None:
+        return "it has no interface here that could be shared (node policy, shared)"
+    if device.link.link_type != _ETHERNET:
+        return "it is no Ethernet interface, and only those are shared (node policy, shared)"
+    return ""
+
+
+def _no_place(device: HwDevice, sharable: Sharable | None) -> str:
+    """The kernel lets one receive what comes in on an interface: a bridge or bond, or its macvlans. A VLAN's
+    frames are taken before that."""
+    if sharable is None or device.link is None or device.link.master is None:
+        return ""
+    if sharable.kind is SubinterfaceKind.VLAN:
+        return ""
+    return (
+        f"it belongs to a bridge, a bond or the like, and no {sharable.kind} goes on top of it: share that "
+        "one instead, or VLANs (node policy, shared)"
+    )
