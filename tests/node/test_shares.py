@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from kndsim.kubelet import PrepareFailed
 from kndsim.netns import in_netns, in_thread
 from kndsim.node import ClaimSpec, SimNode, SimPod, interface
 from kndsim.runtime import RuntimeMode
-from kndsim.waiting import wait_until_async
 from tests.node import seen_outside as seen
 from tests.node.node_stage import node
 from tests.node.test_limited_pods import ceilings, netns_of, told
@@ -29,11 +29,11 @@ pytestmark = pytest.mark.timeout(120)
 UPLINK = "port0"
 SHARED = """\
 shared:
-  - match: {{interfaces: [{uplink}]}}
+  - match: {interfaces: [port0]}
     kind: macvlan
     bandwidth: 1G
     shares: 4
-    request: {{default: 100M, minimum: 50M, maximum: 800M, step: 50M}}
+    request: {default: 100M, minimum: 50M, maximum: 800M, step: 50M}
 """
 FAR = "198.18.0.1"
 HOST = "198.18.0.9"
@@ -56,10 +56,11 @@ def use(name: str, address: str) -> None:
         ipr.link("set", index=index, state="up")
 
 
-def played(story: Callable[[SimNode, Devices], Awaitable[None]], **options: Any) -> None:
+def played(
+    story: Callable[[SimNode, Devices], Awaitable[None]], *, policy: str = SHARED, **options: Any
+) -> None:
     async def run(made: Devices) -> None:
-        policy = f"{made.policy}{SHARED.format(uplink=UPLINK)}"
-        shared = Devices(wires=made.wires, far=made.far, policy=policy, peer_of=made.peer_of)
+        shared = replace(made, policy=made.policy + policy)
         before = dump()
         async with node(shared, **options) as sim:
             await story(sim, made)
@@ -135,35 +136,6 @@ def test_pods_share_an_uplink_that_the_host_goes_on_using(hook: str, mode: Runti
         assert made_at_home() == []
 
     played(story, hook=hook, mode=mode)
-
-
-def test_each_pods_bytes_are_its_own(short_tmp: Path) -> None:
-    async def story(sim: SimNode, made: Devices) -> None:
-        pods = {name: await pod_with(sim, name, f"198.18.0.{n}") for n, name in ((11, "one"), (12, "two"))}
-        datagrams = {"one": 30, "two": 50}
-
-        def send(count: int) -> None:
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-                for _ in range(count):
-                    sock.sendto(bytes(1000), (FAR, 4791))
-
-        for name, count in datagrams.items():
-            await asyncio.to_thread(in_netns, netns_of(pods[name]), lambda count=count: send(count))
-        frame = 14 + 20 + 8 + 1000
-
-        def counted(name: str) -> float:
-            labels = {"pod": name, "direction": "egress", "kind": "roce", "source": "tcx"}
-            return seen.metric(sim, "knd_pod_network_bytes_total", **labels)
-
-        for name, count in datagrams.items():
-            await wait_until_async(
-                lambda name=name, count=count: counted(name) == count * frame, what=f"all that {name} sent"
-            )
-            assert seen.metric(sim, "knd_pod_unaccounted_bytes_total", pod=name) == 0
-        for pod in pods.values():
-            await sim.delete_pod(pod)
-
-    played(story, hook="tcx")
 
 
 def test_the_status_says_which_share_it_is_and_what_keeps_it_to_its_size() -> None:
