@@ -25,6 +25,9 @@ _INFO_DATA = 2
 _MODE = 1
 """IFLA_MACVLAN_MODE and IFLA_IPVLAN_MODE alike."""
 _VLAN_ID = 1
+_VLAN_FLAGS = 2
+_VLAN_FLAG_LOOSE_BINDING = 4
+"""Without it the kernel sets every VLAN up when the device underneath is, those too that are to be down."""
 
 FIRST_INDEX = 500_000_000
 LAST_INDEX = 999_999_999
@@ -118,7 +121,8 @@ def request(
     if made.mode is not None:
         data = wire.attribute(_MODE, _NUMBERS[made.kind][made.mode])
     if made.vlan is not None:
-        data = wire.attribute(_VLAN_ID, struct.pack("=H", made.vlan))
+        flags = struct.pack("=II", _VLAN_FLAG_LOOSE_BINDING, _VLAN_FLAG_LOOSE_BINDING)
+        data = wire.attribute(_VLAN_ID, struct.pack("=H", made.vlan)) + wire.attribute(_VLAN_FLAGS, flags)
     info = wire.attribute(_INFO_KIND, made.kind.encode()) + wire.attribute(_INFO_DATA, data)
     address = b"" if mac is None else wire.attribute(_IFLA_ADDRESS, bytes.fromhex(mac.replace(":", "")))
     return (

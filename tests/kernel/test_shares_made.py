@@ -161,6 +161,22 @@ def test_the_device_underneath_stays_as_it_is(uplink: IfIndex, pod: SimNetns, ho
     assert home.by_index(uplink) == before
 
 
+@pytest.mark.parametrize("made", KINDS, ids=str)
+def test_it_is_down_at_home_whatever_becomes_of_the_device_underneath(
+    made: Subinterface, uplink: IfIndex, pod: SimNetns, home: LinkSocket
+) -> None:
+    if not is_known(made, uplink, home):
+        pytest.skip(f"this kernel has no {made.kind}; the guests' have")
+    with share(uplink, pod, made) as (target, acts, _):
+        acts.make(target)
+        for change in (home.set_up, home.set_down, home.set_up):
+            change(uplink)
+            link = target.find_at_home()
+            assert link is not None
+            assert not link.up
+        acts.remove(target)
+
+
 def test_where_its_index_is_another_interfaces_a_retry_is_asked_for(uplink: IfIndex, pod: SimNetns) -> None:
     with (
         share(uplink, pod) as (target, acts, _),

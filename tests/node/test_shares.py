@@ -27,6 +27,8 @@ from tests.node.test_limited_pods import ceilings, netns_of, told
 pytestmark = pytest.mark.timeout(120)
 
 UPLINK = "port0"
+START = 300.0
+"""Seconds that a start may take where the programs must be compiled first, on an emulated processor."""
 SHARED = """\
 shared:
   - match: {interfaces: [port0]}
@@ -62,7 +64,8 @@ def played(
     async def run(made: Devices) -> None:
         shared = replace(made, policy=made.policy + policy)
         before = dump()
-        async with node(shared, **options) as sim:
+        async with node(shared, start=False, **options) as sim:
+            await sim.start_agent(seconds=START)
             await story(sim, made)
             assert list(sim.runtime.violations) == []
         assert changes(before, dump()) == []
