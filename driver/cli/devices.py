@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from driver import running
-from driver.cli import rdma_ports, rdma_processes, sriov_ports
+from driver.cli import rdma_ports, rdma_processes, shared_devices, sriov_ports
 from driver.cli.output import Row, add_output_argument, print_table, show
 from driver.errors import DriverError
 from driver.health import View, seen_now
@@ -40,8 +40,11 @@ def run(arguments: argparse.Namespace) -> int:
     policy = running.policy_in_force(paths, arguments.policy)
     devices = Devices(Sysfs(paths.sysfs), lambda: policy)
     devices.rescan()
-    held, quarantined, attached = _records(paths)
-    node = Node(devices=devices.current(), held=held, quarantined=quarantined)
+    preparations, quarantined, attached = _records(paths)
+    held = {p.key.device: p for p in preparations if p.share is None}
+    had = shared_devices.shares_had(preparations)
+    every = {p.key.unit: p for p in preparations}
+    node = Node(devices=devices.current(), held=every, quarantined=quarantined)
     ports = sriov_ports.rows(paths, policy, held_devices(held.values(), quarantined), Sharing(node).budgets())
     why = _reasons(node, running.read(paths))
     sick = sick_reporters()
@@ -56,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "device": name,
                 "kind": kind,
                 "interface": settings.name if settings else interface,
-                "held_by": _holder(held.get(name)),
+                "held_by": _holders(name, node, had) if name in had else _holder(held.get(name)),
                 "offered": name in held or not why[name],
                 "why_not": quarantined.get(name) or why[name] or None,
                 "size": _size(name, node),
@@ -68,9 +71,13 @@ def run(arguments: argparse.Namespace) -> int:
     sysfs = Sysfs(paths.sysfs)
     rdma, problems = rdma_ports.read(sysfs)
     rdma_rows = rdma_ports.port_rows(rdma, sysfs)
-    more = {"ports": ports, "rdma": rdma_rows, "gids": rdma_ports.gid_rows(rdma)}
+    shared, shares = shared_devices.rows(node.devices, had), shared_devices.share_rows(had)
+    more = {"ports": ports, "shared": shared, "shares": shares}
+    more |= {"rdma": rdma_rows, "gids": rdma_ports.gid_rows(rdma)}
     tables: list[tuple[Sequence[Row], Sequence[str]]] = [
         (ports, sriov_ports.COLUMNS),
+        (shared, shared_devices.COLUMNS),
+        (shares, shared_devices.SHARE_COLUMNS),
         (rdma_rows, rdma_ports.COLUMNS),
     ]
     if arguments.rdma:
@@ -93,12 +100,15 @@ def _print_more(*tables: tuple[Sequence[Row], Sequence[str]]) -> None:
 
 
 def _size(name: DeviceName, node: Node) -> str | None:
-    """Of its PF's bandwidth, as it was given or would be."""
+    """Of its PF's bandwidth, as it was given or would be; of all its shares, where it is given out so."""
+    device = node.devices.get(name)
     if name in node.held:
         size = node.held[name].size
+    elif device is not None and device.sharable is not None:
+        size = device.sharable.bandwidth
     else:
-        device = node.devices[name]
-        size = device.portion.size if device.portion and device.kind is DeviceKind.VF else None
+        vf = device is not None and device.kind is DeviceKind.VF
+        size = device.portion.size if device is not None and device.portion and vf else None
     return quantity(size) if size else None
 
 
@@ -129,12 +139,15 @@ def _reasons(node: Node, agent: running.Running | None) -> Mapping[DeviceName, s
     offered = [name for name, reason in reasons.items() if not reason]
     uses = relations.uses(offered)
     without = agent is not None and agent.has_counters is False
+    unshared = agent is not None and agent.has_shares is False
     for name in offered:
         if name in node.held:
             continue
         against = relations.against(name)
         if against is not None:
             reasons[name] = against.sentence
+        elif unshared and node.devices[name].sharable is not None:
+            reasons[name] = "the API server gives a device to one claim alone (DRAConsumableCapacity is off)"
         elif without and any(use.instead for use in uses.get(name, ())):
             whole = is_whole(node.devices[name])
             what = (
@@ -146,17 +159,23 @@ def _reasons(node: Node, agent: running.Running | None) -> Mapping[DeviceName, s
 
 def _records(
     paths: Paths,
-) -> tuple[dict[DeviceName, Preparation], dict[DeviceName, str], tuple[Attachment, ...]]:
+) -> tuple[tuple[Preparation, ...], dict[DeviceName, str], tuple[Attachment, ...]]:
     """What the agent's journal says; nothing where none has run here."""
     with contextlib.suppress(DriverError), Journal.open_read_only(paths.journal) as journal:
         state = journal.state()
         return (
-            {p.key.unit: p for p in state.preparations},
+            tuple(state.preparations),
             {q.device: q.reason for q in state.quarantines},
             tuple(state.attachments),
         )
-    return {}, {}, ()
+    return (), {}, ()
 
 
 def _holder(preparation: Preparation | None) -> str | None:
     return f"{preparation.claim.namespace}/{preparation.claim.name}" if preparation else None
+
+
+def _holders(name: DeviceName, node: Node, had: Mapping[DeviceName, Sequence[Preparation]]) -> str:
+    device, count = node.devices.get(name), len(had[name])
+    of = f" of {device.sharable.shares}" if device is not None and device.sharable is not None else ""
+    return f"{count}{of} shares"

@@ -1,7 +1,7 @@
 """What claims may ask of a capacity that is given out in parts, in the API's form.
 
-Invariant: what comes out passes the API server's validation. Its arithmetic is of whole numbers, and so is
-the product's: a fraction is refused here.
+Invariant: what comes out passes the API server's validation. Its arithmetic is of whole numbers until
+Kubernetes 1.37, so a fraction is refused here.
 """
 
 from __future__ import annotations

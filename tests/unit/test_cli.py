@@ -20,10 +20,22 @@ from driver.journal.ledger import Ledger, UsageOwner
 from driver.journal.stretches import MeterKey, Reading
 from driver.kubelet.plugin import make_plugin_dir
 from driver.kubelet.takeover import TakeoverLock
-from driver.model import AttachmentState, ClaimRef, ClaimUid, PodRef, PodUid, PreparationState, SandboxId
+from driver.model import (
+    AttachmentState,
+    ClaimRef,
+    ClaimUid,
+    DeviceName,
+    PodRef,
+    PodUid,
+    PreparationState,
+    SandboxId,
+    Share,
+    ShareId,
+)
 from driver.paths import Paths
 from driver.running import Running
 from hw.model import IfName
+from hw.subinterface import Subinterface, SubinterfaceKind
 from tests.unit.journal_values import BOOT, attachment, key, preparation
 
 HOSTILE = "\x1b[31mred\r\n\u202etxt\x07"
@@ -269,6 +281,28 @@ def test_devices_say_who_holds_one_that_is_away(knd, journal: Journal) -> None: 
     }
 
 
+def test_devices_say_who_has_a_share_of_one_and_take_no_share_for_a_device(knd, journal: Journal) -> None:  # type: ignore[no-untyped-def]
+    interface = Subinterface(kind=SubinterfaceKind.VLAN, vlan=105)
+    for number in (1, 0):
+        made = preparation(number)
+        mine = replace(made.key, device=DeviceName("bond-7"), share_id=ShareId(f"share-{number}"))
+        share = Share(interface=interface, ifname=IfName("bond0"))
+        journal.put_preparation(replace(made, key=mine, share=share, size=500))
+    said = knd("devices", "-o", "json")
+    assert not [row for row in said.rows if str(row["device"]).startswith("bond-7")]
+    assert json.loads(said.out)["shares"] == [
+        {
+            "share_of": "bond-7",
+            "subinterface": "vlan 105",
+            "interface": "net0",
+            "bandwidth": "500M",
+            "held_by": f"ml/nic-{number}",
+        }
+        for number in (0, 1)
+    ]
+    assert "SHARE OF" in knd("devices").out
+
+
 def test_devices_ask_the_policy_that_the_agent_has_unless_they_are_given_one(  # type: ignore[no-untyped-def]
     knd, paths: Paths, tmp_path: Path
 ) -> None:
@@ -299,7 +333,7 @@ def test_an_agents_word_of_itself_that_cannot_be_read_is_none(paths: Paths, cont
 
 def test_an_agents_word_of_itself_is_read_as_it_was_written(paths: Paths) -> None:
     paths.run.mkdir(parents=True)
-    told = Running(pid=7, node="n", hook="tcx", policy="{}", policy_problem="bad", has_counters=False)
+    told = Running(pid=7, node="n", hook="tcx", policy="{}", policy_problem="bad", has_shares=True)
     running.write(paths, told)
     assert running.read(paths) == told
     running.write(Paths(root=paths.root / "nowhere"), told)

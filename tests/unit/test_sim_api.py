@@ -188,6 +188,19 @@ def test_fields_of_a_gate_that_is_off_vanish_without_a_word() -> None:
     assert slice_["spec"]["devices"] == [{"name": "a"}]
 
 
+def test_what_a_gate_that_is_off_drops_is_not_looked_at_and_the_capacity_stays() -> None:
+    policy = {"default": "20G", "validRange": {"min": "1G"}}
+    capacity = {"bandwidth": {"value": "10G", "requestPolicy": policy}, "shares": {"value": "4"}}
+    device = {"name": "a", "allowMultipleAllocations": True, "capacity": capacity}
+    with SimApi(dropped_fields=["allowMultipleAllocations", "requestPolicy"]) as api:
+        call = Client(api)
+        slice_ = made(call, [device])
+        call.connection.close()
+    assert slice_["spec"]["devices"] == [
+        {"name": "a", "capacity": {"bandwidth": {"value": "10G"}, "shares": {"value": "4"}}}
+    ]
+
+
 # --- server-side apply ------------------------------------------------------------------------------
 
 

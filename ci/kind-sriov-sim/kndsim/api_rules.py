@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ipaddress
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
@@ -225,8 +224,7 @@ def _valid_values(path: str, default: Decimal, values: list[Decimal], capacity: 
         for index, value in enumerate(values):
             if value > capacity:
                 yield f"{path}[{index}]", "Invalid value: option is larger than capacity value"
-            # By whole numbers, rounded up, whatever fractions say.
-            if any(_rounded_up(value) == _rounded_up(other) for other in values[:index]):
+            if value in values[:index]:
                 yield f"{path}[{index}]", "Duplicate value"
     if not found:
         yield path, "Invalid value: default value is not valid according to the requestPolicy"
@@ -237,9 +235,7 @@ def _valid_range(path: str, amounts: Mapping[str, Decimal], capacity: Decimal) -
     if "min" not in amounts:
         yield f"{path}.min", "Required value"
         return
-    least, default, most, step = (amounts.get(name) for name in ("min", "default", "max", "step"))
-    assert least is not None
-    assert default is not None
+    least, default, most, step = amounts["min"], amounts["default"], amounts.get("max"), amounts.get("step")
     if least > capacity:
         yield f"{path}.min", "Invalid value: min is larger than capacity value"
     if default < least:
@@ -251,24 +247,27 @@ def _valid_range(path: str, amounts: Mapping[str, Decimal], capacity: Decimal) -
             yield f"{path}.max", "Invalid value: max is larger than capacity value"
         if default > most:
             yield f"{path}.default", "Invalid value: default is more than max"
-    if step is not None and step <= 0:
+    too_fine = [name for name, amount in amounts.items() if amount * 1000 % 1]
+    yield from (
+        (f"{path}.{name}", "Invalid value: cannot be represented as a milli value") for name in too_fine
+    )
+    if step is not None and not too_fine:
+        yield from _steps(path, amounts, step, capacity)
+
+
+def _steps(path: str, amounts: Mapping[str, Decimal], step: Decimal, capacity: Decimal) -> Iterator[Cause]:
+    """In thousandths where any amount is a fraction; 63 bits hold only whole ones."""
+    if step <= 0:
         yield f"{path}.step", "Invalid value: must be greater than zero"
-    elif step is not None:
-        if least + step > capacity:
-            yield f"{path}.step", "Invalid value: one step is larger than capacity value"
-        unsafe = [name for name, amount in amounts.items() if not 0 <= amount <= INT64_MAX]
-        yield from ((f"{path}.{name}", "Invalid value: must be 0 to 2^63-1") for name in unsafe)
-        for amount in (default, most):
-            if amount is not None and not unsafe and _off_step(amount, least, step):
-                yield f"{path}.step", "Invalid value: value is not a multiple of a given step"
-
-
-def _off_step(amount: Decimal, least: Decimal, step: Decimal) -> bool:
-    return (_rounded_up(amount) - _rounded_up(least)) % _rounded_up(step) != 0
-
-
-def _rounded_up(amount: Decimal) -> int:
-    return math.ceil(amount)
+        return
+    if amounts["min"] + step > capacity:
+        yield f"{path}.step", "Invalid value: one step is larger than capacity value"
+    whole = not any(amount % 1 for amount in amounts.values())
+    unsafe = [name for name, amount in amounts.items() if whole and not 0 <= amount <= INT64_MAX]
+    yield from ((f"{path}.{name}", "Invalid value: must be 0 to 2^63-1") for name in unsafe)
+    for name in ("default", "max"):
+        if name in amounts and not unsafe and (amounts[name] - amounts["min"]) % step:
+            yield f"{path}.step", "Invalid value: value is not a multiple of a given step"
 
 
 def _qualified(name: str) -> bool:

@@ -173,7 +173,7 @@ def _canonical(amounts: Any) -> Any:
             return api_rules.canonical_quantity(amounts)
         case list():
             return [_canonical(each) for each in amounts]
-    return {key: _canonical(each) for key, each in amounts.items() if each not in ({}, [])}
+    return {key: _canonical(each) for key, each in amounts.items() if each != []}
 
 
 def _canonical_counters(holder: Json) -> Json:
