@@ -52,6 +52,31 @@ def kill_sandbox(place: Place, pod: LivePod) -> int:
     return pid
 
 
+UPLINK, UPLINK_FAR = "share-0", "share-far"
+UPLINK_ADDRESS, FAR_ADDRESS = "198.18.7.1/24", "198.18.7.2/24"
+
+
+@contextlib.contextmanager
+def uplink(place: Place) -> Iterator[str]:
+    """A device that the node itself uses, with an address, and somebody at its other end: the policy gives it
+    out in shares. The CEL that selects it."""
+    far = "e2e-uplink"
+    try:
+        for command in (
+            f"ip netns add {far}",
+            f"ip link add {UPLINK} type veth peer name {UPLINK_FAR} netns {far}",
+            f"ip -n {far} addr add {FAR_ADDRESS} dev {UPLINK_FAR}",
+            f"ip -n {far} link set {UPLINK_FAR} up",
+            f"ip addr add {UPLINK_ADDRESS} dev {UPLINK}",
+            f"ip link set {UPLINK} up",
+        ):
+            place.run(command.split())
+        yield f'device.attributes["knd.internal"].ifName == "{UPLINK}"'
+    finally:
+        place.run(["ip", "link", "del", UPLINK], check=False)
+        place.run(["ip", "netns", "del", far], check=False)
+
+
 @contextlib.contextmanager
 def spare_nic(place: Place) -> Iterator[str]:
     """A virtual device of the case's own on the node, wired to nothing: one that may be destroyed. A veth

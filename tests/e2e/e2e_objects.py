@@ -55,9 +55,13 @@ class Request:
     count: int = 1
     selectors: tuple[str, ...] = ()
     """CEL expressions."""
+    amounts: Mapping[str, str] = field(default_factory=dict)
+    """Of capacities, of devices that are given out in parts."""
 
     def entry(self) -> Json:
         exactly: Json = {"deviceClassName": self.device_class}
+        if self.amounts:
+            exactly["capacity"] = {"requests": dict(self.amounts)}
         if self.count != 1:
             exactly["count"] = self.count
         if self.selectors:

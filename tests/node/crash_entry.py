@@ -91,7 +91,7 @@ def _take(order: Path, wanted: str) -> bool:
 
 
 def name_of(plan: Plan) -> str:
-    """attach, detach, prepare, unprepare or tidy: told by what only that plan begins with."""
+    """attach, detach, prepare, unprepare, tidy or remake: told by what only that plan begins with."""
     first = plan.steps[0].act
     names = {
         Act.ZERO_SLOT: "attach",
@@ -102,6 +102,8 @@ def name_of(plan: Plan) -> str:
         Act.DISARM: "unprepare",
         Act.UNBIND: "unprepare",
         Act.RESTORE: "tidy",
+        Act.SHARE_MAKE: "remake" if plan.homeward else "prepare",
+        Act.SHARE_REMOVE: "unprepare",
     }
     return names[first]
 

@@ -111,6 +111,9 @@ class Stage:
         self.control = control
         self.mortal = False
         """Whether devices die with the netns they are in."""
+        self.parts = False
+        """Whether what a pod gets is made for its claim, on a device that stays: until then there is none at
+        home."""
         self.deaths = 0
         self.ready_at = 0.0
         self.pod: SimPod | None = None
@@ -297,7 +300,8 @@ class Stage:
     def _halfway(self) -> list[str]:
         """Either wholly in the pod or wholly at home."""
         there = self._attached()
-        here = changes(self._before.links, dump())
+        lasting = frozenset(self._before.links) if self.parts else None
+        here = changes(self._before.links, dump(lasting))
         return [] if not there or not here else [*there, *here]
 
     def _attached(self) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 
 from tests.node.crash_stage import Stage, Story, devices_that_survive, find, killed, point_of, stage
 from tests.node.node_stage import devices
+from tests.node.test_shares import SHARED
 
 pytestmark = pytest.mark.timeout(200)
 
@@ -50,15 +51,24 @@ class Matrix:
         return lines
 
 
-def played(monkeypatch: pytest.MonkeyPatch, control: Path, hook: str, body: Body, *, mortal: int = 0) -> None:
-    """The body on a stage with one device; or with so many more, which die with the netns they are in."""
+def played(
+    monkeypatch: pytest.MonkeyPatch,
+    control: Path,
+    hook: str,
+    body: Body,
+    *,
+    mortal: int = 0,
+    parts: str = "",
+) -> None:
+    """The body on a stage with one device; or with so many more, which die with the netns they are in. parts:
+    the policy's words about a device that is given out in such."""
 
     async def run() -> None:
-        async with stage(made, hook, control) as on:
-            on.mortal = mortal > 0
+        async with stage(replace(made, policy=made.policy + parts), hook, control) as on:
+            on.mortal, on.parts = mortal > 0 or bool(parts), bool(parts)
             await body(on)
 
-    immortal = devices_that_survive(monkeypatch) if not mortal else contextlib.nullcontext()
+    immortal = devices_that_survive(monkeypatch) if not (mortal or parts) else contextlib.nullcontext()
     with devices(1 + mortal) as made, immortal:
         asyncio.run(run())
 
@@ -88,6 +98,24 @@ def test_a_kill_at_any_point_of_any_plan_converges(
         print(f"{hook}: {len(matrix.covered)} points, {on.deaths} deaths")
 
     played(monkeypatch, short_tmp, hook, body)
+
+
+@pytest.mark.timeout(900)
+def test_a_kill_at_any_point_of_a_shares_life_converges(
+    monkeypatch: pytest.MonkeyPatch, short_tmp: Path
+) -> None:
+    async def body(on: Stage) -> None:
+        matrix = Matrix(on)
+        lines = await matrix.scene(on.life)
+        await matrix.scene(on.life, fail="arm-programs")
+        for first in (("prepare", "make-share", "after-act"), ("attach", "link-up", "after-act")):
+            await matrix.scene(on.life, find(lines, *first), where=is_recovery)
+        assert matrix.covered == matrix.passed
+        points = {point_of(line) for line in matrix.covered}
+        assert {("unprepare", "remove-share", point) for point in POINTS} <= points
+        print(f"{len(matrix.covered)} points, {on.deaths} deaths")
+
+    played(monkeypatch, short_tmp, "tcx", body, parts=SHARED)
 
 
 def test_a_kill_while_recovering_from_a_kill_converges(
