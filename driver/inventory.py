@@ -24,6 +24,7 @@ from hw.model import (
     DeviceKind,
     HwDevice,
     Identity,
+    IfIndex,
     LinkInfo,
     LinkSettings,
     NetdevsimIdentity,
@@ -311,13 +312,18 @@ def _outlets(
 ) -> Mapping[Identity, Outlet]:
     """Of the devices that the policy wants given out in shares. A VF that has a size shares that."""
     found: dict[Identity, Outlet] = {}
+    on_top: defaultdict[IfIndex, set[str]] = defaultdict(set)
+    for link in (device.link for device in devices):
+        if link is not None and link.is_stacked and link.peer is not None and link.kind is not None:
+            on_top[link.peer].add(link.kind)
     for device in devices:
         try:
             name = name_of(device.identity)
         except ValueError:
             continue  # left out, and told, with all other devices
         speed = _size(device.identity, given_out) or device.speed_mbps or _last_speed(name, previous)
-        outlet = outlet_of(device, name, speed, policy)
+        above = on_top[device.link.ifindex] if device.link is not None else ()
+        outlet = outlet_of(device, name, speed, policy, above)
         if outlet is not None:
             found[device.identity] = outlet
     return found

@@ -6,6 +6,7 @@ stays where it is; whatever else is against giving it away counts here too.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -14,6 +15,11 @@ from hw.model import DeviceKind, HwDevice
 from hw.subinterface import SubinterfaceKind
 
 _ETHERNET = 1
+_RECEIVERS = {
+    SubinterfaceKind.MACVLAN: frozenset({"macvlan", "macvtap"}),
+    SubinterfaceKind.IPVLAN: frozenset({"ipvlan", "ipvtap"}),
+}
+"""Link kinds that get along on one interface."""
 
 
 class SharingPolicy(Protocol):
@@ -34,13 +40,16 @@ class Outlet:
     reason: str = ""
 
 
-def outlet_of(device: HwDevice, name: str, speed: int | None, policy: SharingPolicy) -> Outlet | None:
-    """Of a device of this name in slices; None where the policy does not want it given out in shares."""
+def outlet_of(
+    device: HwDevice, name: str, speed: int | None, policy: SharingPolicy, on_top: Collection[str] = ()
+) -> Outlet | None:
+    """Of a device of this name in slices; None where the policy does not want it given out in shares. on_top:
+    the kinds of the links that are on top of it here."""
     sharable = policy.sharable(device, name, speed)
     reason = policy.unsharable(device, name, speed)
     if sharable is None and not reason:
         return None
-    reason = _unfit(device) or reason or _no_place(device, sharable)
+    reason = _unfit(device) or reason or _no_place(device, sharable, on_top)
     return Outlet(None if reason else sharable, reason)
 
 
@@ -54,7 +63,6 @@ def as_shared(device: HwDevice) -> HwDevice:
         more_rdma=(),
         rdma_capable=False,
         vf_can="",
-        total_vfs=None,
     )
 
 
@@ -69,14 +77,18 @@ def _unfit(device: HwDevice) -> str:
     return ""
 
 
-def _no_place(device: HwDevice, sharable: Sharable | None) -> str:
-    """The kernel lets one receive what comes in on an interface: a bridge or bond, or its macvlans. A VLAN's
-    frames are taken before that."""
-    if sharable is None or device.link is None or device.link.master is None:
+def _no_place(device: HwDevice, sharable: Sharable | None, on_top: Collection[str]) -> str:
+    """The kernel lets one receive what comes in on an interface: a bridge or bond, its macvlans, its ipvlans.
+    A VLAN's frames are taken before that."""
+    mine = _RECEIVERS.get(sharable.kind) if sharable is not None else None
+    if sharable is None or mine is None:
         return ""
-    if sharable.kind is SubinterfaceKind.VLAN:
-        return ""
-    return (
-        f"it belongs to a bridge, a bond or the like, and no {sharable.kind} goes on top of it: share that "
-        "one instead, or VLANs (node policy, shared)"
-    )
+    if device.link is not None and device.link.master is not None:
+        return (
+            f"it belongs to a bridge, a bond or the like, and no {sharable.kind} goes on top of it: share "
+            "that one instead, or VLANs (node policy, shared)"
+        )
+    others = sorted(kind for kind in set(on_top) - mine if any(kind in each for each in _RECEIVERS.values()))
+    if others:
+        return f"it carries {' and '.join(others)}, and no {sharable.kind} beside that (node policy, shared)"
+    return ""

@@ -109,7 +109,24 @@ def check_room(device: Device, held: Iterable[Preparation], coming: Sequence[Pre
             f"{device.name} is given out in at most {sharable.shares} parts, and claims have {len(mine)}: "
             "delete a pod that has one",
         )
+    _check_kinds(device, mine, coming[0])
     _check_vlans(device, mine, coming)
+
+
+def _check_kinds(device: Device, held: Sequence[Preparation], coming: Preparation) -> None:
+    """The node policy may say another kind or mode than before: the kernel has macvlans or ipvlans of a
+    device, and sets the mode of all its ipvlans at once (ipvlan_set_port_mode)."""
+    new = coming.share.interface if coming.share is not None else None
+    for other in held:
+        old = other.share.interface if other.share is not None else None
+        if new is None or old is None or SubinterfaceKind.VLAN in (new.kind, old.kind):
+            continue
+        if new.kind is not old.kind or (new.kind is SubinterfaceKind.IPVLAN and new.mode is not old.mode):
+            claim = f"{other.claim.namespace}/{other.claim.name}"
+            raise NotNow(
+                f"{device.name} would have a {new} beside the {old} of claim {claim} (node policy, shared), "
+                "and cannot have both: wait until that one's pod is gone"
+            )
 
 
 def _check_vlans(device: Device, held: Sequence[Preparation], coming: Sequence[Preparation]) -> None:

@@ -88,11 +88,14 @@ class Sharing:
         for name, preparation in sorted(node.held.items()):
             if preparation.share is not None:
                 self._parts[preparation.key.device].append(name)
+        self._in_parts: defaultdict[PfAddress, list[DeviceName]] = defaultdict(list)
         for name, each in sorted(self._all.items()):
+            port = port_of(each)
             if each.kind is DeviceKind.SHARED:
                 # Given out in parts, which take from it alone: what it gives out is not its VFs'.
+                if port is not None and not is_whole(each):
+                    self._in_parts[port].append(name)
                 continue
-            port = port_of(each)
             if port is not None:
                 (self._ports if is_whole(each) else self._vfs)[port].append(name)
                 device = node.devices.get(name)
@@ -105,9 +108,12 @@ class Sharing:
     def rivals(self, name: DeviceName) -> tuple[DeviceName, ...]:
         """Those that nobody may have while someone has this one."""
         each = self._all.get(name)
-        if each is None or each.kind is DeviceKind.SHARED:
+        if each is None:
             return ()
-        # The node policy may have had it given out in parts before.
+        if each.kind is DeviceKind.SHARED:
+            port = None if is_whole(each) else port_of(each)
+            return tuple(self._ports.get(port, ())) if port is not None else ()
+        # The node policy may have had it given out in parts before; they may not be clean.
         found: list[DeviceName] = list(self._parts.get(name, ()))
         port = port_of(each)
         if port is not None:
@@ -129,6 +135,8 @@ class Sharing:
         """What is against giving it away, on the part of others."""
         node = self._node
         waiting = None
+        if name in self._all and (why := self.in_parts(name)):
+            return Against(why)
         for other in self.rivals(name):
             what = self._called(name, other)
             if holder := node.held.get(other):
@@ -154,9 +162,18 @@ class Sharing:
         its_pf = is_whole(device) and not is_whole(self._all[name])
         return not its_pf or device.ifindex is None
 
-    def in_parts(self, name: DeviceName) -> bool:
-        """Whether claims have parts of a device that is given whole by now."""
-        return self._all[name].kind is not DeviceKind.SHARED and bool(self._parts.get(name))
+    def in_parts(self, name: DeviceName) -> str:
+        """Why a device cannot be given whole, a sentence: claims have parts of it from when the policy had it
+        so, or it is a PF with a VF that is given out in parts. "" if it can be."""
+        each = self._all[name]
+        if each.kind is DeviceKind.SHARED:
+            return ""
+        if parts := self._parts.get(name):
+            claim = self._node.held[parts[0]].claim
+            return f"{parts[0]}, a part of it, is held by claim {claim.namespace}/{claim.name}"
+        port = port_of(each)
+        vfs = self._in_parts.get(port) if port is not None and is_whole(each) else None
+        return f"its VF {vfs[0]} is given out in parts (node policy, shared)" if vfs else ""
 
     def quarantine(self, name: DeviceName) -> bool:
         """Whether it or one that it shares with is withheld until it is clean."""
@@ -270,8 +287,6 @@ class Sharing:
 
     def _called(self, name: DeviceName, other: DeviceName) -> str:
         mine, others = self._all[name], self._all[other]
-        if other in self._parts.get(name, ()):
-            return f"{other}, a part of it,"
         if port_of(mine) != port_of(others) or is_whole(mine) == is_whole(others):
             return f"{other}, which has the same RDMA device,"
         return f"its {'VF' if is_whole(mine) else 'PF'} {other}"

@@ -43,9 +43,10 @@ def run(arguments: argparse.Namespace) -> int:
     preparations, quarantined, attached = _records(paths)
     held = {p.key.device: p for p in preparations if p.share is None}
     had = shared_devices.shares_had(preparations)
-    every = {p.key.unit: p for p in preparations}
-    node = Node(devices=devices.current(), held=every, quarantined=quarantined)
-    ports = sriov_ports.rows(paths, policy, held_devices(held.values(), quarantined), Sharing(node).budgets())
+    node = Node(
+        devices=devices.current(), held={p.key.unit: p for p in preparations}, quarantined=quarantined
+    )
+    ports = sriov_ports.rows(paths, policy, held_devices(preparations, quarantined), Sharing(node).budgets())
     why = _reasons(node, running.read(paths))
     sick = sick_reporters()
     rows: list[Row] = []
@@ -134,8 +135,9 @@ def _reasons(node: Node, agent: running.Running | None) -> Mapping[DeviceName, s
     """Why each device is not to be had, or "". What is held is offered all the same: the scheduler knows."""
     relations = Sharing(node)
     reasons = {name: device.withheld for name, device in node.devices.items()}
-    for name in node.held:
-        reasons[name] = ""
+    for name, preparation in node.held.items():
+        if preparation.share is None:
+            reasons[name] = ""
     offered = [name for name, reason in reasons.items() if not reason]
     uses = relations.uses(offered)
     without = agent is not None and agent.has_counters is False

@@ -202,7 +202,7 @@ class Claims:
             holder = context.devices.who_else_has(mac, each.device) if mac is not None else ""
             if mac is not None and holder:
                 raise one_address.refused(each.unit, mac, holder)
-        check_rivals(context, [each.unit for each in wanted], claim.ref.uid)
+        check_rivals(context, {each.device.name for each in wanted}, claim.ref.uid)
         made = self._records(claim, wanted)
         if past := next((each for each in made if limits.passes_by(each)), None):
             raise ConfigError([limits.past_size(past)])

@@ -72,7 +72,9 @@ class RequestRule:
     minimum: Annotated[
         int | None, Key("minimum", RATE, "Less is rounded up to this; absent: the step, or 1M.")
     ] = None
-    maximum: Annotated[int | None, Key("maximum", RATE, "More is refused; absent: all there is.")] = None
+    maximum: Annotated[
+        int | None, Key("maximum", RATE, "Who asks for more fits nowhere; absent: all there is.")
+    ] = None
     step: Annotated[
         int | None, Key("step", RATE, "Amounts are rounded up to multiples of this above the minimum.")
     ] = None

@@ -33,12 +33,13 @@ SENT = {"one": (30, 11), "two": (50, 23)}
 @dataclass(frozen=True, slots=True)
 class Way:
     """One kind of share. far: whom each pod talks to; config: what a claim says beside its addresses;
-    prepare: in the far end's netns."""
+    prepare: in the far end's netns; at_home: in the host's."""
 
     policy: str
     pods: dict[str, str]
     far: dict[str, str]
     prepare: Callable[[IPRoute, int], None]
+    at_home: Callable[[], None] = lambda: None
     config: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -46,8 +47,19 @@ def nothing(ipr: IPRoute, port: int) -> None:
     """The far end is on the same link."""
 
 
+FAR_ROUTED = "198.18.1.1"
+
+
 def routed(ipr: IPRoute, port: int) -> None:
+    """Nobody answers for a pod's address: the host is its router."""
+    ipr.addr("add", index=port, address=FAR_ROUTED, prefixlen=32)
     ipr.route("add", dst="198.18.1.0/24", gateway=HOST)
+
+
+def route_at_home() -> None:
+    """By the host's routes an ipvlan in mode l3 sends."""
+    with IPRoute() as ipr:
+        ipr.route("add", dst=f"{FAR_ROUTED}/32", oif=ipr.link_lookup(ifname=UPLINK)[0])
 
 
 def tagged(ipr: IPRoute, port: int) -> None:
@@ -66,15 +78,16 @@ WAYS = {
     "ipvlan-l3": Way(
         "kind: ipvlan\n    mode: l3",
         {"one": "198.18.1.11", "two": "198.18.1.12"},
-        dict.fromkeys(SAME, FAR),
+        dict.fromkeys(SAME, FAR_ROUTED),
         routed,
+        route_at_home,
     ),
     "vlan": Way(
         'kind: vlan\n    vlans: [120, "121-129"]',
         {"one": "198.18.120.11", "two": "198.18.121.12"},
         {"one": "198.18.120.1", "two": "198.18.121.1"},
         tagged,
-        {"one": {"subinterface": {"vlan": 120}}, "two": {"subinterface": {"vlan": 121}}},
+        config={"one": {"subinterface": {"vlan": 120}}, "two": {"subinterface": {"vlan": 121}}},
     ),
 }
 
@@ -132,6 +145,7 @@ def test_each_pods_bytes_are_its_own(way: str) -> None:
             pytest.skip(why)
         port = made.far.link_index(made.wires[0].peer)
         made.far.netlink(lambda ipr: chosen.prepare(ipr, port))
+        await asyncio.to_thread(in_netns, seen.HERE, chosen.at_home)
         pods = {
             name: await pod_with(sim, name, address, **chosen.config.get(name, {}))
             for name, address in chosen.pods.items()

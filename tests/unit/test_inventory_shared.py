@@ -94,8 +94,9 @@ def test_what_is_not_shared_says_nothing_of_shares() -> None:
 
 
 def test_rdma_is_not_what_a_share_has() -> None:
-    found = one(pf(rdma=RDMA, rdma_capable=True, more_rdma=(RdmaName("mlx5_1"),)), sharing())
+    found = one(pf(rdma=RDMA, rdma_capable=True, more_rdma=(RdmaName("mlx5_1"),), vf_can="vlan"), sharing())
     assert found.rdma is None
+    assert "vfSettings" not in found.attributes
     assert found.attributes["rdma"] is False
     assert not found.attributes.keys() & {"rdmaDevice", "rdmaLinkLayer", "nodeGuid", "firmware"}
 
@@ -122,6 +123,30 @@ def test_nothing_goes_on_top_of_what_is_in_a_bridge_but_a_vlan(kind: str) -> Non
     assert f"no {kind} goes on top of it" in found.withheld
     assert found.sharable is None
     assert one(enslaved, sharing(rule("vlan"))).withheld == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "other", "goes"),
+    [
+        ("macvlan", "ipvlan", False),
+        ("macvlan", "macvtap", True),
+        ("macvlan", "vlan", True),
+        ("ipvlan", "macvtap", False),
+        ("ipvlan", "ipvlan", True),
+        ("vlan", "macvlan", True),
+    ],
+)
+def test_no_ipvlan_goes_beside_a_macvlan_that_the_host_has_there(kind: str, other: str, goes: bool) -> None:
+    used = "in use by others: 'other' is on top of it"
+    devices = [
+        pf(withheld=used, in_use=used, taken=True),
+        software(9, "other", other, peer=IfIndex(3)),
+        software(10, "elsewhere", "ipvlan", peer=IfIndex(99)),
+    ]
+    found = build(devices, sharing(rule(kind))).by_name[PF_NAME]
+    assert found.withheld == (
+        "" if goes else f"it carries {other}, and no {kind} beside that (node policy, shared)"
+    )
 
 
 def test_what_is_no_ethernet_has_no_shares_and_is_not_given_whole_either() -> None:
