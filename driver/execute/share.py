@@ -42,6 +42,8 @@ class ShareActs:
                 name=preparation.baseline.name,
                 mac=preparation.baseline.mac if share.interface.has_own_mac else None,
             )
+            # The kernel takes no alias for what it is making.
+            target.home.change(identity.ifindex, alias=preparation.baseline.alias)
         except NotFound as error:
             raise NotNow(f"{target.device}: {error}") from error
         except Busy as error:

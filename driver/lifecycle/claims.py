@@ -224,7 +224,7 @@ class Claims:
         policy, indices = context.policy(), context.book.indices()
         return [
             replace(
-                record(claim, each, indices),
+                record(claim, each, context.driver, indices),
                 no_iommu=policy.vfio.no_iommu and each.config.by_file,
                 rdma=context.rdma.binding(each.device, each.config, policy.rdma)
                 if each.size is None

@@ -168,11 +168,20 @@ class Lifecycle:
         }
 
     def port_bandwidth(self) -> Mapping[tuple[str, ...], float]:
-        """Bits per second that PFs give out and that claims have of them, for the gauge."""
+        """Bits per second that PFs give out in sizes, and devices in shares, and that claims have of them,
+        for the gauge."""
+        found: dict[str, tuple[int, int]] = {
+            port: (budget.of, budget.given) for port, budget in sharing(self._context).budgets().items()
+        }
+        parts = [p for p in self._context.book.preparations() if p.share is not None]
+        for device in self._context.devices.current().values():
+            if device.sharable is not None:
+                given = sum(p.size or 0 for p in parts if p.key.device == device.name)
+                found[device.name] = (device.sharable.bandwidth, given)
         return {
             (port, part): number * 1e6
-            for port, budget in sharing(self._context).budgets().items()
-            for part, number in (("budget", budget.of), ("given", budget.given))
+            for port, pair in found.items()
+            for part, number in zip(("budget", "given"), pair, strict=True)
         }
 
     @property

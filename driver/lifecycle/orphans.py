@@ -16,11 +16,13 @@ from driver.errors import DriverError
 from driver.journal.ledger import Account
 from driver.lifecycle.context import Context
 from driver.lifecycle.projections import Projections
+from driver.lifecycle.shares import owner_of
 from driver.lifecycle.usage import Usage
 from driver.model import ClaimUid, Device, DeviceName
 from hw.errors import HwError
 from hw.model import LinkFlags
 from hw.netlink import LinkSocket
+from hw.subinterface import is_ours
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +83,7 @@ class Orphans:
         """Whatever lives: for a node that is to be without an agent. What is at home is taken as it is."""
         for uid in self.claims() | {account.owner.claim.uid for account in self._accounts()}:
             self.end(uid)
+        self.end_shares()
         self.forget_gone()
         self._context.devices.rescan()
         for name in self.devices():
@@ -130,6 +133,17 @@ class Orphans:
             device = context.devices.get(name)
             if context.programs is not None and device is not None and device.ifindex is not None:
                 context.programs.detach(name)
+
+    def end_shares(self) -> None:
+        """Interfaces that were made for claims, are in no pod, and are on no record: no claim will have
+        them."""
+        known = self._context.book.indices()
+        owner = owner_of(self._context.driver, self._context.pool)
+        with LinkSocket(None) as links:
+            for link in filter(is_ours, links.dump()):
+                if link.ifindex not in known and link.alias == owner:
+                    log.info("removing %a, which was made for a claim that no record tells of", link.name)
+                    links.delete(link.ifindex)
 
     def _neutralise(self, device: Device) -> None:
         """What a pod could have left and is never right, off; the rest is for whoever forces it to know."""

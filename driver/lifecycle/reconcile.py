@@ -180,6 +180,7 @@ class Reconcile:
         await self._try(
             "sweeping CDI specs and live files", lambda: self._projections.sweep(self._orphans.claims())
         )
+        await self._try("ending shares that no record tells of", self._orphans.end_shares)
         await self._try("sweeping programs", self._sweep_programs)
         await self._try("letting go of what another version counted", self._upgrades.finish)
         await self._mend()

@@ -14,17 +14,23 @@ from dataclasses import replace
 from driver import shares
 from driver.errors import NotNow
 from driver.lifecycle.context import Context
-from driver.model import Device, DeviceName, NicConfig, Preparation, Share
+from driver.model import Device, DeviceName, NicConfig, PoolName, Preparation, Share
 from hw import subinterface
 from hw.model import IfIndex, IfName, LinkSettings, MacAddress, SoftwareIdentity
 
 _LOCAL, _GROUP = 0x02, 0x01
 
 
+def owner_of(driver: str, pool: PoolName) -> str:
+    """Alias of what this driver makes on this node: at home a tenant's word for it is overwritten."""
+    return f"a share of {driver} on {pool}"
+
+
 def as_share(
-    whole: Preparation, device: Device, config: NicConfig, taken: Collection[IfIndex]
+    whole: Preparation, device: Device, config: NicConfig, *, owner: str, taken: Collection[IfIndex]
 ) -> Preparation:
-    """The record of a part of the device, from that of the whole of it. taken: indices that others have."""
+    """The record of a part of the device, from that of the whole of it. owner: as of owner_of. taken: indices
+    that others have."""
     assert device.sharable is not None
     assert device.ifindex is not None
     assert device.settings is not None
@@ -36,7 +42,7 @@ def as_share(
         share=Share(interface=made, ifname=device.settings.name),
         identity=subinterface.identity(made, index, device.ifindex),
         dies_with_netns=True,
-        baseline=_before_it_is_made(subinterface.name_at_home(index), device.settings.mtu, mac),
+        baseline=_before_it_is_made(subinterface.name_at_home(index), device.settings.mtu, mac, owner),
         home_driver="",
         rdma=None,
     )
@@ -73,7 +79,7 @@ def _mac_of(unit: DeviceName) -> MacAddress:
     return MacAddress(digest.hex(":"))
 
 
-def _before_it_is_made(name: IfName, mtu: int, mac: MacAddress | None) -> LinkSettings:
+def _before_it_is_made(name: IfName, mtu: int, mac: MacAddress | None, alias: str) -> LinkSettings:
     """What is known of it by then; the rest is read when it is there."""
     return LinkSettings(
         name=name,
@@ -81,7 +87,7 @@ def _before_it_is_made(name: IfName, mtu: int, mac: MacAddress | None) -> LinkSe
         mac=mac,
         txqlen=0,
         group=0,
-        alias="",
+        alias=alias,
         altnames=(),
         gso_max_size=None,
         gro_max_size=None,

@@ -14,7 +14,7 @@ from driver import claimconfig, limits, shares
 from driver.claimconfig import ClaimLimits
 from driver.lifecycle import one_address
 from driver.lifecycle.fitting import check_fits, check_ipoib
-from driver.lifecycle.shares import as_share
+from driver.lifecycle.shares import as_share, owner_of
 from driver.model import (
     AllocatedDevice,
     Claim,
@@ -93,7 +93,7 @@ def asking(claim: Claim, wanted: Sequence[Wanted]) -> tuple[one_address.Has, ...
     return one_address.asking([(each.unit, each.config) for each in wanted], whose)
 
 
-def record(claim: Claim, wanted: Wanted, indices: Collection[IfIndex]) -> Preparation:
+def record(claim: Claim, wanted: Wanted, driver: str, indices: Collection[IfIndex]) -> Preparation:
     """Of a device that passed every check; slot and generation are the book's to give. indices: of interfaces
     that other records tell of."""
     device, config = wanted.device, wanted.config
@@ -119,7 +119,9 @@ def record(claim: Claim, wanted: Wanted, indices: Collection[IfIndex]) -> Prepar
         port=device.port,
         size=wanted.size or (portion.size if portion is not None else None),
     )
-    return whole if wanted.size is None else as_share(whole, device, config, indices)
+    if wanted.size is None:
+        return whole
+    return as_share(whole, device, config, owner=owner_of(driver, wanted.key.pool), taken=indices)
 
 
 def clean(settings: LinkSettings) -> LinkSettings:

@@ -145,8 +145,9 @@ class Metrics:
         )
 
     def watch_bandwidth(self, read: Callable[[], Mapping[tuple[str, ...], float]]) -> None:
-        """By PF and `budget` or `given`: what the policy gives out of a port, and what claims have of it."""
-        text = "Bandwidth of a PF that the policy gives out (budget), and that claims have of it (given)."
+        """By PF, or device that is given out in shares, and `budget` or `given`: what the policy gives out of
+        it, and what claims have of that."""
+        text = "Bandwidth of a port that the policy gives out (budget), and that claims have of it (given)."
         labels = ["port", "part"]
         self._watched.add(
             lambda: GaugeMetricFamily("knd_port_bandwidth_bits_per_second", text, labels=labels), read

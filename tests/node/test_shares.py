@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
@@ -20,6 +21,7 @@ from kndsim.kubelet import PrepareFailed
 from kndsim.netns import in_netns, in_thread
 from kndsim.node import ClaimSpec, SimNode, SimPod, interface
 from kndsim.runtime import RuntimeMode
+from kndsim.waiting import wait_until_async
 from tests.node import seen_outside as seen
 from tests.node.node_stage import node
 from tests.node.test_limited_pods import ceilings, netns_of, told
@@ -241,6 +243,25 @@ def test_a_claim_may_lower_its_own_limits() -> None:
         assert kept["net1"] == 60
         assert sorted(kept.values()) == [60, 200]
         await sim.delete_pod(pod)
+
+    played(story)
+
+
+def test_a_share_at_home_that_no_record_tells_of_is_ended() -> None:
+    async def story(sim: SimNode, made: Devices) -> None:
+        pod = await sim.prepare(sim.schedule("one", [asking("one", "198.18.0.11", "300M")]))
+        assert len(made_at_home()) == 1
+        given = {"port": pod.devices[pod.claims[0].uid][0].device, "part": "given"}
+        gauge = "knd_port_bandwidth_bits_per_second"
+        assert await asyncio.to_thread(lambda: seen.metric(sim, gauge, **given)) == 3e8
+        await sim.kill_agent()
+        for path in (sim.root / "var/lib/knd").glob("journal*"):
+            path.unlink()
+        shutil.rmtree(sim.root / "run/knd")
+        await sim.start_agent()
+        await wait_until_async(lambda: made_at_home() == [], within=20.0, what="its end")
+        await sim.delete_pod(pod)
+        await sim.delete_pod(await pod_with(sim, "two", "198.18.0.12"))
 
     played(story)
 

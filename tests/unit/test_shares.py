@@ -79,7 +79,7 @@ def part(number: int, size: int = 100, *, of: Device | None = None, vlan: int | 
         state=PreparationState.PREPARED,
     )
     config = NicConfig(subinterface=SubinterfaceConfig(vlan=vlan))
-    return as_share(record, whole, config, ())
+    return as_share(record, whole, config, owner="a share of ours", taken=())
 
 
 def allocated(amount: str | None = "100M", share: str | None = "share-1") -> AllocatedDevice:

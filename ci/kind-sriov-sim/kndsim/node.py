@@ -287,7 +287,7 @@ class SimNode:
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
+            timeout=180,
         )
 
 
