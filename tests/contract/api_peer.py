@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -226,12 +227,22 @@ class ApiPeer:
             self.sim.add_claim(self.namespace, claim, driver=DRIVER)
             takes = {"net": partial(_fits, kind, bandwidth)}
             try:
-                ((_, _, device, _),) = self.sim.allocate(self.namespace, claim, DRIVER, self.node, takes)
+                ((_, _, device, _),) = self.sim.allocate(
+                    *(self.namespace, claim, DRIVER, self.node, takes),
+                    amounts={"net": {"bandwidth": bandwidth}} if bandwidth else None,
+                )
             except LookupError:
                 return None
             return device
         self._ask_scheduler(claim, kind, bandwidth)
         return wait_until(lambda: self._decision(claim), 60.0, f"the scheduler decides on {claim}")[0]
+
+    def part(self, claim: str) -> tuple[str, Mapping[str, Decimal]]:
+        """The share that a claim was given of a device, and the amounts."""
+        status = self.http("GET", f"{self.claims}/{claim}").body["status"]
+        (result,) = status["allocation"]["devices"]["results"]
+        consumed = result.get("consumedCapacity", {})
+        return result.get("shareID", ""), {name: parse_quantity(text) for name, text in consumed.items()}
 
     def _ask_scheduler(self, claim: str, kind: str, bandwidth: str) -> None:
         cel = {"expression": f'device.attributes["{DRIVER}"].kind == "{kind}"'}

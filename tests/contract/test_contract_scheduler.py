@@ -11,7 +11,7 @@ from driver.inventory import build
 from driver.kube.client import Resource
 from driver.kube.slice_device import counter_sets, describe_all
 from driver.kube.slice_plan import Pool, plan_slices
-from driver.model import CounterUse, DeviceName, OfferedDevice
+from driver.model import CapacityRequest, CounterUse, DeviceName, OfferedDevice
 from hw.model import DeviceKind
 from tests.contract.api_peer import DRIVER, SLICES, ApiPeer
 from tests.unit.bandwidth_world import PF_NAME, policy, port, sharing, vf_name
@@ -101,6 +101,39 @@ def test_a_request_for_bandwidth_is_met_by_a_vf_of_that_size_or_by_none(api: Api
         assert api.give("wider", "vf", bandwidth="11G") is None
         assert api.give("narrow", "vf", bandwidth="2G") == vf_name(0)
         for claim in ("wide", "wider", "narrow"):
+            api.take_back(claim)
+
+
+def test_a_shared_device_is_given_in_amounts_by_its_policy_until_there_is_no_more(api: ApiPeer) -> None:
+    device = OfferedDevice(
+        name=DeviceName("uplink"),
+        attributes={"kind": "shared"},
+        capacities={"bandwidth": "1G", "shares": "3"},
+        requests={
+            "bandwidth": CapacityRequest(default="100M", least="50M", most="800M", step="50M"),
+            "shares": CapacityRequest(default="1", values=("1",)),
+        },
+    )
+    with published(api, [device]):
+        given = {"default": "", "little": "1M", "more": "420M"}
+        assert [api.give(name, "shared", bandwidth=amount) for name, amount in given.items()] == [
+            "uplink"
+        ] * 3
+        parts = {name: api.part(name) for name in given}
+        assert {name: int(amounts["bandwidth"]) for name, (_, amounts) in parts.items()} == {
+            "default": 100_000_000,
+            "little": 50_000_000,
+            "more": 450_000_000,
+        }
+        assert {int(amounts["shares"]) for _, amounts in parts.values()} == {1}
+        assert len({share for share, _ in parts.values()}) == 3
+        assert api.give("fourth", "shared") is None, "three shares are all there are"
+        for claim in ("fourth", "little", "default"):
+            api.take_back(claim)
+        assert api.give("much", "shared", bandwidth="700M") is None, "550M are left"
+        assert api.give("too-much", "shared", bandwidth="900M") is None, "no claim can have more than 800M"
+        assert api.give("rest", "shared", bandwidth="550M") == "uplink"
+        for claim in ("much", "too-much", "rest", "more"):
             api.take_back(claim)
 
 
