@@ -17,7 +17,7 @@ import pytest
 
 from tests.node.crash_stage import Stage, Story, devices_that_survive, find, killed, point_of, stage
 from tests.node.node_stage import devices
-from tests.node.test_shares import SHARED
+from tests.node.test_shared_uplink import SHARED
 
 pytestmark = pytest.mark.timeout(200)
 

@@ -11,7 +11,7 @@ import pytest
 
 from kndsim.guest import Guest, Kernel
 
-FILES = ("tests/kernel/test_shares_made.py", "tests/node/test_shares_counted.py")
+FILES = ("tests/kernel/test_shares_made.py", "tests/node/test_shared_counted.py")
 SECONDS = 900.0
 
 

@@ -19,7 +19,7 @@ from kndsim.node import SimNode, SimPod
 from kndsim.waiting import wait_until_async
 from tests.node import seen_outside as seen
 from tests.node.test_limited_pods import netns_of
-from tests.node.test_shares import FAR, HOST, SHARED, UPLINK, played, pod_with
+from tests.node.test_shared_uplink import FAR, HOST, SHARED, UPLINK, played, pod_with
 
 pytestmark = pytest.mark.timeout(300)
 
