@@ -30,6 +30,9 @@ class Feature(enum.StrEnum):
     DEVICE_TAINT_RULES = "DeviceTaintRule"
     EXTENDED_RESOURCES = "extended resources by DRA"
     USER_NAMESPACES = "pods in user namespaces"
+    AMOUNTS = "scheduler that gives amounts of a device that is not the first of its slice"
+    """1.34's compares what is asked for with the slice's first device (allocator_experimental.go,
+    allocateDevice), and so gives nothing of any other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +73,7 @@ _KND = 'device.attributes["knd.internal"]'
 DEVICES = 8
 _FEATURES = {
     (1, 37): frozenset(Feature),
-    (1, 34): frozenset(Feature),
+    (1, 34): frozenset(Feature) - {Feature.AMOUNTS},
 }
 
 

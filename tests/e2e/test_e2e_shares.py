@@ -10,6 +10,7 @@ import pytest
 from kndsim.cluster import Cluster
 from kndsim.place import Place
 from tests.e2e.e2e_agents import Agents
+from tests.e2e.e2e_ground import Feature, needs
 from tests.e2e.e2e_node import FAR_ADDRESS, UPLINK, UPLINK_ADDRESS, kill_sandbox, links_of, uplink
 from tests.e2e.e2e_objects import Json, Pod, nic
 from tests.e2e.e2e_space import LivePod, Space
@@ -66,6 +67,7 @@ def reaches(pod: LivePod, address: str) -> bool:
     return pod.exec("ping", "-c", "1", "-W", "2", address.partition("/")[0]).code == 0
 
 
+@needs(feature=Feature.AMOUNTS)
 def test_pods_have_a_share_each_of_a_device_that_the_node_uses(
     space: Space, agents: Agents, shares: Shares
 ) -> None:
@@ -93,6 +95,7 @@ def test_pods_have_a_share_each_of_a_device_that_the_node_uses(
     }
 
 
+@needs(feature=Feature.AMOUNTS)
 def test_the_scheduler_gives_no_more_than_there_is_and_what_is_given_back(
     space: Space, shares: Shares
 ) -> None:
