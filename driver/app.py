@@ -19,7 +19,7 @@ from pathlib import Path
 
 from driver import running
 from driver.assembly import Outside, assemble, make_folders, set_rdma_mode
-from driver.clock import Clock, SystemClock
+from driver.clock import Clock, SystemClock, beat
 from driver.execute.engine import EXPECTED, Observer, Point
 from driver.kube.hub import KubeHub
 from driver.kubelet.plugin import KubeletPlugin, make_plugin_dir
@@ -243,7 +243,7 @@ async def watch_policy(lifecycle: Lifecycle, policy_file: PolicyFile) -> None:
     """Reload the policy when its file changes; a bad one leaves the last good one in force."""
     while True:
         lifecycle.gate.policy_problem = policy_file.problem
-        await asyncio.sleep(POLICY_EVERY)
+        await beat(POLICY_EVERY)
         if policy_file.reload() is not None:
             log.info("the node policy changed")
             try:
@@ -259,7 +259,7 @@ async def tell_others(paths: Paths, now: Callable[[], Running]) -> None:
         if (current := now()) != told:
             running.write(paths, current)
             told = current
-        await asyncio.sleep(POLICY_EVERY)
+        await beat(POLICY_EVERY)
 
 
 @contextlib.asynccontextmanager
