@@ -15,6 +15,7 @@ import signal
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from driver import running
@@ -190,7 +191,6 @@ class App:
         log.info("metrics on http://127.0.0.1:%d/metrics", server.port)
         await stack.enter_async_context(kubelet)
         await stack.enter_async_context(background(nri.run(), "nri"))
-        await stack.enter_async_context(background(watch_policy(lifecycle, policy_file), "policy"))
 
         def now() -> Running:
             return Running(
@@ -203,7 +203,8 @@ class App:
                 has_counters=hub.has_counters,
             )
 
-        await stack.enter_async_context(background(tell_others(self._paths, now), "telling"))
+        tell = partial(tell_others, self._paths, now)
+        await stack.enter_async_context(background(watch_policy(lifecycle, policy_file, tell), "policy"))
 
     def _make_hub(self) -> KubeHub:
         return KubeHub(
@@ -239,10 +240,15 @@ async def watch_links(lifecycle: Lifecycle, monitor: LinkMonitor) -> None:
             log.error("links changed and cannot be looked at: %s", error)
 
 
-async def watch_policy(lifecycle: Lifecycle, policy_file: PolicyFile) -> None:
-    """Reload the policy when its file changes; a bad one leaves the last good one in force."""
+async def watch_policy(
+    lifecycle: Lifecycle, policy_file: PolicyFile, tell: Callable[[Running | None], Running]
+) -> None:
+    """Reload the policy when its file changes; a bad one leaves the last good one in force. Others are told
+    of it, and of what else of this agent changes."""
+    told: Running | None = None
     while True:
         lifecycle.gate.policy_problem = policy_file.problem
+        told = tell(told)
         await beat(POLICY_EVERY)
         if policy_file.reload() is not None:
             log.info("the node policy changed")
@@ -252,14 +258,11 @@ async def watch_policy(lifecycle: Lifecycle, policy_file: PolicyFile) -> None:
                 log.error("the new node policy is in force in part only: %s", error)
 
 
-async def tell_others(paths: Paths, now: Callable[[], Running]) -> None:
-    """Keep the file up to date from which other commands know of this agent."""
-    told: Running | None = None
-    while True:
-        if (current := now()) != told:
-            running.write(paths, current)
-            told = current
-        await beat(POLICY_EVERY)
+def tell_others(paths: Paths, now: Callable[[], Running], told: Running | None) -> Running:
+    """Keep the file up to date from which other commands know of this agent, and say what is in it."""
+    if (current := now()) != told:
+        running.write(paths, current)
+    return current
 
 
 @contextlib.asynccontextmanager
