@@ -23,6 +23,7 @@ from driver.execute.glance import AS_IT_WAS, Glance
 from driver.execute.meters import INTERFACE, RDMA, VF, NodeMeters, PfCounters, Shown
 from driver.execute.target import Target
 from driver.journal.ledger import Ledger
+from driver.journal.meters import Taken
 from driver.journal.stretches import Holder, MeterKey, Reading
 from driver.lifecycle.book import Book
 from driver.model import Attachment, AttachmentId, AttachmentState, Preparation
@@ -96,9 +97,14 @@ class Metering:
         """The attachment has its device from now on. LedgerWriteFailed: it cannot be counted."""
         assert target.attachment is not None
         with self._lock:
+            taken = {}
             for shown in self._meters.read(target):
-                self._take(shown, self._holders(shown, target.attachment, target.preparation), late=False)
-            self._refresh({target.attachment.id, None})
+                holder = _only(self._holders(shown, target.attachment, target.preparation))
+                taken[shown.meter] = Taken(holder, shown.reading, shown.reason)
+            totals = self._ledger.meters.begin(taken, self._clock.wall())
+            for meter, each in taken.items():
+                self._remember(meter, each.holder, each.reading)
+            self._put_totals({target.attachment.id, *(each.holder for each in taken.values())}, totals)
             if not target.preparation.by_file:
                 # A series whose first number is not 0 has no increase that an alert could see.
                 nothing = {(target.attachment.id, INTERFACE, each): Missed(0, 0) for each in Direction}
@@ -225,17 +231,20 @@ class Metering:
 
     def _take(self, shown: Shown, holders: tuple[AttachmentId, ...], *, late: bool) -> bool:
         """Whether anything was written: an idle device costs the disk nothing."""
-        holder = holders[0] if len(holders) == 1 else None
+        holder = _only(holders)
         if shown.reading is not None and self._last.get(shown.meter) == (holder, shown.reading):
             return False
         self._ledger.meters.take(
             shown.meter, holder, shown.reading, self._clock.wall(), reason=shown.reason, late=late
         )
-        if shown.reading is not None:
-            self._last[shown.meter] = (holder, shown.reading)
-        else:
-            self._last.pop(shown.meter, None)
+        self._remember(shown.meter, holder, shown.reading)
         return True
+
+    def _remember(self, meter: MeterKey, holder: Holder, reading: Reading | None) -> None:
+        if reading is not None:
+            self._last[meter] = (holder, reading)
+        else:
+            self._last.pop(meter, None)
 
     def _hand_on(self, shown: Shown, rest: tuple[AttachmentId, ...]) -> None:
         if rest:
@@ -250,7 +259,9 @@ class Metering:
     # --- for a scrape -------------------------------------------------------------------------------
 
     def _refresh(self, holders: set[Holder]) -> None:
-        found = self._ledger.meters.totals(holders)
+        self._put_totals(holders, self._ledger.meters.totals(holders))
+
+    def _put_totals(self, holders: set[Holder], found: Mapping[tuple[Holder, MeterKey], Totals]) -> None:
         kept = {key: totals for key, totals in self._totals.items() if key[0] not in holders}
         self._totals = {**kept, **found}
 
@@ -336,6 +347,10 @@ class Metering:
             if wish is not None:
                 found[child_of(attachment.preparation.device)] = wish.name
         return found
+
+
+def _only(holders: tuple[AttachmentId, ...]) -> Holder:
+    return holders[0] if len(holders) == 1 else None
 
 
 def _samples(counted: _Counted, owners: Owners, children: Mapping[str, str]) -> Iterator[MeterSample]:
