@@ -23,6 +23,8 @@ COST_SHIFT = 20
 CREDIT_SHIFT = 12
 """A credit is in 2**12 ns there: a GiB at 1 Mbit/s fits in 32 bits."""
 _RULES = struct.Struct("=IIIIII8s20Q")
+_QUEUES = struct.Struct("=8xII")
+_NO_QUEUES = (0, 0)
 _FLAGS = struct.Struct("=I")
 _POLICE = struct.Struct("=22Q")
 _KEY = struct.Struct("=I")
@@ -130,15 +132,20 @@ class Limits:
     def departing(self, slots: Collection[Slot]) -> frozenset[Slot]:
         """Those whose rules tell packets when to leave, by one call for all. A slot that there is not has no
         rules."""
-        if not slots:
-            return frozenset()
-        first, count = min(slots), max(slots) - min(slots) + 1
-        values = bytearray(_RULES.size * count)
-        sys.map_lookup_batch(self._rules, first - 1 if first else None, count, values)
-        at = {slot: (slot - first) * _RULES.size for slot in slots}
+        rules = _read(self._rules, _RULES.size, slots)
         return frozenset(
-            slot for slot in slots if _FLAGS.unpack_from(values, at[slot])[0] & layout.RULES_DEPART
+            slot for slot, value in rules.items() if _FLAGS.unpack_from(value)[0] & layout.RULES_DEPART
         )
+
+    def dropped_without_queues(self, slots: Collection[Slot]) -> dict[Slot, Dropped]:
+        """As dropped, by one call for each map, of those whose rules name no queue that drops as well."""
+        rules = _read(self._rules, _RULES.size, slots)
+        police = _read(self._police, _POLICE.size, slots)
+        return {
+            slot: _dropped(police[slot])
+            for slot, value in rules.items()
+            if _QUEUES.unpack_from(value) == _NO_QUEUES
+        }
 
     def detour(self, slot: Slot) -> int:
         """The ifb that the slot's rules name, as an ifindex of the device's netns; 0 for none."""
@@ -187,10 +194,24 @@ class Limits:
                 if error.errno != errno.ENOENT:
                     raise
                 continue
-            _, _, out_bytes, in_bytes, out_packets, in_packets, *_ = _POLICE.unpack(value)
-            found[slot] = Dropped((out_bytes, in_bytes), (out_packets, in_packets))
+            found[slot] = _dropped(value)
         return found
 
     def close(self) -> None:
         self._rules.close()
         self._police.close()
+
+
+def _dropped(police: bytes | bytearray) -> Dropped:
+    _, _, out_bytes, in_bytes, out_packets, in_packets, *_ = _POLICE.unpack(police)
+    return Dropped((out_bytes, in_bytes), (out_packets, in_packets))
+
+
+def _read(map_fd: sys.MapFd, size: int, slots: Collection[Slot]) -> dict[Slot, bytes]:
+    """The values of slots, zeros of one that there is not, by one call."""
+    if not slots:
+        return {}
+    first, count = min(slots), max(slots) - min(slots) + 1
+    values = bytearray(size * count)
+    sys.map_lookup_batch(map_fd, first - 1 if first else None, count, values)
+    return {slot: bytes(values[(slot - first) * size : (slot - first + 1) * size]) for slot in slots}

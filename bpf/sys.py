@@ -23,6 +23,7 @@ MapId = NewType("MapId", int)
 ProgramId = NewType("ProgramId", int)
 
 _SYSCALL_NUMBERS = {"x86_64": 321, "aarch64": 280}
+_NUMBER = _SYSCALL_NUMBERS.get(os.uname().machine)
 _LOG_BYTES = 1 << 20
 _LOAD_TRIES = 5
 """BPF_PROG_LOAD gives EAGAIN when a signal is pending."""
@@ -172,11 +173,10 @@ class Attached:
 
 
 def _bpf(command: Command, attr: ctypes.Array[ctypes.c_char]) -> int:
-    number = _SYSCALL_NUMBERS.get(os.uname().machine)
-    if number is None:
+    if _NUMBER is None:
         raise BpfError(f"BPF is not supported on {os.uname().machine}, only on {', '.join(_SYSCALL_NUMBERS)}")
     result: int = _syscall(
-        ctypes.c_long(number), ctypes.c_long(command), attr, ctypes.c_ulong(ctypes.sizeof(attr))
+        ctypes.c_long(_NUMBER), ctypes.c_long(command), attr, ctypes.c_ulong(ctypes.sizeof(attr))
     )
     if result < 0:
         code = ctypes.get_errno()

@@ -15,11 +15,12 @@ import signal
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from driver import running
 from driver.assembly import Outside, assemble, make_folders, set_rdma_mode
-from driver.clock import Clock, SystemClock
+from driver.clock import Clock, SystemClock, beat
 from driver.execute.engine import EXPECTED, Observer, Point
 from driver.kube.hub import KubeHub
 from driver.kubelet.plugin import KubeletPlugin, make_plugin_dir
@@ -190,7 +191,6 @@ class App:
         log.info("metrics on http://127.0.0.1:%d/metrics", server.port)
         await stack.enter_async_context(kubelet)
         await stack.enter_async_context(background(nri.run(), "nri"))
-        await stack.enter_async_context(background(watch_policy(lifecycle, policy_file), "policy"))
 
         def now() -> Running:
             return Running(
@@ -204,7 +204,8 @@ class App:
                 has_shares=hub.server.has_shares,
             )
 
-        await stack.enter_async_context(background(tell_others(self._paths, now), "telling"))
+        tell = partial(tell_others, self._paths, now)
+        await stack.enter_async_context(background(watch_policy(lifecycle, policy_file, tell), "policy"))
 
     def _make_hub(self) -> KubeHub:
         return KubeHub(
@@ -240,11 +241,16 @@ async def watch_links(lifecycle: Lifecycle, monitor: LinkMonitor) -> None:
             log.error("links changed and cannot be looked at: %s", error)
 
 
-async def watch_policy(lifecycle: Lifecycle, policy_file: PolicyFile) -> None:
-    """Reload the policy when its file changes; a bad one leaves the last good one in force."""
+async def watch_policy(
+    lifecycle: Lifecycle, policy_file: PolicyFile, tell: Callable[[Running | None], Running]
+) -> None:
+    """Reload the policy when its file changes; a bad one leaves the last good one in force. Others are told
+    of it, and of what else of this agent changes."""
+    told: Running | None = None
     while True:
         lifecycle.gate.policy_problem = policy_file.problem
-        await asyncio.sleep(POLICY_EVERY)
+        told = tell(told)
+        await beat(POLICY_EVERY)
         if policy_file.reload() is not None:
             log.info("the node policy changed")
             try:
@@ -253,14 +259,11 @@ async def watch_policy(lifecycle: Lifecycle, policy_file: PolicyFile) -> None:
                 log.error("the new node policy is in force in part only: %s", error)
 
 
-async def tell_others(paths: Paths, now: Callable[[], Running]) -> None:
-    """Keep the file up to date from which other commands know of this agent."""
-    told: Running | None = None
-    while True:
-        if (current := now()) != told:
-            running.write(paths, current)
-            told = current
-        await asyncio.sleep(POLICY_EVERY)
+def tell_others(paths: Paths, now: Callable[[], Running], told: Running | None) -> Running:
+    """Keep the file up to date from which other commands know of this agent, and say what is in it."""
+    if (current := now()) != told:
+        running.write(paths, current)
+    return current
 
 
 @contextlib.asynccontextmanager

@@ -23,6 +23,7 @@ from driver.errors import DriverError
 from driver.execute.actions import NodeActs
 from driver.execute.engine import Engine, Observer
 from driver.execute.foreign import Foreign
+from driver.execute.glance import Glance
 from driver.execute.ipoib import find_child
 from driver.execute.meters import NodeMeters
 from driver.execute.probe import Host
@@ -98,7 +99,7 @@ def assemble(
     host = Host(sysfs, Udev(paths.udev))
     foreign = Foreign(Parked(paths.pins), tcx, lambda: policy().foreign_programs)
     meters = NodeMeters(host, boot_id, shaper.dropped, partial(find_child, tcx))
-    metering = Metering(book, ledger, clock, meters, accounting.read)
+    metering = Metering(book, ledger, clock, meters, Glance(accounting.limits, meters), accounting.read)
     acts = NodeActs(
         hook=hook,
         accounting=accounting,

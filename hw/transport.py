@@ -14,7 +14,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from hw.errors import BadNetns, Busy, Refused, refusal
@@ -106,6 +106,33 @@ class Transport:
             answer, _ = self._exchange(what, encode, NLM_F_REQUEST | NLM_F_ACK | flags)
         return [message.payload for message in answer]
 
+    def get_each(self, what: str, encodes: Sequence[Encode]) -> list[bytes | None]:
+        """Of each request for one object the payload of its answer, all asked at once: None where the kernel
+        refused, or where its answer did not come in time or was lost. HwError where none could be asked."""
+        with self._lock:
+            first = self._sequence + 1
+            self._sequence += len(encodes)
+            found: list[bytes | None] = [None] * len(encodes)
+            requests = (encode(NLM_F_REQUEST, first + at) for at, encode in enumerate(encodes))
+            try:
+                self._sock.sendto(b"".join(map(_padded, requests)), (0, 0))
+                self._take_each(what, first, found)
+            except OSError as error:
+                if error.errno not in (errno.ENOBUFS, None):
+                    raise refusal(what, error.errno) from error
+            return found
+
+    def _take_each(self, what: str, first: int, found: list[bytes | None]) -> None:
+        """OSError with what was found so far in place."""
+        deadline = time.monotonic() + self._timeout
+        missing = set(range(len(found)))
+        while missing:
+            for message in messages(self._receive(what, deadline)):
+                at = message.sequence - first
+                if at in missing:
+                    missing.discard(at)
+                    found[at] = message.payload if message.type != NLMSG_ERROR else None
+
     def dump(self, what: str, encode: Encode, kind: int) -> list[bytes]:
         """Payloads of all messages of one type, from a dump that was not interrupted. Errors as change()."""
         with self._lock:
@@ -160,6 +187,11 @@ class Transport:
             if flags & socket.MSG_TRUNC:
                 raise Refused(f"{what}: the kernel's answer is over {_BUFFER_BYTES} bytes", errno.EMSGSIZE)
             return bytes(memoryview(self._buffer)[:size])
+
+
+def _padded(message: bytes) -> bytes:
+    """To where the next one begins."""
+    return message + bytes(-len(message) % 4)
 
 
 def header(kind: int, flags: int, sequence: int, payload: bytes) -> bytes:

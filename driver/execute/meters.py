@@ -12,14 +12,16 @@ from dataclasses import dataclass, replace
 
 from bpf.attach import child_of
 from bpf.errors import BpfError
+from bpf.limits import Dropped
 from driver.execute.probe import Host
 from driver.execute.rdma import find, places_of
 from driver.execute.target import Target
 from driver.journal.stretches import COUNTER_MAX, MeterKey, Reading
-from driver.limits import QUEUE_DROPPED
-from driver.model import BootId
+from driver.limits import POLICED, QUEUE_DROPPED
+from driver.model import BootId, Preparation
+from hw import wire
 from hw.errors import HwError, NotFound, Refused, Unsupported
-from hw.model import IfIndex, LinkInfo, NetdevsimIdentity, PciIdentity
+from hw.model import Identity, IfIndex, LinkInfo, NetdevsimIdentity, PciIdentity
 from hw.netlink import LinkSocket
 from hw.netns import NetnsHandle
 from hw.rdma.counters import (
@@ -32,6 +34,7 @@ from hw.rdma.counters import (
 from hw.rdma.netlink import RdmaSocket
 from hw.rdma.nldev import NldevDevice
 from hw.scan import pf_link
+from hw.statistics import link_statistics
 from hw.sysfs import Sysfs
 from hw.sysfs_of import sysfs_of
 
@@ -66,18 +69,17 @@ class PfCounters:
         self._links: tuple[LinkInfo, ...] | None = None
         self._told: dict[IfIndex, Mapping[int, Mapping[str, int]]] = {}
 
-    def of(self, target: Target) -> tuple[IfIndex, Mapping[str, int]] | None:
-        """The PF's netdev, and the counters of the target's VF; None where there are none. HwError."""
-        identity = target.preparation.identity
+    def of(self, identity: Identity, home: LinkSocket) -> tuple[IfIndex, Mapping[str, int]] | None:
+        """The PF's netdev, and the counters of that VF; None where there are none. HwError."""
         if not isinstance(identity, _VF_FAMILIES) or identity.vf_index is None:
             return None
         if self._links is None:
-            self._links = target.home.dump()
+            self._links = home.dump()
         pf = pf_link(identity, self._links)
         if pf is None:
             return None
         if pf.ifindex not in self._told:
-            self._told[pf.ifindex] = target.home.vf_statistics(pf.ifindex)
+            self._told[pf.ifindex] = home.vf_statistics(pf.ifindex)
         found = self._told[pf.ifindex].get(identity.vf_index)
         return None if found is None else (pf.ifindex, found)
 
@@ -108,6 +110,27 @@ class NodeMeters:
             shown += self._vf(target, pfs or PfCounters())
         if target.preparation.rdma is not None:
             shown += self._rdma_device(target)
+        return tuple(shown)
+
+    def told(
+        self,
+        preparation: Preparation,
+        message: bytes,
+        dropped: Dropped,
+        vf: tuple[IfIndex, Mapping[str, int]] | None,
+    ) -> tuple[Shown, ...] | None:
+        """As read, of a device that has no other counters: from the kernel's message on its interface, what
+        its limits dropped without a queue, and PfCounters. None if the message is of another device."""
+        link, device = wire.link(message), preparation.key.device
+        if not preparation.identity.matches(link):
+            return None
+        drops = {**dict(zip(POLICED, dropped.packets, strict=True)), **dict.fromkeys(QUEUE_DROPPED, 0)}
+        shown = [
+            self._shown(MeterKey(device, INTERFACE), link_statistics(message), f"{link.ifindex}"),
+            self._shown_limits(preparation, drops),
+        ]
+        if vf is not None:
+            shown.append(self._shown_vf(preparation, *vf))
         return tuple(shown)
 
     def _interface(self, target: Target) -> Iterator[Shown]:
@@ -152,20 +175,25 @@ class NodeMeters:
             return
         if not values:
             return
-        wraps = dict.fromkeys(QUEUE_DROPPED, _QUEUE_BITS)
-        told = self._shown(meter, values, f"slot{target.preparation.slot}", wraps)
-        yield replace(told, cross_check=True)
+        yield self._shown_limits(target.preparation, values)
+
+    def _shown_limits(self, preparation: Preparation, values: Mapping[str, int]) -> Shown:
+        meter, wraps = MeterKey(preparation.key.device, LIMITS), dict.fromkeys(QUEUE_DROPPED, _QUEUE_BITS)
+        return replace(self._shown(meter, values, f"slot{preparation.slot}", wraps), cross_check=True)
+
+    def _shown_vf(self, preparation: Preparation, pf: IfIndex, values: Mapping[str, int]) -> Shown:
+        told = self._shown(MeterKey(preparation.key.device, VF), values, f"pf{pf}")
+        return replace(told, cross_check=not preparation.config.by_file)
 
     def _vf(self, target: Target, pfs: PfCounters) -> Iterator[Shown]:
         meter, cross_check = MeterKey(target.device, VF), not target.preparation.config.by_file
         try:
-            found = pfs.of(target)
+            found = pfs.of(target.preparation.identity, target.home)
         except HwError as error:
             yield Shown(meter, None, str(error), cross_check)
             return
         if found is not None:
-            pf, told = found
-            yield replace(self._shown(meter, told, f"pf{pf}"), cross_check=cross_check)
+            yield self._shown_vf(target.preparation, *found)
 
     def _shown(
         self,

@@ -53,6 +53,15 @@ class Living:
     holder: Holder
 
 
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """Who has a meter from a reading on. reading None: it cannot be read, and reason says why, a sentence."""
+
+    holder: Holder
+    reading: Reading | None
+    reason: str
+
+
 class Meters:
     """Part of a Ledger, which lends its transactions. Calls block for the disk; every thread may call."""
 
@@ -79,21 +88,34 @@ class Meters:
         device for a while, and what it did until now is lost.
         """
         with self._writing():
-            current = _living(self._connection, meter)
-            if current is not None and current.holder == holder:
-                if reading is not None:
-                    self._write(meter, current, stretches.follow(current, reading, wall))
-                return
-            number = _next_number(self._connection, meter)
-            if current is not None:
-                course = stretches.end(current, reading, wall, reason)
-                self._write(meter, current, course)
-                number = course.stretches[-1].number + 1
-            lost: tuple[Lost, ...] = ()
-            if late:
-                since = _since(self._connection, current, holder)
-                lost = (Lost(holder, min(since, wall), wall, "they were not counted until then"),)
-            self._write(meter, None, Course((stretches.begin(number, holder, reading, wall),), lost))
+            self._take(meter, Taken(holder, reading, reason), wall, late)
+
+    def begin(
+        self, taken: Mapping[MeterKey, Taken], wall: float
+    ) -> dict[tuple[Holder, MeterKey], dict[str, int]]:
+        """As take, of all that a device has, in one transaction; and the totals of their holders."""
+        with self._writing():
+            for meter, each in taken.items():
+                self._take(meter, each, wall, late=False)
+            return self._totals({each.holder for each in taken.values()})
+
+    def _take(self, meter: MeterKey, taken: Taken, wall: float, late: bool) -> None:
+        holder, reading = taken.holder, taken.reading
+        current = _living(self._connection, meter)
+        if current is not None and current.holder == holder:
+            if reading is not None:
+                self._write(meter, current, stretches.follow(current, reading, wall))
+            return
+        number = _next_number(self._connection, meter)
+        if current is not None:
+            course = stretches.end(current, reading, wall, taken.reason)
+            self._write(meter, current, course)
+            number = course.stretches[-1].number + 1
+        lost: tuple[Lost, ...] = ()
+        if late:
+            since = _since(self._connection, current, holder)
+            lost = (Lost(holder, min(since, wall), wall, "they were not counted until then"),)
+        self._write(meter, None, Course((stretches.begin(number, holder, reading, wall),), lost))
 
     def release(self, meter: MeterKey, reading: Reading | None, wall: float, reason: str = "") -> None:
         """The meter counts for nobody any more. Repeatable. reading None: as in take."""
@@ -112,17 +134,20 @@ class Meters:
 
     def totals(self, holders: Collection[Holder]) -> dict[tuple[Holder, MeterKey], dict[str, int]]:
         """What was counted for these holders so far, by meter and counter."""
-        found: dict[tuple[Holder, MeterKey], dict[str, int]] = {}
         with self._writing():
-            for holder in holders:
-                rows = self._connection.execute(
-                    "SELECT s.subject, s.source, s.port, c.name, SUM(c.value - c.base)"
-                    " FROM stretches s JOIN counters c USING (subject, source, port, stretch)"
-                    " WHERE s.holder IS ? GROUP BY s.subject, s.source, s.port, c.name",
-                    (holder,),
-                ).fetchall()
-                for *meter, name, total in rows:
-                    found.setdefault((holder, MeterKey(*meter)), {})[name] = total
+            return self._totals(holders)
+
+    def _totals(self, holders: Collection[Holder]) -> dict[tuple[Holder, MeterKey], dict[str, int]]:
+        found: dict[tuple[Holder, MeterKey], dict[str, int]] = {}
+        for holder in holders:
+            rows = self._connection.execute(
+                "SELECT s.subject, s.source, s.port, c.name, SUM(c.value - c.base)"
+                " FROM stretches s JOIN counters c USING (subject, source, port, stretch)"
+                " WHERE s.holder IS ? GROUP BY s.subject, s.source, s.port, c.name",
+                (holder,),
+            ).fetchall()
+            for *meter, name, total in rows:
+                found.setdefault((holder, MeterKey(*meter)), {})[name] = total
         return found
 
     def _write(self, meter: MeterKey, before: Stretch | None, course: Course) -> None:

@@ -57,6 +57,17 @@ class Book:
         self.state: object = object()
         """Another one whenever a preparation or an attachment changed. Ask for it before something is made of
         these: that is good while it is the same."""
+        self._listener: Callable[[], None] | None = None
+
+    def listen(self, told: Callable[[], None]) -> None:
+        """Have told called after each such change, by the thread that made it, which has a lock of
+        this book's: it must be quick."""
+        self._listener = told
+
+    def _changed(self) -> None:
+        self.state = object()
+        if self._listener is not None:
+            self._listener()
 
     # --- reading ------------------------------------------------------------------------------------
 
@@ -154,7 +165,7 @@ class Book:
             self._write({p.key: partial(put, p, durable=True) for p in written}, insist=True)
             with self._lock:
                 self._preparations.update({p.key: p for p in written})
-                self.state = object()
+                self._changed()
             return written
 
     def amend_preparation(self, preparation: Preparation) -> Preparation:
@@ -167,7 +178,7 @@ class Book:
             self._write({preparation.key: put}, insist=True)
             with self._lock:
                 self._preparations[preparation.key] = preparation
-                self.state = object()
+                self._changed()
             return preparation
 
     def advance_preparations(
@@ -185,7 +196,7 @@ class Book:
             self._write({p.key: partial(self._journal.put_preparation, p) for p in written}, insist)
             with self._lock:
                 self._preparations.update({p.key: p for p in written})
-                self.state = object()
+                self._changed()
             return tuple(written)
 
     def close_preparation(self, preparation: Preparation) -> None:
@@ -204,7 +215,7 @@ class Book:
             self._write(drops, insist=False)
             with self._lock:
                 del self._preparations[preparation.key]
-                self.state = object()
+                self._changed()
                 self._quarantines.pop(device, None)
 
     def _check(self, preparation: Preparation, state: PreparationState | None) -> None:
@@ -220,7 +231,7 @@ class Book:
             self._write({attachment.id: partial(self._journal.put_attachment, attachment)}, insist=True)
             with self._lock:
                 self._attachments[attachment.id] = attachment
-                self.state = object()
+                self._changed()
             return attachment
 
     def advance_attachments(
@@ -236,7 +247,7 @@ class Book:
             self._write({a.id: partial(self._journal.put_attachment, a) for a in written}, insist)
             with self._lock:
                 self._attachments.update({a.id: a for a in written})
-                self.state = object()
+                self._changed()
             return tuple(written)
 
     def close_attachment(self, attachment: Attachment) -> None:
@@ -248,7 +259,7 @@ class Book:
             self._write({attachment.id: partial(self._journal.drop_attachment, attachment.id)}, insist=False)
             with self._lock:
                 del self._attachments[attachment.id]
-                self.state = object()
+                self._changed()
 
     def quarantine(
         self, device: DeviceName, reason: str, wall: float, *, held: PreparationKey | None = None

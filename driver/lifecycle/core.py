@@ -10,6 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from functools import partial
 
+from driver.clock import beat
 from driver.execute.engine import EXPECTED
 from driver.journal.store import Journal
 from driver.lifecycle.abilities import VfAbilities
@@ -135,7 +136,12 @@ class Lifecycle:
     async def _keep_limits(self) -> None:
         """The policy may have changed while no agent ran."""
         await self.keeping.apply_all(report=False)
-        await _every(LIMITS_EVERY, self.keeping.watch)
+
+        async def look() -> None:
+            await self.keeping.until_worth_a_look()
+            await self.keeping.watch()
+
+        await _every(LIMITS_EVERY, look)
 
     async def stop(self, deadline: float) -> None:
         """Nothing half done: wait for what is in hand; attached devices stay as they are, counted."""
@@ -356,11 +362,11 @@ class Lifecycle:
 
 
 async def _every(seconds: float, work: Callable[[], Awaitable[None]], *, at_once: bool = False) -> None:
-    """Again and again; one time that fails does not end it."""
-    wait = 0.0 if at_once else seconds
+    """Again and again, by the clock's beat; one time that fails does not end it."""
     while True:
-        await asyncio.sleep(wait)
-        wait = seconds
+        if not at_once:
+            await beat(seconds)
+        at_once = False
         try:
             await work()
         except EXPECTED as error:

@@ -7,8 +7,9 @@ under its lock, in its own pod, or not at all.
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -59,7 +60,7 @@ class _InForce:
 
 
 class Keeping:
-    """Every method but watch and apply_all may be called by any thread."""
+    """Every method that is no coroutine may be called by any thread."""
 
     def __init__(self, context: Context, projections: Projections, homecoming: Homecoming) -> None:
         self._context = context
@@ -69,9 +70,17 @@ class Keeping:
         self._passes = 0
         self._hidden: set[AttachmentId] = set()
         self._known: _InForce | None = None
+        self._wake: Callable[[], object] | None = None
+        context.book.listen(self._changed)
 
     async def apply_all(self, *, report: bool) -> None:
         """Make every attached device's limits what they are to be by now, and say so in the statuses."""
+        try:
+            await self._apply_all(report=report)
+        finally:
+            self._changed()
+
+    async def _apply_all(self, *, report: bool) -> None:
         for attachment, _ in self._attached():
             device = attachment.preparation.unit
             try:
@@ -82,11 +91,32 @@ class Keeping:
             for uid in {attachment.preparation.claim_uid for attachment, _ in self._attached()}:
                 self._projections.report_claim(uid)
 
+    async def until_worth_a_look(self) -> None:
+        """Wait as long as it is known that nobody has a queue. So it is on most nodes, and to look again and
+        again would be most of what an agent does at rest."""
+        loop, woken = asyncio.get_running_loop(), asyncio.Event()
+        self._wake = partial(loop.call_soon_threadsafe, woken.set)
+        try:
+            # What changed before this look is seen by it, and what changes after it is told.
+            while self._has_none():
+                await woken.wait()
+                woken.clear()
+        finally:
+            self._wake = None
+
+    def _has_none(self) -> bool:
+        known = self._known
+        return known is not None and not known.queued and not self._before and self._is_good(known)
+
+    def _changed(self) -> None:
+        wake = self._wake
+        if wake is not None:
+            wake()
+
     async def watch(self) -> None:
         """Look at the queues of pods that send or get more than a queue would let through; now and then at
-        those of all. Where nobody has one that costs next to nothing."""
-        known = self._known
-        if known is not None and not known.queued and not self._before and self._is_good(known):
+        those of all."""
+        if self._has_none():
             return
         for id in await self._context.workers.run([], self._suspects):
             attachment = self._context.book.attachment(id)

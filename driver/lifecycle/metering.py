@@ -1,7 +1,8 @@
 """Whose the counters of a device are: from its attachments to the ledger's meters and to a scrape.
 
 Invariant: what a meter counted goes to an attachment only while that alone has the device, else to the
-device. A reading and its entry in the ledger are one under a lock, so that readings come in their order.
+device. A reading and its entry in the ledger are one under a lock, so that readings come in their order; but
+for those of a glance, which are of devices that nobody else reads until their attachment ends.
 """
 
 from __future__ import annotations
@@ -11,15 +12,18 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 from bpf.attach import child_of
 from bpf.layout import Cell, Framing, Slot
 from driver.clock import Clock
 from driver.errors import DriverError
 from driver.execute.engine import EXPECTED
+from driver.execute.glance import AS_IT_WAS, Glance
 from driver.execute.meters import INTERFACE, RDMA, VF, NodeMeters, PfCounters, Shown
 from driver.execute.target import Target
 from driver.journal.ledger import Ledger
+from driver.journal.meters import Taken
 from driver.journal.stretches import Holder, MeterKey, Reading
 from driver.lifecycle.book import Book
 from driver.model import Attachment, AttachmentId, AttachmentState, Preparation
@@ -65,6 +69,7 @@ class Metering:
         ledger: Ledger,
         clock: Clock,
         meters: NodeMeters,
+        glance: Glance,
         cells_of: Callable[[Slot], tuple[Cell, ...]],
     ) -> None:
         """cells_of: what BPF has counted in a slot."""
@@ -72,9 +77,12 @@ class Metering:
         self._ledger = ledger
         self._clock = clock
         self._meters = meters
+        self._glance = glance
         self._cells_of = cells_of
         self._lock = threading.Lock()
         self._last: dict[MeterKey, tuple[Holder, Reading]] = {}
+        self._ended_in: object = None
+        """The state of the records in which nobody was left who had gone."""
         self._totals: dict[tuple[Holder, MeterKey], Totals] = {}
         self._missed: dict[tuple[AttachmentId, str, Direction], Missed] = {}
         # What was made for the last scrape, behind what it was made of. Each is put in place as one, and what
@@ -89,9 +97,14 @@ class Metering:
         """The attachment has its device from now on. LedgerWriteFailed: it cannot be counted."""
         assert target.attachment is not None
         with self._lock:
+            taken = {}
             for shown in self._meters.read(target):
-                self._take(shown, self._holders(shown, target), late=False)
-            self._refresh({target.attachment.id, None})
+                holder = _only(self._holders(shown, target.attachment, target.preparation))
+                taken[shown.meter] = Taken(holder, shown.reading, shown.reason)
+            totals = self._ledger.meters.begin(taken, self._clock.wall())
+            for meter, each in taken.items():
+                self._remember(meter, each.holder, each.reading)
+            self._put_totals({target.attachment.id, *(each.holder for each in taken.values())}, totals)
             if not target.preparation.by_file:
                 # A series whose first number is not 0 has no increase that an alert could see.
                 nothing = {(target.attachment.id, INTERFACE, each): Missed(0, 0) for each in Direction}
@@ -106,12 +119,13 @@ class Metering:
             held = {each.meter: each.holder for each in self._ledger.meters.living()}
             mine = {meter for meter, holder in held.items() if holder == leaving.id}
             stay: set[Holder] = {None}
+            preparation = target.preparation
             pfs = PfCounters() if any(meter.source == VF for meter in mine) else None
             for shown in self._meters.read(target, pfs):
                 if held.get(shown.meter, leaving.id) not in (leaving.id, None):
                     continue
                 mine.discard(shown.meter)
-                rest = self._holders(shown, target, without=leaving.id)
+                rest = self._holders(shown, leaving, preparation, without=leaving.id)
                 self._hand_on(shown, rest)
                 stay.update(rest)
             for meter in mine:
@@ -133,34 +147,51 @@ class Metering:
         """Read what all attachments have, and put right whose it is: what an earlier agent left, and what
         became of readings that failed. all_known: whoever is not on record has no device; not so while a lost
         journal is being made up for."""
-        attachments = self._book.attachments()
+        attached = [
+            (attachment, preparation)
+            for attachment in self._book.attachments()
+            if attachment.state is AttachmentState.ATTACHED
+            and (preparation := self._book.preparation(attachment.preparation)) is not None
+        ]
         pfs = PfCounters()
-        for attachment in attachments:
-            if attachment.state is not AttachmentState.ATTACHED:
-                continue
+        told = self._glance.look(attached, pfs)
+        for attachment, preparation in attached:
+            shown = told.get(attachment.id)
             try:
-                with reach(attachment) as target:
-                    if target is not None:
-                        self._settle(attachment, target, pfs)
+                if shown is None:
+                    with reach(attachment) as target:
+                        if target is not None:
+                            self._settle(attachment, preparation, partial(self._meters.read, target, pfs))
+                            self._glance.find(target)
+                elif shown is not AS_IT_WAS:
+                    self._settle(attachment, preparation, partial(tuple, shown))
+                    self._glance.settled(attachment)
             except EXPECTED as error:
                 log.warning("reading the counters of %s: %s", attachment.preparation.unit, error)
         if all_known:
             self._end_of_the_gone()
 
-    def _settle(self, attachment: Attachment, target: Target, pfs: PfCounters) -> None:
+    def _settle(
+        self, attachment: Attachment, preparation: Preparation, read: Callable[[], tuple[Shown, ...]]
+    ) -> None:
         with self._lock:
             current = self._book.attachment(attachment.id)
             if current is None or current.state is not AttachmentState.ATTACHED:
                 return
             changed = False
-            for shown in self._meters.read(target, pfs):
-                changed |= self._take(shown, self._holders(shown, target), late=not shown.cross_check)
-            if changed or (attachment.id, MeterKey(target.device, INTERFACE)) not in self._totals:
+            for shown in read():
+                holders = self._holders(shown, attachment, preparation)
+                changed |= self._take(shown, holders, late=not shown.cross_check)
+            if changed or (attachment.id, MeterKey(preparation.key.device, INTERFACE)) not in self._totals:
                 self._refresh({attachment.id, None})
-            self._compare(attachment.id, target)
+            self._compare(attachment.id, preparation)
 
     def _end_of_the_gone(self) -> None:
         """Whoever left without a last reading: with an older agent, or a crash in between."""
+        # Before the look: what changes meanwhile is looked at next time.
+        state = self._book.state
+        if state is self._ended_in:
+            return
         with self._lock:
             holders: set[Holder] = set()
             names: set[str] = set()
@@ -174,41 +205,46 @@ class Metering:
                     shared = living.holder is None and living.meter.subject in names
                     if living.holder not in holders and not shared:
                         self._release(living.meter, None, "nobody read it when it was given back")
+                self._ended_in = state
             except DriverError as error:
                 log.error("%s", error)
 
     # --- whose it is --------------------------------------------------------------------------------
 
     def _holders(
-        self, shown: Shown, target: Target, without: AttachmentId | None = None
+        self,
+        shown: Shown,
+        attachment: Attachment,
+        preparation: Preparation,
+        without: AttachmentId | None = None,
     ) -> tuple[AttachmentId, ...]:
         """The attachments that have what the meter counts."""
-        assert target.attachment is not None
-        own = target.attachment.id
+        own = attachment.id
         others: set[AttachmentId] = set()
-        index = rdma_index(target.preparation, target.attachment)
+        index = rdma_index(preparation, attachment)
         if shown.meter.source in RDMA and index is not None:
             for other in self._book.attachments():
-                preparation = self._book.preparation(other.preparation)
-                if other.state not in _HOLDING or preparation is None:
-                    continue
-                if rdma_index(preparation, other) == index:
+                its = self._book.preparation(other.preparation)
+                if other.state in _HOLDING and its is not None and rdma_index(its, other) == index:
                     others.add(other.id)
         return tuple(sorted((others | {own}) - {without}))
 
     def _take(self, shown: Shown, holders: tuple[AttachmentId, ...], *, late: bool) -> bool:
         """Whether anything was written: an idle device costs the disk nothing."""
-        holder = holders[0] if len(holders) == 1 else None
+        holder = _only(holders)
         if shown.reading is not None and self._last.get(shown.meter) == (holder, shown.reading):
             return False
         self._ledger.meters.take(
             shown.meter, holder, shown.reading, self._clock.wall(), reason=shown.reason, late=late
         )
-        if shown.reading is not None:
-            self._last[shown.meter] = (holder, shown.reading)
-        else:
-            self._last.pop(shown.meter, None)
+        self._remember(shown.meter, holder, shown.reading)
         return True
+
+    def _remember(self, meter: MeterKey, holder: Holder, reading: Reading | None) -> None:
+        if reading is not None:
+            self._last[meter] = (holder, reading)
+        else:
+            self._last.pop(meter, None)
 
     def _hand_on(self, shown: Shown, rest: tuple[AttachmentId, ...]) -> None:
         if rest:
@@ -223,7 +259,9 @@ class Metering:
     # --- for a scrape -------------------------------------------------------------------------------
 
     def _refresh(self, holders: set[Holder]) -> None:
-        found = self._ledger.meters.totals(holders)
+        self._put_totals(holders, self._ledger.meters.totals(holders))
+
+    def _put_totals(self, holders: set[Holder], found: Mapping[tuple[Holder, MeterKey], Totals]) -> None:
         kept = {key: totals for key, totals in self._totals.items() if key[0] not in holders}
         self._totals = {**kept, **found}
 
@@ -231,14 +269,14 @@ class Metering:
         self._totals = {key: totals for key, totals in self._totals.items() if key[0] != gone}
         self._missed = {key: missed for key, missed in self._missed.items() if key[0] != gone}
 
-    def _compare(self, id: AttachmentId, target: Target) -> None:
+    def _compare(self, id: AttachmentId, preparation: Preparation) -> None:
         """BPF is read last, so that what passes in between never seems to have passed it by."""
-        if target.preparation.by_file:
+        if preparation.by_file:
             return
-        cells = self._cells_of(target.preparation.slot)
-        extra = _FRAME_EXTRA[target.preparation.framing]
+        cells = self._cells_of(preparation.slot)
+        extra = _FRAME_EXTRA[preparation.framing]
         for source in (INTERFACE, VF):
-            totals = self._counted(id, source, target.device)
+            totals = self._counted(id, source, preparation.key.device)
             for direction in Direction if totals is not None else ():
                 assert totals is not None
                 key = (id, source, direction)
@@ -309,6 +347,10 @@ class Metering:
             if wish is not None:
                 found[child_of(attachment.preparation.unit)] = wish.name
         return found
+
+
+def _only(holders: tuple[AttachmentId, ...]) -> Holder:
+    return holders[0] if len(holders) == 1 else None
 
 
 def _samples(counted: _Counted, owners: Owners, children: Mapping[str, str]) -> Iterator[MeterSample]:

@@ -82,6 +82,8 @@ class Reconcile:
         self._sandboxes = sandboxes
         self._gate = gate
         self._lane = asyncio.Lock()
+        self._nothing_left: object = None
+        """The state of the book in which nothing was left to go on with."""
         self._told_bare: set[tuple[SandboxId, str]] = set()
         self._listed: list[Listed] = []
 
@@ -136,6 +138,10 @@ class Reconcile:
     async def again(self) -> None:
         """Go on with what did not work before, if there is anything: nothing else may ever ask for it."""
         book = self._context.book
+        if self._is_quiet():
+            return
+        # Before the look: what changes meanwhile is looked at next time.
+        state = book.state
         await self._in_worker(book.catch_up)
         if await self._in_worker(self._orphans.forget_gone):
             self._projections.offer()
@@ -143,6 +149,13 @@ class Reconcile:
         returned = await self._in_worker(self._rdma_returned)
         if leaving or returned or self._unfinished():
             await self.after_change(returned)
+        elif not self._may_return_unheard():
+            self._nothing_left = state
+
+    def _is_quiet(self) -> bool:
+        """Whether it is known that there is nothing to go on with: so it is nearly always."""
+        book = self._context.book
+        return book.state is self._nothing_left and not book.behind and not book.quarantines()
 
     def attach_waiting(self) -> None:
         """Queue an attach for every listed sandbox whose pod is known to have devices and has none, and
@@ -161,10 +174,13 @@ class Reconcile:
 
     def _rdma_returned(self) -> frozenset[DeviceName]:
         """RDMA devices without a netdev whose pod's netns died: no link event tells of them."""
+        candidates = self._may_return_unheard()
+        return frozenset(a.preparation.unit for a in candidates if self._homecoming.is_home(a))
+
+    def _may_return_unheard(self) -> list[Attachment]:
         book = self._context.book
         alone = {p.key for p in book.preparations() if p.rdma_only}
-        candidates = [a for a in book.attachments() if a.preparation in alone]
-        return frozenset(a.preparation.unit for a in candidates if self._homecoming.is_home(a))
+        return [a for a in book.attachments() if a.preparation in alone]
 
     # --- parts --------------------------------------------------------------------------------------
 

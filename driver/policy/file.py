@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from pathlib import Path
 
 from driver.errors import ConfigError
@@ -16,11 +17,16 @@ from driver.policy.rules import NodePolicy
 from driver.policy.yaml_tree import MAX_CHARACTERS
 
 _UTF8_MAX = 4
+_SETTLED = 5.0
+"""Seconds after which a file's times tell of every later change: so coarse are those of some file systems."""
+
+_Version = tuple[int, int, int, int, int]
+"""Of a file, by its status: another one once it was changed or something else is in its place."""
 
 
 class PolicyFile:
-    """A policy file and the policy last read from it: read when made, and again by reload, which costs
-    one small read. Not thread-safe.
+    """A policy file and the policy last read from it: read when made, and again by reload, which costs a
+    look at the file's status as long as that is the same. Not thread-safe.
 
     A ConfigMap's files are links through `..data`, which is renamed over when the content changes: what
     tells of a change is the folder, `watched`, not the file.
@@ -31,6 +37,8 @@ class PolicyFile:
         from the start leaves the default one in force too, with its problem told."""
         self._path = path
         self._text: str | None = None
+        self._version: _Version | None = None
+        """Of what was read last, whether it was good or not; None where there is none to go by."""
         self.current = NodePolicy()
         self.problem = ""
         """Why the file is not in force, for the reader; "" while it is. Until then: not ready."""
@@ -54,7 +62,13 @@ class PolicyFile:
         if self._path is None:
             return None
         try:
+            # Before the text: what changes in between is another version next time.
+            version = _version(self._path)
+            if version is not None and version == self._version:
+                return None
+            self._version = None
             text = _read(self._path)
+            self._version = version
             if text == self._text:
                 self.problem = ""
                 return None
@@ -69,6 +83,14 @@ class PolicyFile:
         self._text = text
         self.current = policy
         return policy
+
+
+def _version(path: Path) -> _Version | None:
+    """None where a change could leave it the same, as one within the grain of the file's times. OSError."""
+    found = path.stat()
+    if not 0 <= found.st_ctime < time.time() - _SETTLED:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _read(path: Path) -> str:

@@ -6,9 +6,12 @@ Invariant: only reads.
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+_CPUCLOCK_SCHED = 2
+"""As clock_getcpuclockid() makes a process's clock: what /proc shows of threads ends with each."""
 _UNWANTED = re.compile(r"bcc|LLVM|clang", re.IGNORECASE)
 
 
@@ -27,10 +30,8 @@ def memory(pid: int) -> Memory:
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU time of all threads so far, to the nanosecond."""
-    return sum(
-        int((task / "schedstat").read_text().split()[0]) / 1e9 for task in Path(f"/proc/{pid}/task").iterdir()
-    )
+    """CPU time of all threads so far, to the nanosecond, and of those that ended by now."""
+    return time.clock_gettime((~pid << 3) | _CPUCLOCK_SCHED)
 
 
 def mapped_compiler(pid: int) -> frozenset[str]:

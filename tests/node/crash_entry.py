@@ -202,8 +202,10 @@ def main() -> None:
     folder, *flags = sys.argv[1:]
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as nursery:
-        nursery.bind(f"{folder}/nursery")
+        nursery.bind(f"{folder}/.nursery")
         nursery.listen()
+        # There only once it answers: whoever waits for it connects at once.
+        os.rename(f"{folder}/.nursery", f"{folder}/nursery")
         while True:
             connection, _ = nursery.accept()
             with connection:

@@ -12,7 +12,7 @@ import pytest
 
 from hw.errors import Busy, HwError, NotFound, Refused, Unsupported
 from hw.transport import Transport, header
-from hw.wire import NLM_F_DUMP_INTR, NLMSG_DONE, NLMSG_ERROR, RTM_NEWLINK
+from hw.wire import NLM_F_DUMP_INTR, NLMSG_DONE, NLMSG_ERROR, RTM_NEWLINK, messages
 
 KERNEL, STRANGER = 0, 4711
 Datagram = tuple[bytes, int] | OSError
@@ -174,3 +174,39 @@ def test_a_socket_that_fails_is_an_error_with_its_errno() -> None:
     with pytest.raises(Refused) as caught:
         transport(Kernel(lambda n: [OSError(errno.EPERM, "no")])).change("set", encode)
     assert caught.value.errno == errno.EPERM
+
+
+def in_each(data: bytes) -> list[int]:
+    """The sequence numbers of the requests in one datagram."""
+    return [each.sequence for each in messages(data)]
+
+
+def test_each_of_many_requests_has_its_own_answer_in_any_order_and_a_refusal_is_none() -> None:
+    kernel = Kernel(
+        lambda n: [
+            (link(n + 2, b"third"), KERNEL),
+            (link(n - 1, b"of an earlier one"), KERNEL),
+            (link(n, b"not from the kernel"), STRANGER),
+            (link(n, b"first") + bytes(3) + ack(n + 1, errno.ENODEV), KERNEL),
+        ]
+    )
+    found = transport(kernel).get_each("ask", [encode, encode, encode])
+    assert found == [b"first", None, b"third"]
+    assert len(in_each(kernel.requests[0])) == 3
+
+
+@pytest.mark.parametrize("end", [TimeoutError("timed out"), OSError(errno.ENOBUFS, "overrun")])
+def test_an_answer_that_is_lost_is_none_and_never_taken_for_a_later_one(end: OSError) -> None:
+    kernel = Kernel(
+        lambda n: [(link(n, b"first"), KERNEL), end],
+        lambda n: [(link(n - 1, b"late"), KERNEL), (link(n, b"own"), KERNEL), (ack(n), KERNEL)],
+    )
+    asker = transport(kernel)
+    assert asker.get_each("ask", [encode, encode]) == [b"first", None]
+    assert asker.get("ask", encode) == [b"own"]
+
+
+def test_where_none_can_be_asked_that_is_an_error() -> None:
+    kernel = Kernel(lambda n: [OSError(errno.EPERM, "no")])
+    with pytest.raises(HwError, match="ask"):
+        transport(kernel).get_each("ask", [encode])

@@ -49,7 +49,10 @@ class Node(World):
         find: Any = partial(ipoib.find_child, self.programs)
         meters = NodeMeters(self.card.host, BootId("boot"), lambda target: {}, find)
         clock: Any = SimpleNamespace(wall=iter(range(1, 10_000)).__next__)
-        self.meters = Metering(book, self.ledger, clock, meters, lambda slot: tuple(self.programs.cells))
+        glance: Any = SimpleNamespace(look=lambda held, pfs: {}, find=lambda target: None)
+        self.meters = Metering(
+            book, self.ledger, clock, meters, glance, lambda slot: tuple(self.programs.cells)
+        )
 
     def attach(self) -> None:
         self.held[HELD.id] = HELD

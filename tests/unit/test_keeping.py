@@ -103,6 +103,38 @@ def test_where_nobody_has_a_limit_no_map_is_read_and_no_thread_is_run(world: Wor
     assert not world.keeping.dropped()
 
 
+def test_nothing_wakes_up_until_somebody_has_a_limit_and_then_it_is_looked_at_at_once(world: World) -> None:
+    world.attach(1)
+
+    async def rest() -> None:
+        await world.keeping.until_worth_a_look()
+        await world.keeping.watch()
+        waiting = asyncio.create_task(world.keeping.until_worth_a_look())
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert not waiting.done()
+        # As an attach does it: by another thread.
+        await asyncio.to_thread(world.attach, 2, egress_rate=100)
+        await asyncio.wait_for(waiting, 5.0)
+        await world.keeping.watch()
+        await asyncio.wait_for(world.keeping.until_worth_a_look(), 5.0)
+
+    asyncio.run(rest())
+    assert world.limits() == {("train-2", "egress", "htb"): 1e8}
+
+
+def test_a_new_policy_has_limits_looked_at(world: World) -> None:
+    async def rest() -> None:
+        await world.keeping.watch()
+        waiting = asyncio.create_task(world.keeping.until_worth_a_look())
+        await asyncio.sleep(0)
+        world.policy = SimpleNamespace(qos=replace(world.policy.qos, limits=PodLimits(egress=50)))
+        await world.keeping.apply_all(report=False)
+        await asyncio.wait_for(waiting, 5.0)
+
+    asyncio.run(rest())
+
+
 def test_a_pod_with_a_limit_is_seen_from_its_attach_to_its_end(world: World) -> None:
     world.attach(1)
     asyncio.run(world.keeping.watch())

@@ -37,6 +37,8 @@ class World:
         self.counters: dict[MeterKey, dict[str, int]] = {}
         self.unreadable: set[MeterKey] = set()
         self.cells: tuple[Cell, ...] = ()
+        self.told: dict[str, tuple[Shown, ...]] = {}
+        self.settled: list[Attachment] = []
         self.now = 0.0
         self.metering = self.agent()
 
@@ -44,7 +46,10 @@ class World:
         book: Any = Records(self.attachments, self.preparations)
         clock: Any = SimpleNamespace(wall=self.tick)
         meters: Any = SimpleNamespace(read=self.read)
-        return Metering(book, self.ledger, clock, meters, lambda slot: self.cells)
+        glance: Any = SimpleNamespace(
+            look=lambda held, pfs: self.told, find=lambda target: None, settled=self.settled.append
+        )
+        return Metering(book, self.ledger, clock, meters, glance, lambda slot: self.cells)
 
     def tick(self) -> float:
         self.now += 1.0

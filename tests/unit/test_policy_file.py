@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from driver.policy import HookPreference, NodePolicy, PolicyFile
+from driver.policy import file as policy_file
 
 HEADER = "apiVersion: knd.internal/v1alpha1\nkind: NodePolicy\n"
 
@@ -66,6 +68,31 @@ def test_an_unchanged_file_is_no_news(config_map: ConfigMapFolder) -> None:
     file = PolicyFile(config_map.file)
     config_map.put(HEADER + "hook: tcx\n")
     assert file.reload() is None
+
+
+def test_a_file_whose_status_is_the_same_is_not_read_again_and_every_change_of_it_is_seen(
+    config_map: ConfigMapFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    original = policy_file._read
+    monkeypatch.setattr(policy_file, "_read", lambda path: (read.append(path), original(path))[1])
+    file = PolicyFile(config_map.file)
+    assert file.reload() is None
+    assert len(read) == 2, "a change within the grain of the file's times was not looked for"
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 60.0)
+    for _ in range(3):
+        assert file.reload() is None
+    assert len(read) == 3
+    config_map.put(HEADER + "hook: maybe\n")
+    for _ in range(3):
+        assert file.reload() is None
+        assert "hook: must be one of" in file.problem
+    assert len(read) == 4
+    config_map.file.write_text(HEADER + "hook: clsact\n")
+    taken = file.reload()
+    assert taken is not None
+    assert taken.hook is HookPreference.CLSACT
 
 
 def test_a_change_of_type_alone_is_a_change(config_map: ConfigMapFolder) -> None:
