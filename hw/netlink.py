@@ -1,7 +1,8 @@
-"""Links, addresses, routes and filters of one network namespace, by rtnetlink.
+"""Links, addresses, routes and filters of one network namespace, by rtnetlink. The only importer of pyroute2.
 
 Invariant: a LinkSocket is one plain socket that was opened in its namespace and stays there, whichever
-thread uses it.
+thread uses it. pyroute2 is used only to encode messages: its own sockets are opened per thread, in the
+namespace of the thread that happens to use them, and so would act on the host in a pod's stead.
 
 Of several changes in one message the kernel does one after the other and stops at the first it refuses:
 after an error look at what is, do not assume that nothing was done.
@@ -15,6 +16,10 @@ import socket
 import struct
 from collections.abc import Mapping, Sequence
 from types import TracebackType
+
+from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
+from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
+from pyroute2.netlink.rtnl.tcmsg import tcmsg
 
 from hw import wire
 from hw.errors import NotFound, Refused, Unsupported
@@ -59,16 +64,11 @@ _NLM_F_CREATE = 0x400
 _RTEXT_FILTER_VF = 1
 """Left out wherever it can be: reading VF lists costs a firmware query per VF under the rtnl lock."""
 _RTEXT_FILTER_SKIP_STATS = 8
-_IFLA_ADDRESS, _IFLA_BROADCAST, _IFLA_IFNAME, _IFLA_MTU = 1, 2, 3, 4
-_IFLA_TXQLEN, _IFLA_LINKMODE, _IFLA_IFALIAS, _IFLA_GROUP = 13, 17, 20, 27
-_IFLA_NET_NS_FD, _IFLA_EXT_MASK, _IFLA_NEW_IFINDEX = 28, 29, 49
-_IFLA_GSO_MAX_SEGS, _IFLA_GSO_MAX_SIZE, _IFLA_GRO_MAX_SIZE = 40, 41, 58
-_IFLA_GSO_IPV4_MAX_SIZE, _IFLA_GRO_IPV4_MAX_SIZE = 63, 64
-_IFLA_XDP, _IFLA_XDP_FD, _IFLA_XDP_FLAGS = 0x8000 | 43, 1, 3
-_IFLA_PROP_LIST, _IFLA_ALT_IFNAME = 0x8000 | 52, 53
-_IFA_ADDRESS, _IFA_LOCAL, _IFA_BROADCAST = 1, 2, 4
-_TCA_KIND, _TCA_OPTIONS = 1, 2
-_TCA_BPF_FD, _TCA_BPF_NAME, _TCA_BPF_FLAGS = 6, 7, 8
+_IFLA_ADDRESS = 1
+_IFLA_EXT_MASK = 29
+_IFLA_BROADCAST = 2
+_IFLA_GSO_IPV4_MAX_SIZE = 63
+_IFLA_GRO_IPV4_MAX_SIZE = 64
 _XDP_FLAGS_SKB = 2
 _XDP_FLAGS_DRV = 4
 _XDP_FLAGS_HW = 8
@@ -79,6 +79,8 @@ _FILTER_PRIORITY = 1
 _ETH_P_ALL = 3
 _BPF_DIRECT_ACTION = 1
 _DEFAULT_FAMILIES = (socket.AF_INET, socket.AF_INET6)
+
+Attribute = tuple[str, object]
 
 
 class LinkSocket:
@@ -159,7 +161,7 @@ class LinkSocket:
     def all_addresses(self) -> tuple[tuple[IfIndex, InterfaceAddress], ...]:
         """The addresses of all links, in one dump."""
         what = f"read the addresses of {self._where}"
-        answer = self._transport.dump(what, _packed(_RTM_GETADDR, bytes(8)), wire.RTM_NEWADDR)
+        answer = self._transport.dump(what, _encoder(ifaddrmsg, _RTM_GETADDR, {}, []), wire.RTM_NEWADDR)
         return tuple(found for payload in answer if (found := wire.address(payload)) is not None)
 
     def default_route_links(self) -> frozenset[IfIndex]:
@@ -211,15 +213,15 @@ class LinkSocket:
         (new_ifindex: has this one there, or the move is refused with EBUSY, kernel 5.13). Refused with
         EEXIST where the name is taken. After an error the link is in either namespace: look in both.
         """
-        attributes = (
-            _number(_IFLA_NET_NS_FD, target.fd)
-            + _text(_IFLA_IFNAME, name)
-            + _number(_IFLA_NEW_IFINDEX, new_ifindex)
-            + _number(_IFLA_MTU, mtu)
-            + _hardware(_IFLA_ADDRESS, mac)
-        )
+        attrs: list[Attribute] = [("IFLA_NET_NS_FD", target.fd), ("IFLA_IFNAME", wire.raw(name))]
+        if new_ifindex is not None:
+            attrs.append(("IFLA_NEW_IFINDEX", new_ifindex))
+        if mtu is not None:
+            attrs.append(("IFLA_MTU", mtu))
         what = f"{self._what('move', ifindex)} to {target.path} as {name!a}"
-        self._transport.change(what, _link(_RTM_SETLINK, ifindex, attributes))
+        self._transport.change(
+            what, _link(_RTM_SETLINK, ifindex, attrs, packed=_hardware(_IFLA_ADDRESS, mac))
+        )
 
     def change(
         self,
@@ -248,33 +250,36 @@ class LinkSocket:
         """
         if set_flags & clear_flags:
             raise ValueError(f"both set and clear {set_flags & clear_flags!r}")
+        attrs: list[Attribute] = []
+        if name is not None:
+            attrs.append(("IFLA_IFNAME", wire.raw(name)))
+        if alias is not None:
+            attrs.append(("IFLA_IFALIAS", wire.raw(alias)))
         numbers = (
-            (_IFLA_MTU, mtu),
-            (_IFLA_TXQLEN, txqlen),
-            (_IFLA_GROUP, group),
-            (_IFLA_GSO_MAX_SIZE, gso_max_size),
-            (_IFLA_GRO_MAX_SIZE, gro_max_size),
-            (_IFLA_GSO_MAX_SEGS, gso_max_segs),
-            (_IFLA_GSO_IPV4_MAX_SIZE, gso_ipv4_max_size),
-            (_IFLA_GRO_IPV4_MAX_SIZE, gro_ipv4_max_size),
+            ("IFLA_MTU", mtu),
+            ("IFLA_TXQLEN", txqlen),
+            ("IFLA_GROUP", group),
+            ("IFLA_GSO_MAX_SIZE", gso_max_size),
+            ("IFLA_GRO_MAX_SIZE", gro_max_size),
+            ("IFLA_GSO_MAX_SEGS", gso_max_segs),
+            ("IFLA_LINKMODE", link_mode),
         )
-        attributes = (
-            _text(_IFLA_IFNAME, name)
-            + _text(_IFLA_IFALIAS, alias)
-            + b"".join(_number(kind, value) for kind, value in numbers)
-            + (wire.attribute(_IFLA_LINKMODE, bytes([link_mode])) if link_mode is not None else b"")
-            + _hardware(_IFLA_ADDRESS, mac)
+        attrs += [(key, value) for key, value in numbers if value is not None]
+        packed = (
+            _hardware(_IFLA_ADDRESS, mac)
             + _hardware(_IFLA_BROADCAST, broadcast)
+            + _number(_IFLA_GSO_IPV4_MAX_SIZE, gso_ipv4_max_size)
+            + _number(_IFLA_GRO_IPV4_MAX_SIZE, gro_ipv4_max_size)
         )
-        if attributes or set_flags or clear_flags:
+        if attrs or packed or set_flags or clear_flags:
             mask = set_flags | clear_flags
-            encode = _link(_RTM_SETLINK, ifindex, attributes, flags=set_flags, mask=mask)
+            encode = _link(_RTM_SETLINK, ifindex, attrs, flags=set_flags, mask=mask, packed=packed)
             self._transport.change(self._what("change", ifindex), encode)
 
     def delete(self, ifindex: IfIndex) -> None:
         """Remove a software link; one that is gone is no error. Unsupported for hardware."""
         with contextlib.suppress(NotFound):
-            self._transport.change(self._what("delete", ifindex), _link(_RTM_DELLINK, ifindex, b""))
+            self._transport.change(self._what("delete", ifindex), _link(_RTM_DELLINK, ifindex, []))
 
     def add_ipoib(self, parent: IfIndex, name: IfName, pkey: int, mode: IpoibMode) -> None:
         """Make an InfiniBand partition's interface on a port's own one; delete() takes it away. NotFound if
@@ -330,31 +335,32 @@ class LinkSocket:
     def _altnames(self, kind: int, *, transport_flags: int, ifindex: IfIndex, names: Sequence[str]) -> None:
         if not names:
             return
-        nested = b"".join(_text(_IFLA_ALT_IFNAME, name) for name in names)
-        encode = _link(kind, ifindex, wire.attribute(_IFLA_PROP_LIST, nested))
+        nested: list[Attribute] = [("IFLA_ALT_IFNAME", wire.raw(name)) for name in names]
+        encode = _link(kind, ifindex, [("IFLA_PROP_LIST", {"attrs": nested})])
         self._transport.change(self._what("change the names of", ifindex), encode, transport_flags)
 
     def add_address(self, ifindex: IfIndex, address: InterfaceAddress) -> None:
         """Give a link an address; one it has already is no error."""
-        length, own = address.network.prefixlen, address.ip.packed
-        family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-        payload = struct.pack("=BBBBI", family, length, 0, 0, ifindex) + wire.attribute(_IFA_ADDRESS, own)
+        fields = {"family": socket.AF_INET6, "prefixlen": address.network.prefixlen, "index": ifindex}
+        attrs: list[Attribute] = [("IFA_ADDRESS", str(address.ip))]
         if address.version == 4:
-            payload += wire.attribute(_IFA_LOCAL, own)
-            if length < 31:
-                payload += wire.attribute(_IFA_BROADCAST, address.network.broadcast_address.packed)
+            fields["family"] = socket.AF_INET
+            attrs.append(("IFA_LOCAL", str(address.ip)))
+            if address.network.prefixlen < 31:
+                attrs.append(("IFA_BROADCAST", str(address.network.broadcast_address)))
         what = self._what(f"add address {address} to", ifindex)
-        self._transport.change(what, _packed(_RTM_NEWADDR, payload), _NLM_F_CREATE | _NLM_F_REPLACE)
+        encode = _encoder(ifaddrmsg, _RTM_NEWADDR, fields, attrs)
+        self._transport.change(what, encode, _NLM_F_CREATE | _NLM_F_REPLACE)
 
     # --- programs -----------------------------------------------------------------------------------
 
     def clear_xdp(self, ifindex: IfIndex) -> None:
         """Take off XDP programs, in every mode. Busy where a bpf_link holds one: its owner must let go."""
         for flag in (_XDP_FLAGS_SKB, _XDP_FLAGS_DRV, _XDP_FLAGS_HW):
-            nested = wire.attribute(_IFLA_XDP_FD, struct.pack("=i", -1)) + _number(_IFLA_XDP_FLAGS, flag)
+            nested = {"attrs": [("IFLA_XDP_FD", -1), ("IFLA_XDP_FLAGS", flag)]}
             with contextlib.suppress(Unsupported):
                 try:
-                    encode = _link(_RTM_SETLINK, ifindex, wire.attribute(_IFLA_XDP, nested))
+                    encode = _link(_RTM_SETLINK, ifindex, [("IFLA_XDP", nested)])
                     self._transport.change(self._what("take the XDP program off", ifindex), encode)
                 except Refused as error:
                     # Kernels say EINVAL for a mode that the driver does not have.
@@ -363,7 +369,8 @@ class LinkSocket:
 
     def add_clsact(self, ifindex: IfIndex) -> None:
         """Make the qdisc that filters hang on; one that is there already is no error."""
-        encode = _clsact(_RTM_NEWQDISC, ifindex)
+        fields = {"index": ifindex, "handle": _TC_CLSACT_HANDLE, "parent": _TC_CLSACT_PARENT}
+        encode = _encoder(tcmsg, _RTM_NEWQDISC, fields, [("TCA_KIND", "clsact")])
         try:
             self._transport.change(self._what("add clsact to", ifindex), encode, _NLM_F_CREATE | _NLM_F_EXCL)
         except Refused as error:
@@ -372,7 +379,8 @@ class LinkSocket:
 
     def del_clsact(self, ifindex: IfIndex) -> None:
         """Take the qdisc and all its filters off; none there is no error."""
-        encode = _clsact(_RTM_DELQDISC, ifindex)
+        fields = {"index": ifindex, "handle": _TC_CLSACT_HANDLE, "parent": _TC_CLSACT_PARENT}
+        encode = _encoder(tcmsg, _RTM_DELQDISC, fields, [("TCA_KIND", "clsact")])
         try:
             self._transport.change(self._what("take clsact off", ifindex), encode)
         except Refused as error:
@@ -381,16 +389,22 @@ class LinkSocket:
 
     def add_bpf_filter(self, ifindex: IfIndex, direction: Direction, prog_fd: int, name: str) -> None:
         """Put a program on a direction's clsact hook, in place of the one this made there before."""
-        parent = wire.TC_EGRESS if direction is Direction.EGRESS else wire.TC_INGRESS
-        info = _FILTER_PRIORITY << 16 | socket.htons(_ETH_P_ALL)
-        options = (
-            _number(_TCA_BPF_FD, prog_fd)
-            + _text(_TCA_BPF_NAME, name)
-            + _number(_TCA_BPF_FLAGS, _BPF_DIRECT_ACTION)
-        )
-        attributes = _text(_TCA_KIND, "bpf") + wire.attribute(_TCA_OPTIONS, options)
+        fields = {
+            "index": ifindex,
+            "handle": _FILTER_HANDLE,
+            "parent": wire.TC_EGRESS if direction is Direction.EGRESS else wire.TC_INGRESS,
+            "info": _FILTER_PRIORITY << 16 | socket.htons(_ETH_P_ALL),
+        }
+        options = {
+            "attrs": [
+                ("TCA_BPF_FD", prog_fd),
+                ("TCA_BPF_NAME", wire.raw(name)),
+                ("TCA_BPF_FLAGS", _BPF_DIRECT_ACTION),
+            ]
+        }
+        attrs: list[Attribute] = [("TCA_KIND", "bpf"), ("TCA_OPTIONS", options)]
         what = self._what(f"attach program {name} ({direction.name.lower()}) to", ifindex)
-        encode = _tc(_RTM_NEWTFILTER, ifindex, _FILTER_HANDLE, parent, info, attributes)
+        encode = _encoder(tcmsg, _RTM_NEWTFILTER, fields, attrs)
         self._transport.change(what, encode, _NLM_F_CREATE | _NLM_F_REPLACE)
 
     def bpf_filters(self, ifindex: IfIndex) -> tuple[BpfFilter, ...]:
@@ -399,7 +413,7 @@ class LinkSocket:
             return ()
         found: list[BpfFilter] = []
         for parent in (wire.TC_EGRESS, wire.TC_INGRESS):
-            encode = _tc(_RTM_GETTFILTER, ifindex, 0, parent)
+            encode = _encoder(tcmsg, _RTM_GETTFILTER, {"index": ifindex, "parent": parent}, [])
             answer = self._transport.dump(self._what("read filters of", ifindex), encode, wire.RTM_NEWTFILTER)
             parsed = (wire.bpf_filter(payload) for payload in answer)
             found += [pair[1] for pair in parsed if pair is not None and pair[0] == ifindex]
@@ -407,7 +421,7 @@ class LinkSocket:
 
     def qdiscs(self, ifindex: IfIndex) -> tuple[str, ...]:
         """Kinds of the link's qdiscs, as listed."""
-        encode = _tc(_RTM_GETQDISC, ifindex)
+        encode = _encoder(tcmsg, _RTM_GETQDISC, {"index": ifindex}, [])
         answer = self._transport.dump(self._what("read qdiscs of", ifindex), encode, wire.RTM_NEWQDISC)
         return tuple(found.kind for found in map(wire.qdisc, answer) if found.ifindex == ifindex)
 
@@ -415,33 +429,50 @@ class LinkSocket:
         return f"{verb} link {ifindex} of {self._where}"
 
 
-def _link(kind: int, ifindex: int, attributes: bytes, *, flags: int = 0, mask: int = 0) -> Encode:
-    return _packed(kind, struct.pack("=BxHiII", 0, 0, ifindex, flags, mask) + attributes)
-
-
-def _clsact(kind: int, ifindex: int) -> Encode:
-    return _tc(kind, ifindex, _TC_CLSACT_HANDLE, _TC_CLSACT_PARENT, 0, _text(_TCA_KIND, "clsact"))
-
-
-def _tc(
-    kind: int, ifindex: int, handle: int = 0, parent: int = 0, info: int = 0, attributes: bytes = b""
+def _link(
+    kind: int,
+    ifindex: int,
+    attrs: Sequence[Attribute],
+    *,
+    flags: int = 0,
+    mask: int = 0,
+    packed: bytes = b"",
 ) -> Encode:
-    return _packed(kind, struct.pack("=BxxxiIII", 0, ifindex, handle, parent, info) + attributes)
-
-
-def _text(kind: int, value: str | None) -> bytes:
-    return b"" if value is None else wire.attribute(kind, wire.raw(value) + b"\0")
-
-
-def _number(kind: int, value: int | None) -> bytes:
-    return b"" if value is None else wire.attribute(kind, struct.pack("=I", value))
+    fields = {"index": ifindex, "flags": int(flags), "change": int(mask)}
+    return _encoder(ifinfmsg, kind, fields, attrs, packed)
 
 
 def _hardware(kind: int, address: MacAddress | None) -> bytes:
+    """pyroute2 takes every hardware address for 6 bytes long; those of IPoIB have 20."""
     return b"" if address is None else wire.attribute(kind, bytes.fromhex(address.replace(":", "")))
 
 
+def _number(kind: int, value: int | None) -> bytes:
+    """For attributes that pyroute2 does not know."""
+    return b"" if value is None else wire.attribute(kind, struct.pack("=I", value))
+
+
+def _encoder(
+    form: type, kind: int, fields: Mapping[str, int], attrs: Sequence[Attribute], tail: bytes = b""
+) -> Encode:
+    """A message of a pyroute2 class; tail is attributes that were packed by hand."""
+
+    def encode(flags: int, sequence: int) -> bytes:
+        message = form()
+        for key, value in fields.items():
+            message[key] = value
+        # A fresh list: pyroute2 replaces its entries while encoding, and a dump may be asked for twice.
+        message["attrs"] = list(attrs)
+        message["header"] = {"type": kind, "flags": flags, "sequence_number": sequence, "pid": 0}
+        message.encode()
+        return header(kind, flags, sequence, bytes(message.data)[16:] + tail)
+
+    return encode
+
+
 def _get_link(ifindex: int, extensions: int = _RTEXT_FILTER_SKIP_STATS) -> Encode:
+    # By hand: this is asked several times for every pod and for every link event, and what pyroute2
+    # makes of it is the same.
     mask = wire.attribute(_IFLA_EXT_MASK, struct.pack("=I", extensions))
     return _packed(_RTM_GETLINK, struct.pack("=BxHiII", 0, 0, ifindex, 0, 0) + mask)
 

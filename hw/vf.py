@@ -1,7 +1,8 @@
 """A VF's settings on its PF, in rtnetlink messages: IFLA_VFINFO_LIST read, one setting of it written.
 
 Invariant: pure. One message carries one setting: the kernel does several of one message in turn and stops at
-the first that the driver refuses, which would leave nobody knowing what was done.
+the first that the driver refuses, which would leave nobody knowing what was done. The encoding is our own,
+since pyroute2's VLAN list entry is two bytes short of the kernel's structure and is refused.
 """
 
 from __future__ import annotations
