@@ -47,9 +47,11 @@ _Static_assert(RULES_MARK == KND_RULES_MARK && RULES_ONE_CLASS == KND_RULES_ONE_
 #define DSCP_MAX 63
 #define IPV6_CLASS_AT_MOST 0x0fc0 /* the DSCP's bits in the first two bytes of an IPv6 header */
 
-/* A virtual clock that is charged cost, unless it is further ahead of now than burst: by how much it was ahead, or
- * TOO_LATE. Several CPUs charge one clock, so what is too late for one is tried again; whoever was overtaken each
- * time is let through and charged all the same. */
+/* A virtual clock that is charged cost, unless that takes it further ahead of now than burst: by how much it was
+ * ahead, or TOO_LATE. So what TCP's small queues fill again and again, a packet of many segments at a time, has room
+ * left for a small packet of others. What is larger than half of burst has its turn while that is half empty.
+ * Several CPUs charge one clock, so what is too late for one is tried again; whoever was overtaken each time is let
+ * through and charged all the same. */
 INLINE u64 charge(volatile u64 *due, u64 now, u64 cost, u64 burst)
 {
 	u64 ahead = 0;
@@ -60,7 +62,7 @@ INLINE u64 charge(volatile u64 *due, u64 now, u64 cost, u64 burst)
 		u64 before = *due, from = before > now ? before : now;
 
 		ahead = from - now;
-		if (ahead > burst)
+		if (ahead + cost > burst && ahead > burst >> 1)
 			return TOO_LATE;
 		if (__sync_val_compare_and_swap(due, before, from + cost) == before)
 			return ahead;

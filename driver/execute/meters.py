@@ -121,7 +121,7 @@ class NodeMeters:
     ) -> tuple[Shown, ...] | None:
         """As read, of a device that has no other counters: from the kernel's message on its interface, what
         its limits dropped without a queue, and PfCounters. None if the message is of another device."""
-        link, device = wire.link(message), preparation.key.device
+        link, device = wire.link(message), preparation.key.unit
         if not preparation.identity.matches(link):
             return None
         drops = {**dict(zip(POLICED, dropped.packets, strict=True)), **dict.fromkeys(QUEUE_DROPPED, 0)}
@@ -178,11 +178,11 @@ class NodeMeters:
         yield self._shown_limits(target.preparation, values)
 
     def _shown_limits(self, preparation: Preparation, values: Mapping[str, int]) -> Shown:
-        meter, wraps = MeterKey(preparation.key.device, LIMITS), dict.fromkeys(QUEUE_DROPPED, _QUEUE_BITS)
+        meter, wraps = MeterKey(preparation.key.unit, LIMITS), dict.fromkeys(QUEUE_DROPPED, _QUEUE_BITS)
         return replace(self._shown(meter, values, f"slot{preparation.slot}", wraps), cross_check=True)
 
     def _shown_vf(self, preparation: Preparation, pf: IfIndex, values: Mapping[str, int]) -> Shown:
-        told = self._shown(MeterKey(preparation.key.device, VF), values, f"pf{pf}")
+        told = self._shown(MeterKey(preparation.key.unit, VF), values, f"pf{pf}")
         return replace(told, cross_check=not preparation.config.by_file)
 
     def _vf(self, target: Target, pfs: PfCounters) -> Iterator[Shown]:

@@ -139,14 +139,31 @@ def test_what_is_above_the_limit_is_dropped_and_all_of_it_is_counted(
     police = Police(rate=1, burst=10 * size)
     accounting.limits.set(SLOT, Rules(police=(police, None) if direction == EGRESS else (None, police)))
     results = [run(accounting, V4, direction).result for _ in range(30)]
-    # The one that makes the burst full is still let through.
-    assert results == [UNSPEC] * 11 + [SHOT] * 19
+    assert results == [UNSPEC] * 10 + [SHOT] * 20
     dropped = accounting.limits.dropped([SLOT, OTHER])
-    assert dropped[SLOT].packets[direction] == 19
-    assert dropped[SLOT].bytes[direction] == 19 * size
+    assert dropped[SLOT].packets[direction] == 20
+    assert dropped[SLOT].bytes[direction] == 20 * size
     assert (dropped[OTHER].packets, dropped[SLOT].packets[1 - direction]) == ((0, 0), 0)
     (cell,) = accounting.read(SLOT)
     assert (cell.packets, cell.bytes) == (30, 30 * size)
+
+
+@pytest.mark.parametrize("direction", [EGRESS, INGRESS])
+def test_beside_large_packets_that_fill_the_burst_a_small_one_has_room(
+    accounting: Accounting, direction: int
+) -> None:
+    large, small = f.ethernet(f.IPV4, f.ipv4(f.UDP, f.udp(9, payload=bytes(1400)))), V4
+    police = Police(rate=1, burst=3 * len(large) + len(large) // 2)
+    accounting.limits.set(SLOT, Rules(police=(police, None) if direction == EGRESS else (None, police)))
+    assert [run(accounting, large, direction).result for _ in range(9)] == [UNSPEC] * 3 + [SHOT] * 6
+    assert [run(accounting, small, direction).result for _ in range(3)] == [UNSPEC] * 3
+
+
+def test_what_is_larger_than_the_burst_has_its_turn_while_that_is_half_empty(accounting: Accounting) -> None:
+    large, small = f.ethernet(f.IPV4, f.ipv4(f.UDP, f.udp(9, payload=bytes(1400)))), V4
+    accounting.limits.set(SLOT, Rules(police=(Police(rate=1, burst=4 * len(small)), None)))
+    results = [run(accounting, frame).result for frame in (small, small, large, large, small)]
+    assert results == [UNSPEC] * 3 + [SHOT] * 2
 
 
 def test_below_the_limit_nothing_is_dropped(accounting: Accounting) -> None:
@@ -209,21 +226,21 @@ def test_packets_are_told_to_leave_one_after_the_other_and_of_a_full_queue_first
     accounting.limits.set(SLOT, Rules(queues=(HANDLE, 0), police=(police, None), credit=2 * size))
     sent = with_checksum(frame) if frame is V4 else frame
     ran = [run(accounting, sent) for _ in range(14)]
-    assert [each.result for each in ran] == [UNSPEC] * 11 + [SHOT] * 3
+    assert [each.result for each in ran] == [UNSPEC] * 10 + [SHOT] * 4
     waiting = accounting.limits.waiting(SLOT)
     assert waiting is not None
-    assert waiting / size == pytest.approx(9, abs=0.5)
+    assert waiting / size == pytest.approx(8, abs=0.5)
     # The first three begin within the credit.
     assert [each.departure for each in ran[:3]] == [0] * 3
-    places = [(each.departure - started) / (size * 1e9) for each in ran[3:11]]
-    assert places == pytest.approx(range(1, 9), abs=0.5)
+    places = [(each.departure - started) / (size * 1e9) for each in ran[3:10]]
+    assert places == pytest.approx(range(1, 8), abs=0.5)
     # The queue has room for eight; from the third on it is more than a quarter full.
-    told = [each.packet != sent for each in ran[:11]]
-    assert told == [False] * 5 + [frame is not ARP] * 6
+    told = [each.packet != sent for each in ran[:10]]
+    assert told == [False] * 5 + [frame is not ARP] * 5
     if frame is V4:
-        assert (ran[10].packet[15] & 3, checksum_of(ran[10].packet[14:34])) == (3, 0)
+        assert (ran[9].packet[15] & 3, checksum_of(ran[9].packet[14:34])) == (3, 0)
     if frame is V6:
-        assert ran[10].packet[15] >> 4 & 3 == 3
+        assert ran[9].packet[15] >> 4 & 3 == 3
 
 
 def test_a_sender_that_asked_to_leave_later_does_but_not_later_than_a_full_queue(

@@ -115,6 +115,13 @@ def test_a_plain_guest_has_no_ports_and_no_nodes() -> None:
     assert line(Request()).count("-device igb,") == 4
 
 
+def test_a_guest_with_a_clock_of_its_own_is_late_for_nothing_that_its_host_does() -> None:
+    told = line(Request(own_time=True))
+    assert "-accel tcg,thread=single," in told
+    assert " -icount shift=1,sleep=off " in told
+    assert "icount" not in line(Request())
+
+
 def test_a_terminal_makes_the_console_a_socket_and_is_told_to_the_guest() -> None:
     request = Request(terminal=Terminal("xterm'; reboot", 24, 80))
     assert "id=console,path=/tmp/a,,b/console.sock" in line(request)

@@ -1,7 +1,8 @@
 """Run in a guest by test_fq: fq keeps what the programs say of a limited pod's packets.
 
-Invariant: a rate is judged by what the far end's interface took in, and never for being low: how near traffic
-comes to a limit on an emulated processor is printed and decides nothing.
+Invariant: a rate is judged over a time that begins when traffic is as it will be; being above, by what the
+far end's interface took in. The guest has a clock of its own, so what is told is of fq and of us: what else
+the host does is in no figure. How idle the processors were is told beside each.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import socket
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -35,9 +36,15 @@ pytestmark = pytest.mark.timeout(600)
 
 RATES = (20, 50, 100, 300)
 """Mb/s."""
-ABOVE = 1.05
+ABOVE = 1.01
 """Times the limit, over SECONDS: what may leave at once after a pause comes on top."""
-SECONDS = 3.0
+NEAR = 0.95
+"""Of the payload that the limit has room for."""
+WAIT = 0.010
+"""Seconds that nine questions in ten wait at most for their answers, beside traffic at a limit of WAIT_FROM
+or more."""
+WAIT_FROM = 100
+SECONDS = 2.0
 QUESTIONS = 40
 PATIENCE = 240.0
 
@@ -83,6 +90,22 @@ def set_ecn(where: SimNetns, asked: bool) -> None:
     where.run(lambda: Path("/proc/sys/net/ipv4/tcp_ecn").write_text(f"{int(asked)}"))
 
 
+@dataclass(frozen=True, slots=True)
+class Processors:
+    """Ticks of all processors since the start."""
+
+    idle: int
+    all: int
+
+    @classmethod
+    def now(cls) -> Processors:
+        ticks = [int(each) for each in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        return cls(ticks[3], sum(ticks))
+
+    def idle_since(self, before: Processors) -> float:
+        return (self.idle - before.idle) / (self.all - before.all)
+
+
 def say(what: str) -> None:
     print(f"[fq] {what}, {os.cpu_count()} emulated processors, kernel {os.uname().release}")
 
@@ -91,31 +114,56 @@ def test_the_doctor_tells_of_fq() -> None:
     assert kernel._try_fq() == ""
 
 
-@pytest.mark.parametrize("shaper", [EgressShaper.FQ, EgressShaper.HTB])
-@pytest.mark.parametrize("rate", RATES)
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Of TCP at a limit: Mb/s of payload and on the wire, the idle share of the processors, packets that were
+    dropped and marked, and the seconds that most questions (nine in ten) waited for less than, meanwhile."""
+
+    goodput: float
+    wire: float
+    idle: float
+    dropped: int
+    marked: int
+    usual: float
+    most: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.goodput:.1f}, {self.dropped} dropped, {self.marked} marked, a question waits "
+            f"{self.usual * 1e3:.1f} ms, nine in ten at most {self.most * 1e3:.1f} ms, idle {self.idle:.0%}"
+        )
+
+
+def tcp_seen(pair: Pair, flows: int) -> Seen:
+    with tcp(pair.pod, pair.host, HOST_ADDRESS, flows) as arriving:
+        wait_until(lambda: arriving.bytes > 0, within=60.0, what="the first byte")
+        arriving.stop.wait(SECONDS)
+        lost, marked, processors = dropped(pair).packets[0], told_of_congestion(pair.host), Processors.now()
+        goodput = arriving.rate(SECONDS) / 1e6
+        idle = Processors.now().idle_since(processors)
+        lost, marked = dropped(pair).packets[0] - lost, told_of_congestion(pair.host) - marked
+        wire = wire_rate(pair, arriving)
+        with echo(pair.host, HOST_ADDRESS):
+            waited = round_trips(pair.pod, HOST_ADDRESS, QUESTIONS)
+    return Seen(goodput, wire, idle, lost, marked, statistics.median(waited), waited[QUESTIONS * 9 // 10 - 1])
+
+
+@pytest.mark.parametrize(
+    ("shaper", "rate"), [*((EgressShaper.FQ, rate) for rate in RATES), (EgressShaper.HTB, WAIT_FROM)]
+)
 @pytest.mark.parametrize("flows", [1, 4, 32])
-def test_tcp_is_never_above_its_limit(pair: Pair, rate: int, flows: int, shaper: EgressShaper) -> None:
-    """HTB is there to be compared with, on the same processor in the same minutes."""
+def test_tcp_has_its_limit_and_never_more(pair: Pair, rate: int, flows: int, shaper: EgressShaper) -> None:
+    """HTB is there to be compared with."""
     begin(pair, shaper)
     pair.limit(egress=rate)
     assert (root(pair).kind, root(pair).handle) == (shaper.value, ROOT_HANDLE)
     assert pair.shaper.is_shaped(pair.target)
-    before = dropped(pair).packets[0]
-    with tcp(pair.pod, pair.host, HOST_ADDRESS, flows) as arriving:
-        wait_until(lambda: arriving.bytes > 0, within=60.0, what="the first byte")
-        arriving.rate(SECONDS)
-        goodput = arriving.rate(SECONDS) / 1e6
-        wire = wire_rate(pair, arriving)
-        waited: list[float] = []
-        if flows == 4:
-            with echo(pair.host, HOST_ADDRESS):
-                waited = round_trips(pair.pod, HOST_ADDRESS, QUESTIONS)
-    said = f"a question waits {statistics.median(waited) * 1e3:.1f} ms" if waited else ""
-    say(
-        f"{shaper} tcp {flows} at {rate}M: {goodput:.1f}, {goodput / rate / TCP_SHARE:.1%} of its share, "
-        f"{dropped(pair).packets[0] - before} dropped {said}"
-    )
-    assert 0 < wire < rate * ABOVE
+    seen = tcp_seen(pair, flows)
+    share = seen.goodput / rate / TCP_SHARE
+    say(f"{shaper} tcp {flows} at {rate}M: {share:.1%} of its share, {seen}")
+    assert 0 < seen.wire < rate * ABOVE
+    assert share >= NEAR
+    assert rate < WAIT_FROM or seen.most <= WAIT
 
 
 @pytest.mark.parametrize("shaper", [EgressShaper.FQ, EgressShaper.HTB])
@@ -135,22 +183,18 @@ def test_udp_is_never_above_its_limit(pair: Pair, rate: int, shaper: EgressShape
 
 def test_congestion_is_told_to_who_listens_before_anything_is_dropped(pair: Pair) -> None:
     begin(pair)
-    pair.limit(egress=RATES[0])
-    found: dict[bool, tuple[int, int]] = {}
+    pair.limit(egress=WAIT_FROM)
+    found: dict[bool, Seen] = {}
     for asked in (False, True):
         for end in (pair.pod, pair.host):
             set_ecn(end, asked)
-        marked, lost = told_of_congestion(pair.host), dropped(pair).packets[0]
-        with tcp(pair.pod, pair.host, HOST_ADDRESS, 4) as arriving:
-            wait_until(lambda: arriving.bytes > 0, within=60.0, what="the first byte")
-            goodput = arriving.rate(SECONDS) / 1e6
-            with echo(pair.host, HOST_ADDRESS):
-                waited = statistics.median(round_trips(pair.pod, HOST_ADDRESS, QUESTIONS)) * 1e3
-        found[asked] = (told_of_congestion(pair.host) - marked, dropped(pair).packets[0] - lost)
-        say(f"tcp 4, ECN {asked}: (marked, dropped) {found[asked]}, {goodput:.1f} Mb/s, {waited:.1f} ms")
-    assert found[False][0] == 0
-    assert found[True][0] > 0
-    assert found[True][1] <= found[False][1]
+        found[asked] = tcp_seen(pair, 4)
+        say(f"tcp 4 at {WAIT_FROM}M, ECN {asked}: {found[asked]}")
+        assert found[asked].goodput >= NEAR * WAIT_FROM * TCP_SHARE
+        assert found[asked].most <= WAIT
+    assert found[False].marked == 0
+    assert found[True].marked > 0
+    assert found[True].dropped <= found[False].dropped
 
 
 def test_a_limit_changes_in_place_within_a_second_and_nothing_counted_is_lost(pair: Pair) -> None:

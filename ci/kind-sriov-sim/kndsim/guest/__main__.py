@@ -32,6 +32,7 @@ def main() -> int:
         command.add_argument("--topology", type=Topology, choices=list(Topology), default=Topology.IGB)
         command.add_argument("--memory", type=int, default=2048, help="MiB (%(default)s)")
         command.add_argument("--cpus", type=int, default=2)
+        command.add_argument("--own-time", action="store_true", help="its clock goes by its instructions")
         if name == "run":
             command.add_argument("--timeout", type=float, default=600.0, help="seconds (%(default)g)")
             command.add_argument("argv", nargs="+", metavar="COMMAND")
@@ -68,6 +69,7 @@ def _in_guest(arguments: argparse.Namespace) -> int:
         topology=arguments.topology,
         memory=arguments.memory,
         cpus=arguments.cpus,
+        own_time=arguments.own_time,
         terminal=terminal,
         made=made,
     ) as vm:

@@ -159,9 +159,11 @@ def guest(
     terminal: Terminal | None = None,
     made: Image | None = None,
     boot_seconds: float = BOOT_SECONDS,
+    own_time: bool = False,
 ) -> Iterator[Guest]:
     """A fresh guest with this checkout below /srv/knd (its own changes stay in it) and its BPF programs ready
     to load, Python and pytest of the project's lock in PATH. memory in MiB. append: more kernel parameters.
+    own_time: see Request.
 
     Its end is that of a machine whose power is cut: nothing in it is told.
     made: the image; else the one for this checkout, built if need be.
@@ -179,6 +181,7 @@ def guest(
         disks=tuple(disks),
         append=append,
         terminal=terminal,
+        own_time=own_time,
     )
     found = made or image()
     with contextlib.ExitStack() as stack:
