@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from bpf.cache import ProgramCache
 from kndsim.traffic import UDP_OVERHEAD
 from tests.bench.outcome import Outcome, measured, of_medians
-from tests.kernel.limit_traffic import TCP_SHARE, UDP_PAYLOAD, Counted, echo, round_trips, tcp, udp
+from tests.kernel.limit_traffic import TCP_SHARE, UDP_PAYLOAD, Counted, echo, round_trips, tcp, udp_unread
 from tests.kernel.limited_pair import HOST_ADDRESS, Pair, limited_pairs
 
 RATES = (100, 1000, 2500, 10_000)
@@ -46,10 +47,10 @@ def _at(pair: Pair, rate: int) -> Iterator[Outcome]:
             yield measured(name, missing, statistics.median, "%", budget=TCP_BUDGET, note=_QUEUES)
             if flows == 4:
                 yield _latency(pair, rate)
-    with udp(pair.pod, pair.host, HOST_ADDRESS, datagrams=AT_ONCE[rate]) as arriving:
-        arriving.rate(SECONDS)
+    with udp_unread(pair.pod, pair.host, HOST_ADDRESS, datagrams=AT_ONCE[rate]) as end:
+        _on_wire(pair, end)
         whole = _headers_too(AT_ONCE[rate])
-        off = [abs(_missing(_on_wire(pair, arriving) * whole, rate)) for _ in range(WINDOWS)]
+        off = [abs(_missing(_on_wire(pair, end) * whole, rate)) for _ in range(WINDOWS)]
         note = "off the limit, counted at the far end's interface"
         yield measured(f"limits.udp_at_{rate}M", off, statistics.median, "%", budget=UDP_BUDGET, note=note)
 
@@ -98,8 +99,8 @@ def _headers_too(datagrams: int) -> float:
     return datagrams * (UDP_PAYLOAD + headers) / (datagrams * UDP_PAYLOAD + headers)
 
 
-def _on_wire(pair: Pair, arriving: Counted) -> float:
+def _on_wire(pair: Pair, end: threading.Event) -> float:
     """Mb/s that the host's end of the pair takes in, over a second."""
     started, before = time.monotonic(), pair.on_wire()
-    arriving.stop.wait(SECONDS)
+    end.wait(SECONDS)
     return (pair.on_wire() - before) * 8 / 1e6 / (time.monotonic() - started)

@@ -122,19 +122,42 @@ def udp(
     """Datagrams of UDP_PAYLOAD bytes, so many in one call: then the kernel cuts them, as late as it can."""
 
     def connect() -> socket.socket:
-        made = sender.run(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-        # What waits in the queue counts against it, so that it cannot run far ahead.
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
-        made.setblocking(False)
-        if datagrams > 1:
-            made.setsockopt(socket.IPPROTO_UDP, _UDP_SEGMENT, UDP_PAYLOAD)
-        made.connect((address, port))
-        return made
+        return _datagram_socket(sender, address, port, datagrams)
 
     def pour(sock: socket.socket, counted: Counted) -> None:
         _pour_datagrams(sock, counted, datagrams)
 
     yield from _traffic(receiver, address, socket.SOCK_DGRAM, port, connect, 1, pour)
+
+
+@contextlib.contextmanager
+def udp_unread(
+    sender: SimNetns, receiver: SimNetns, address: str, port: int = UDP_PORT, datagrams: int = 1
+) -> Iterator[threading.Event]:
+    """The same, and nobody reads them: for whoever counts at the interface, and needs all that the sender can
+    do. Yields what ends it."""
+    counted = Counted()
+    with _listener(receiver, address, socket.SOCK_DGRAM, port) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        sock = _datagram_socket(sender, address, port, datagrams)
+        thread = threading.Thread(target=_pour_datagrams, args=(sock, counted, datagrams))
+        thread.start()
+        try:
+            yield counted.stop
+        finally:
+            counted.stop.set()
+            thread.join()
+
+
+def _datagram_socket(sender: SimNetns, address: str, port: int, datagrams: int) -> socket.socket:
+    made = sender.run(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    # What waits in the queue counts against it, so that it cannot run far ahead.
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+    made.setblocking(False)
+    if datagrams > 1:
+        made.setsockopt(socket.IPPROTO_UDP, _UDP_SEGMENT, UDP_PAYLOAD)
+    made.connect((address, port))
+    return made
 
 
 def _traffic(receiver, address, kind, port, connect, flows, pour):  # type: ignore[no-untyped-def]
