@@ -182,7 +182,7 @@ class Metering:
             for shown in read():
                 holders = self._holders(shown, attachment, preparation)
                 changed |= self._take(shown, holders, late=not shown.cross_check)
-            if changed or (attachment.id, MeterKey(preparation.key.device, INTERFACE)) not in self._totals:
+            if changed or (attachment.id, MeterKey(preparation.key.unit, INTERFACE)) not in self._totals:
                 self._refresh({attachment.id, None})
             self._compare(attachment.id, preparation)
 
@@ -276,7 +276,7 @@ class Metering:
         cells = self._cells_of(preparation.slot)
         extra = _FRAME_EXTRA[preparation.framing]
         for source in (INTERFACE, VF):
-            totals = self._counted(id, source, preparation.key.device)
+            totals = self._counted(id, source, preparation.key.unit)
             for direction in Direction if totals is not None else ():
                 assert totals is not None
                 key = (id, source, direction)

@@ -22,11 +22,13 @@ from kndsim.netns import in_netns, in_thread
 from kndsim.node import ClaimSpec, SimNode, SimPod, interface
 from kndsim.runtime import RuntimeMode
 from kndsim.waiting import wait_until_async
+from tests.kernel.bpf_traffic import ARP_FRAME
 from tests.node import seen_outside as seen
+from tests.node.bypass import by_packet_socket
 from tests.node.node_stage import node
 from tests.node.test_limited_pods import ceilings, netns_of, told
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 UPLINK = "port0"
 START = 300.0
@@ -141,6 +143,26 @@ def test_pods_share_an_uplink_that_the_host_goes_on_using(hook: str, mode: Runti
         assert made_at_home() == []
 
     played(story, hook=hook, mode=mode)
+
+
+def test_what_passes_the_hooks_by_is_told_of_the_pod_whose_share_it_left_by() -> None:
+    async def story(sim: SimNode, made: Devices) -> None:
+        one = await pod_with(sim, "one", "198.18.0.11")
+        two = await pod_with(sim, "two", "198.18.0.12")
+
+        def past(pod: str) -> float:
+            labels = {"pod": pod, "direction": "egress"}
+            return seen.metric(sim, "knd_pod_unaccounted_packets_total", **labels)
+
+        await asyncio.to_thread(in_netns, netns_of(one), lambda: by_packet_socket("net1", ARP_FRAME, 300))
+        await wait_until_async(lambda: past("one") >= 300, within=90.0, what="what passed by")
+        # Devices are looked at every half minute, in their pods first, and from outside from then on.
+        await asyncio.to_thread(in_netns, netns_of(one), lambda: by_packet_socket("net1", ARP_FRAME, 300))
+        await wait_until_async(lambda: past("one") >= 600, within=90.0, what="what passed by later")
+        assert past("two") == 0
+        await asyncio.gather(sim.delete_pod(one), sim.delete_pod(two))
+
+    played(story)
 
 
 def test_the_status_says_which_share_it_is_and_what_keeps_it_to_its_size() -> None:
