@@ -15,8 +15,9 @@ from driver import shares
 from driver.errors import NotNow
 from driver.lifecycle.context import Context
 from driver.model import Device, DeviceName, NicConfig, PoolName, Preparation, Share
+from driver.rdma import NO_NETDEV
 from hw import subinterface
-from hw.model import IfIndex, IfName, LinkSettings, MacAddress, SoftwareIdentity
+from hw.model import IfIndex, MacAddress, SoftwareIdentity
 
 _LOCAL, _GROUP = 0x02, 0x01
 
@@ -42,7 +43,15 @@ def as_share(
         share=Share(interface=made, ifname=device.settings.name),
         identity=subinterface.identity(made, index, device.ifindex),
         dies_with_netns=True,
-        baseline=_before_it_is_made(subinterface.name_at_home(index), device.settings.mtu, mac, owner),
+        # What is known of it by then; the rest is read when it is there.
+        baseline=replace(
+            NO_NETDEV,
+            name=subinterface.name_at_home(index),
+            mtu=device.settings.mtu,
+            mac=mac,
+            alias=owner,
+            multicast=True,
+        ),
         home_driver="",
         rdma=None,
     )
@@ -77,22 +86,3 @@ def _mac_of(unit: DeviceName) -> MacAddress:
     digest = bytearray(hashlib.sha256(unit.encode("ascii")).digest()[:6])
     digest[0] = digest[0] & ~_GROUP & 0xFF | _LOCAL
     return MacAddress(digest.hex(":"))
-
-
-def _before_it_is_made(name: IfName, mtu: int, mac: MacAddress | None, alias: str) -> LinkSettings:
-    """What is known of it by then; the rest is read when it is there."""
-    return LinkSettings(
-        name=name,
-        mtu=mtu,
-        mac=mac,
-        txqlen=0,
-        group=0,
-        alias=alias,
-        altnames=(),
-        gso_max_size=None,
-        gro_max_size=None,
-        noarp=False,
-        promisc=False,
-        allmulti=False,
-        multicast=True,
-    )
