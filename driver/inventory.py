@@ -226,7 +226,7 @@ def _device(
         kind=shown.kind,
         identity=device.identity,
         ifindex=device.link.ifindex if device.link else None,
-        settings=LinkSettings.of(device.link, kind=device.kind) if device.link else None,
+        settings=LinkSettings.of(device.link, kind=shown.kind) if device.link else None,
         attributes=attributes,
         capacities=capacities,
         withheld=withheld or _bad_name(device) or policy.withheld(shown, name) or no_portion,

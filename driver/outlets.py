@@ -15,6 +15,7 @@ from hw.model import DeviceKind, HwDevice
 from hw.subinterface import SubinterfaceKind
 
 _ETHERNET = 1
+_ON_WHAT_IS_UNDERNEATH = frozenset({"macvlan", "macvtap", "ipvlan", "ipvtap"})
 _RECEIVERS = {
     SubinterfaceKind.MACVLAN: frozenset({"macvlan", "macvtap"}),
     SubinterfaceKind.IPVLAN: frozenset({"ipvlan", "ipvtap"}),
@@ -72,6 +73,11 @@ def _unfit(device: HwDevice) -> str:
         return device.withheld
     if device.link is None:
         return "it has no interface here that could be shared (node policy, shared)"
+    if device.link.kind in _ON_WHAT_IS_UNDERNEATH:
+        return (
+            f"it is a {device.link.kind}, and what is made on top of one the kernel makes on the device "
+            "underneath: share that one (node policy, shared)"
+        )
     if device.link.link_type != _ETHERNET:
         return "it is no Ethernet interface, and only those are shared (node policy, shared)"
     return ""

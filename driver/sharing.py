@@ -96,6 +96,9 @@ class Sharing:
                 if port is not None and not is_whole(each):
                     self._in_parts[port].append(name)
                 continue
+            if port is not None and name in self._parts and not is_whole(each):
+                # Not given out in parts any more, and claims have some of it.
+                self._in_parts[port].append(name)
             if port is not None:
                 (self._ports if is_whole(each) else self._vfs)[port].append(name)
                 device = node.devices.get(name)
@@ -257,7 +260,16 @@ class Sharing:
             return None
         held = self._node.held
         given = sum(self._takes(name, of) for name in self._vfs[port] if name in held)
+        given += self._parts_beyond(port)
         return PortBudget(of, given + of * any(name in held for name in self._ports[port]))
+
+    def _parts_beyond(self, port: PfAddress) -> int:
+        """Mb/s that claims have in parts of a PF and its VFs beyond what the policy takes off for that by
+        now."""
+        here = [each for each in self._node.devices.values() if port_of(each) == port]
+        had = [self._node.held[part].size or 0 for each in here for part in self._parts.get(each.name, ())]
+        taken_off = sum(each.sharable.bandwidth for each in here if each.sharable is not None)
+        return max(sum(had) - taken_off, 0)
 
     def _takes(self, name: DeviceName, of: int) -> int:
         """What was given without a size is bound by nobody."""

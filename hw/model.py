@@ -405,7 +405,7 @@ class LinkSettings:
         return cls(
             name=link.name,
             mtu=link.mtu,
-            mac=link.mac if kind is DeviceKind.VF else link.permanent_mac or link.mac,
+            mac=link.mac if kind in (DeviceKind.VF, DeviceKind.SHARED) else link.permanent_mac or link.mac,
             txqlen=link.txqlen,
             group=link.group,
             alias=link.alias,

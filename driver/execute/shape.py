@@ -26,6 +26,8 @@ from hw.qdisc import FqQueue, HtbTree, NoDepartures, NoFairQueues
 log = logging.getLogger(__name__)
 
 _IFB = "ifb"
+_DETOUR = "kndi"
+"""And an index of nine digits, a hyphen and a digit: IFNAMSIZ has room for 15."""
 _NAMES = 4
 
 
@@ -145,7 +147,7 @@ class Shaper:
 def _make_detour(pod: LinkSocket, ifindex: IfIndex) -> LinkInfo:
     """Under another name where a pod has something else by the first."""
     for attempt in range(_NAMES):
-        name = IfName(f"knd-in{ifindex}" + (f"-{attempt}" if attempt else ""))
+        name = IfName(f"{_DETOUR}{ifindex}" + (f"-{attempt}" if attempt else ""))
         try:
             pod.shaping.add_ifb(name)
         except Refused as error:
@@ -155,7 +157,7 @@ def _make_detour(pod: LinkSocket, ifindex: IfIndex) -> LinkInfo:
         made = next((link for link in pod.dump() if link.kind == _IFB and link.name == name), None)
         if made is not None:
             return made
-    raise NotFound(f"no ifb link could be made in the pod: it has others by the name knd-in{ifindex}")
+    raise NotFound(f"no ifb link could be made in the pod: it has others by the name {_DETOUR}{ifindex}")
 
 
 def _has(pod: LinkSocket, ifindex: IfIndex, wanted: HtbTree | FqQueue | None) -> bool:

@@ -7,14 +7,37 @@ host's, and nothing of it is changed.
 from __future__ import annotations
 
 import errno
+from collections.abc import Collection
 
 from bpf.attach import TcxPrograms
 from driver.errors import NotNow, Refusal
 from driver.execute.target import Target
 from hw.errors import Busy, NotFound, Refused, Unsupported
-from hw.model import IfIndex, SoftwareIdentity
+from hw.model import IfIndex, LinkInfo, SoftwareIdentity
+from hw.subinterface import SubinterfaceKind
 
 CANNOT = "ShareRefused"
+_MODULES = {SubinterfaceKind.VLAN: "8021q"}
+"""Where they are not called like the kind."""
+_PAST = frozenset({"macvlan", "macvtap", "ipvlan", "ipvtap"})
+"""Kinds that the kernel makes on the device underneath when they are asked for on one of them
+(macvlan_common_newlink, ipvlan_link_new)."""
+
+
+def made_past(target: Target, known: Collection[IfIndex]) -> tuple[LinkInfo, ...]:
+    """Interfaces that a pod with NET_ADMIN made on the device underneath, by way of its share: no program
+    counts what they send, and nothing limits it. known: indices of shares, of which the pod may have
+    several."""
+    identity = target.preparation.identity
+    if target.preparation.share is None or target.pod is None or not isinstance(identity, SoftwareIdentity):
+        return ()
+    return tuple(
+        link
+        for link in target.pod.dump()
+        if link.kind in _PAST
+        and (link.peer, link.peer_nsid is None) == (identity.peer, False)
+        and link.ifindex not in known
+    )
 
 
 class ShareActs:
@@ -55,7 +78,9 @@ class ShareActs:
         except Unsupported as error:
             kind = share.interface.kind
             raise Refusal(
-                CANNOT, f"{target.device} cannot be made: {error}; this kernel has no {kind}: modprobe {kind}"
+                CANNOT,
+                f"{target.device} cannot be made: {error}; this kernel has no {kind}: modprobe "
+                f"{_MODULES.get(kind, kind)}",
             ) from error
         except Refused as error:
             if error.errno != errno.EEXIST:

@@ -184,7 +184,7 @@ class Devices:
         withheld = self._withheld_now(device)
         if device.kind is DeviceKind.SHARED:
             # What the host uses it for stays as it is.
-            return replace(device, settings=LinkSettings.of(link), withheld=withheld)
+            return replace(device, settings=LinkSettings.of(link, kind=device.kind), withheld=withheld)
         if addressed:
             withheld = withheld or "in use by the host: it has an address"
         elif link.master is not None:
@@ -219,7 +219,9 @@ class Devices:
         with LinkSocket(None) as links:
             found = links.dump()
             for link in found:
-                if link.mac == mac and link.ifindex != device.ifindex:
+                # Of a device that is given out in parts none can have its own.
+                itself = link.ifindex == device.ifindex and device.kind is not DeviceKind.SHARED
+                if link.mac == mac and not itself:
                     return f"{link.name!a} has it"
             pf = pf_link(device.identity, found)
             told = links.all_vf_settings(pf.ifindex) if pf is not None else {}

@@ -261,6 +261,19 @@ class Homecoming:
                     attach = partial(filters.attach, target, accounting=context.accounting)
                     context.engine.project(str(attachment.id), Act.FILTER, attach)
 
+    def is_ended(self, preparation: Preparation) -> bool:
+        """Whether what was prepared, and is in no pod, must be put in order before it can go into one. As
+        is_dead; of a share that can also be seen where there are no programs to say so."""
+        if preparation.share is not None and self._context.programs is None:
+            return not self._context.devices.is_at_home(preparation)
+        return self.is_dead(preparation)
+
+    def has_ended(self, attachment: Attachment) -> bool:
+        """Whether the interface of a share is no more while its pod lives, as its programs say: the device
+        under it was away, or its pod deleted it."""
+        preparation = self._context.book.preparation(attachment.preparation)
+        return preparation is not None and preparation.share is not None and self.is_dead(preparation)
+
     def is_dead(self, preparation: Preparation) -> bool:
         """Whether the netdev that was prepared is no more. There may be another in its place, without its
         programs and with none of what its PF was told for it. False where there are no programs to say so:

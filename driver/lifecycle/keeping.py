@@ -16,6 +16,7 @@ from functools import partial
 
 from bpf.layout import Slot
 from driver.execute.engine import EXPECTED
+from driver.execute.share import made_past
 from driver.execute.target import Target, open_target
 from driver.lifecycle.context import Context
 from driver.lifecycle.homecoming import Homecoming
@@ -220,6 +221,7 @@ class Keeping:
                 self._look_for(id)
                 return
             self._hidden.discard(id)
+            self._end_made_past(target)
             if self._context.shaper.is_shaped(target):
                 return
             assert target.attachment is not None
@@ -229,6 +231,17 @@ class Keeping:
                 "back, and the program on the interface let at most a quarter above it through meanwhile",
             )
             self._context.engine.project(str(id), Act.SHAPE, partial(self._context.shaper.shape, target))
+
+    def _end_made_past(self, target: Target) -> None:
+        assert target.attachment is not None
+        for link in made_past(target, self._context.book.indices()):
+            assert target.pod is not None
+            target.pod.delete(link.ifindex)
+            self._tell(
+                target.attachment,
+                f"{link.kind} {link.name!a}, made from inside of the pod on the device underneath its "
+                f"{target.preparation.pod_ifname}, is removed: what it sent was neither counted nor limited",
+            )
 
     def _look_for(self, id: AttachmentId) -> None:
         """It is not where it was put. At home, or gone, it is others' affair; where its pod hid it there is

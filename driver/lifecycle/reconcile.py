@@ -127,7 +127,7 @@ class Reconcile:
         async with self._lane:
             if self._gate.recovery or not self._gate.settled:
                 return
-            came = set(returned)
+            came = set(returned) | await self._in_worker(self._ended_shares)
             for attachment in self._context.book.attachments():
                 if attachment.preparation.unit in came or attachment.state is AttachmentState.DETACHING:
                     await self._on_device(attachment.preparation.unit, self._if_home(attachment))
@@ -171,6 +171,11 @@ class Reconcile:
             if self._context.pods.claims_of(sandbox.pod.uid) is None:
                 still_unknown.append(listed)
         self._listed = still_unknown
+
+    def _ended_shares(self) -> frozenset[DeviceName]:
+        """What living pods had of a device that is no more, or was away."""
+        attached = (a for a in self._context.book.attachments() if a.state is AttachmentState.ATTACHED)
+        return frozenset(a.preparation.unit for a in attached if self._homecoming.has_ended(a))
 
     def _rdma_returned(self) -> frozenset[DeviceName]:
         """RDMA devices without a netdev whose pod's netns died: no link event tells of them."""
@@ -234,7 +239,8 @@ class Reconcile:
         """Whether it is on its way home, or its device is home though its netns lives: its driver was bound
         anew while no agent ran, say."""
         if attachment.state is AttachmentState.ATTACHED:
-            return self._context.devices.is_at_home(preparation)
+            at_home = self._context.devices.is_at_home(preparation)
+            return at_home or self._homecoming.has_ended(attachment)
         return attachment.state is AttachmentState.DETACHING
 
     def _resume_preparation(self, preparation: Preparation) -> Callable[[], object]:
@@ -308,7 +314,7 @@ class Reconcile:
             for p in book.preparations()
             if p.state is PreparationState.PREPARED
             and not book.attachments_of(p.key)
-            and self._homecoming.is_dead(p)
+            and self._homecoming.is_ended(p)
         ]
 
     def _give_back(self) -> None:
@@ -378,7 +384,8 @@ class Reconcile:
         """Looked at again under the device's lock: by then it may have gone into a pod."""
 
         def work() -> None:
-            if attachment.state is AttachmentState.DETACHING or self._homecoming.is_home(attachment):
+            leaving = attachment.state is AttachmentState.DETACHING
+            if leaving or self._homecoming.is_home(attachment) or self._homecoming.has_ended(attachment):
                 self._note_loss(attachment)
                 self._homecoming.bring_home(attachment)
 

@@ -56,10 +56,13 @@ STOP_LIMIT = 0.45
 ENDED_MAX = 4096
 """Stopped sandboxes remembered: an event that comes later than so many others would be acted on."""
 LASTING_ERRNOS = frozenset(
-    {errno.EEXIST, errno.EINVAL, errno.EOPNOTSUPP, errno.ERANGE, errno.EADDRNOTAVAIL, errno.EPERM}
+    {
+        *(errno.EEXIST, errno.EINVAL, errno.EOPNOTSUPP, errno.ERANGE, errno.EPERM),
+        *(errno.EADDRNOTAVAIL, errno.EADDRINUSE),
+    }
 )
 """What a kernel says to a request that it will refuse again: a name taken in the pod, an MTU too large, a
-MAC that its port keeps for itself."""
+MAC that its port keeps for itself, an address that another one on the same device has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,7 +350,9 @@ class Sandboxes:
             # Opened first: a sandbox that is gone must not take the device from the one that lives.
             with self._open(sandbox) as netns:
                 self._make_way(sandbox, missing)
-                self._attach_all(sandbox, missing, netns, token)
+                # What was put in order may have another record since.
+                ready = [self._context.book.preparation(p.key) or p for p in missing]
+                self._attach_all(sandbox, ready, netns, token)
         except EXPECTED as error:
             classified = _classified(error)
             if classified is error:
@@ -413,7 +418,7 @@ class Sandboxes:
         """There is no second prepare for a sandbox made anew, so a withheld device is looked at here too, and
         one that was made anew by others meanwhile."""
         device = preparation.key.unit
-        if device not in self._context.book.quarantines() and not self._homecoming.is_dead(preparation):
+        if device not in self._context.book.quarantines() and not self._homecoming.is_ended(preparation):
             return
         problems = self._homecoming.make_ready(preparation)
         if problems:

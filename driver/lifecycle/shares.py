@@ -17,7 +17,7 @@ from driver.lifecycle.context import Context
 from driver.model import Device, DeviceName, NicConfig, PoolName, Preparation, Share
 from driver.rdma import NO_NETDEV
 from hw import subinterface
-from hw.model import IfIndex, MacAddress, SoftwareIdentity
+from hw.model import DeviceKind, IfIndex, MacAddress, SoftwareIdentity
 
 _LOCAL, _GROUP = 0x02, 0x01
 
@@ -41,6 +41,8 @@ def as_share(
     return replace(
         whole,
         share=Share(interface=made, ifname=device.settings.name),
+        # What it is by itself; and releases before this one know of no other kind.
+        kind=DeviceKind.NETDEV,
         identity=subinterface.identity(made, index, device.ifindex),
         dies_with_netns=True,
         # What is known of it by then; the rest is read when it is there.
@@ -58,18 +60,22 @@ def as_share(
 
 
 def renewed(context: Context, preparation: Preparation) -> Preparation:
-    """The record as it is to be for an interface that must be made again: the device under it may have
-    another index since. NotNow where that is not at home."""
-    identity = preparation.identity
-    if preparation.share is None or not isinstance(identity, SoftwareIdentity):
+    """The record as it is to be for an interface that must be in order again: the device under it may have
+    another index since, MTU or address. NotNow where that is not at home, or not the one that it was."""
+    identity, share = preparation.identity, preparation.share
+    if share is None or not isinstance(identity, SoftwareIdentity):
         return preparation
     device = context.devices.get(preparation.key.device)
-    if device is None or device.ifindex is None:
+    if device is None or device.ifindex is None or device.settings is None:
         raise NotNow(f"{preparation.key.device} is not in the host's network namespace now")
-    if identity.peer == device.ifindex:
-        return preparation
-    moved = replace(identity, peer=device.ifindex)
-    return context.book.amend_preparation(replace(preparation, identity=moved))
+    if isinstance(device.identity, SoftwareIdentity) and device.settings.name != share.ifname:
+        # Software is called by its index, which is another one's after a reboot.
+        raise NotNow(f"{preparation.key.device} is {device.settings.name!a} now, and was {share.ifname!a}")
+    baseline = replace(preparation.baseline, mtu=min(preparation.baseline.mtu, device.settings.mtu))
+    if not share.interface.has_own_mac:
+        baseline = replace(baseline, mac=device.settings.mac)
+    now = replace(preparation, identity=replace(identity, peer=device.ifindex), baseline=baseline)
+    return preparation if now == preparation else context.book.amend_preparation(now)
 
 
 def _free_index(taken: Collection[IfIndex]) -> IfIndex:

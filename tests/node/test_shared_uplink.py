@@ -55,6 +55,11 @@ def uplink() -> Iterator[Devices]:
         yield made
 
 
+def remove_uplink() -> None:
+    with IPRoute() as ipr:
+        ipr.link("del", index=ipr.link_lookup(ifname=UPLINK)[0])
+
+
 def use(name: str, address: str) -> None:
     with IPRoute() as ipr:
         (index,) = ipr.link_lookup(ifname=name)
@@ -63,8 +68,14 @@ def use(name: str, address: str) -> None:
 
 
 def played(
-    story: Callable[[SimNode, Devices], Awaitable[None]], *, policy: str = SHARED, **options: Any
+    story: Callable[[SimNode, Devices], Awaitable[None]],
+    *,
+    policy: str = SHARED,
+    lasting: bool = True,
+    **options: Any,
 ) -> None:
+    """lasting: the uplink is there to the end, as it was."""
+
     async def run(made: Devices) -> None:
         shared = replace(made, policy=made.policy + policy)
         before = dump()
@@ -72,7 +83,7 @@ def played(
             await sim.start_agent(seconds=START)
             await story(sim, made)
             assert list(sim.runtime.violations) == []
-        assert changes(before, dump()) == []
+        assert not lasting or changes(before, dump()) == []
 
     with uplink() as made:
         asyncio.run(run(made))
@@ -163,6 +174,45 @@ def test_what_passes_the_hooks_by_is_told_of_the_pod_whose_share_it_left_by() ->
         await asyncio.gather(sim.delete_pod(one), sim.delete_pod(two))
 
     played(story)
+
+
+def test_what_a_pod_makes_on_the_device_underneath_is_removed_and_told() -> None:
+    async def story(sim: SimNode, made: Devices) -> None:
+        pod = await pod_with(sim, "one", "198.18.0.11")
+
+        def make_past() -> None:
+            with IPRoute() as ipr:
+                (share,) = ipr.link_lookup(ifname="net1")
+                ipr.link("add", ifname="past0", kind="macvlan", link=share, macvlan_mode="bridge")
+
+        await asyncio.to_thread(in_netns, netns_of(pod), make_past)
+        assert "past0" in inside(pod)
+        await wait_until_async(lambda: "past0" not in inside(pod), within=60.0, what="its end")
+        assert "net1" in inside(pod)
+        (event,) = await wait_until_async(
+            lambda: seen.events(sim, "LimitRemoved", pod.spec.uid), what="an event of it"
+        )
+        assert "macvlan 'past0', made from inside of the pod" in event["message"]
+        await sim.delete_pod(pod)
+
+    played(story)
+
+
+@pytest.mark.parametrize("away", [False, True], ids=["seen", "while-no-agent-ran"])
+def test_containers_of_a_pod_whose_uplink_is_gone_are_refused(away: bool) -> None:
+    async def story(sim: SimNode, made: Devices) -> None:
+        pod = await pod_with(sim, "one", "198.18.0.11")
+        assert len(seen.specs(sim)) == 1
+        if away:
+            await sim.kill_agent()
+        await asyncio.to_thread(in_netns, seen.HERE, remove_uplink)
+        if away:
+            await sim.start_agent()
+        await wait_until_async(lambda: not seen.specs(sim), within=20.0, what="its spec is withdrawn")
+        await seen.refused(sim, pod, name="again")
+        await sim.delete_pod(pod)
+
+    played(story, lasting=False)
 
 
 def test_the_status_says_which_share_it_is_and_what_keeps_it_to_its_size() -> None:

@@ -37,8 +37,9 @@ from driver.plan import Act
 from driver.rdma import RdmaConfig
 from driver.sharing import Node, Sharing
 from driver.traffic import Amounts, Sharable, VlanRange
-from hw.model import DeviceKind, IfIndex, MacAddress, SoftwareIdentity
+from hw.model import DeviceKind, IfIndex, IfName, MacAddress, SoftwareIdentity
 from hw.subinterface import FIRST_INDEX, LAST_INDEX, SubinterfaceKind, SubinterfaceMode
+from tests.unit.bandwidth_world import PF_NAME, policy, present
 from tests.unit.claims_world import POOL, World, device, play_claims
 from tests.unit.journal_values import preparation
 from tests.unit.test_sharing import held, port_and_vfs
@@ -238,7 +239,7 @@ def test_one_without_an_address_of_its_own_has_that_of_the_device() -> None:
 
 def test_a_share_is_made_anew_on_the_index_that_its_device_has_by_then() -> None:
     record = part(1)
-    present = {NAME: uplink(ifindex=IfIndex(19))}
+    there = {NAME: uplink(ifindex=IfIndex(19))}
     written: list[Preparation] = []
 
     def amend(changed: Preparation) -> Preparation:
@@ -246,15 +247,22 @@ def test_a_share_is_made_anew_on_the_index_that_its_device_has_by_then() -> None
         return changed
 
     context: Any = type("Context", (), {})()
-    context.devices, context.book = present, type("Book", (), {"amend_preparation": staticmethod(amend)})()
+    context.devices, context.book = there, type("Book", (), {"amend_preparation": staticmethod(amend)})()
     again = renewed(context, record)
     assert written == [again]
     assert isinstance(again.identity, SoftwareIdentity)
     assert isinstance(record.identity, SoftwareIdentity)
     assert (again.identity.peer, again.identity.ifindex) == (19, record.identity.ifindex)
     assert renewed(context, again) == again
-    assert len(written) == 1
-    present[NAME] = uplink(ifindex=None)
+    assert len(written) == 1, "nothing is written for nothing"
+    whole = uplink(ifindex=IfIndex(19))
+    assert whole.settings is not None
+    there[NAME] = replace(whole, settings=replace(whole.settings, mtu=1300))
+    assert renewed(context, again).baseline.mtu == 1300
+    there[NAME] = replace(whole, settings=replace(whole.settings, name=IfName("another")))
+    with pytest.raises(NotNow, match="uplink is 'another' now, and was 'host7'"):
+        renewed(context, again)
+    there[NAME] = uplink(ifindex=None)
     with pytest.raises(NotNow, match="uplink is not in the host's network namespace"):
         renewed(context, record)
 
@@ -295,6 +303,27 @@ def test_a_pf_and_a_vf_of_it_that_is_given_out_in_parts_rule_each_other_out() ->
     assert taken is not None
     assert "is held by claim" in taken.sentence
     assert sharing(devices, part(1, of=devices[vf])).against(DeviceName("vf-1")) is None
+
+
+def test_a_pf_is_not_given_whole_while_claims_have_parts_of_a_vf_of_an_older_policy() -> None:
+    devices = port_and_vfs(2)
+    vf = DeviceName("vf-0")
+    record = part(1, of=replace(devices[vf], kind=DeviceKind.SHARED, sharable=MACVLAN))
+    assert sharing(devices, record).against(DeviceName("pf")) is not None
+    assert sharing(devices, record).against(vf) is not None
+    assert sharing(devices, record).against(DeviceName("vf-1")) is None
+
+
+def test_what_claims_have_in_parts_stays_taken_off_a_port_whatever_the_policy_says_by_then() -> None:
+    devices = present(2, policy((10_000, None)))
+    pf = devices[PF_NAME]
+    record = replace(part(1, 7_000), key=replace(part(1).key, device=PF_NAME))
+    (budget,) = sharing(devices, record).budgets().values()
+    assert budget.given == 7_000
+    wider = replace(MACVLAN, bandwidth=5_000)
+    devices[PF_NAME] = replace(pf, kind=DeviceKind.SHARED, sharable=wider)
+    (budget,) = sharing(devices, record).budgets().values()
+    assert budget.given == 2_000, "the policy takes 5 Gb/s off by itself"
 
 
 def test_a_pf_that_is_given_out_in_parts_leaves_its_vfs_free() -> None:
