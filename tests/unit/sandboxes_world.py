@@ -91,7 +91,7 @@ class Home:
     def close_attachment(self, made: Attachment) -> None:
         self.book.close_attachment(made)
 
-    def is_dead(self, made: Preparation) -> bool:
+    def is_ended(self, made: Preparation) -> bool:
         return made.key.device in self.dead | self.gone
 
     def make_ready(self, made: Preparation) -> tuple[object, ...]:
