@@ -13,7 +13,7 @@ import pytest
 from kndsim.guest import Guest, Kernel
 
 FILES = ("tests/kernel/test_shares_made.py", "tests/node/test_shared_counted.py")
-SECONDS = 900.0
+SECONDS = 1500.0
 
 
 @pytest.mark.parametrize("vm", [Kernel.NEWEST], indirect=True, ids=str)
