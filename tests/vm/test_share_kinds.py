@@ -20,6 +20,6 @@ SECONDS = 1500.0
 def test_each_kind_of_share_is_made_counted_and_ended(vm: Guest) -> None:
     command = ["env", "KND_SHARE_KINDS=all", "python", "-m", "pytest", "-v", "-rs", *FILES]
     done = vm.run(command, check=False, timeout=SECONDS)
-    ended = re.findall(r"::(test_\S+) (PASSED|FAILED|ERROR|SKIPPED)", done.out)
+    ended = re.findall(r"::(test_.+?) (PASSED|FAILED|ERROR|SKIPPED)", done.out)
     assert len(ended) >= 20, done.out + done.err
     assert [each for each in ended if each[1] != "PASSED"] == [], done.out + done.err
