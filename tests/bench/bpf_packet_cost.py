@@ -31,7 +31,7 @@ from kndsim.links import SimNetns, netns, private_host, veth_pair
 from tests.bench import blast
 from tests.bpf.bpffs import mounted_bpffs
 
-TURNS = 1000
+TURNS = 2000
 BURST = 10 * blast.BATCH
 PAYLOAD, PORT, DSCP = 64, 4791, 56
 NOBODYS_MAC = "02:00:00:00:00:99"
