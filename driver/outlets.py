@@ -12,10 +12,9 @@ from typing import Protocol
 
 from driver.traffic import Sharable
 from hw.model import DeviceKind, HwDevice
-from hw.subinterface import SubinterfaceKind
+from hw.subinterface import MADE_UNDERNEATH, SubinterfaceKind
 
 _ETHERNET = 1
-_ON_WHAT_IS_UNDERNEATH = frozenset({"macvlan", "macvtap", "ipvlan", "ipvtap"})
 _RECEIVERS = {
     SubinterfaceKind.MACVLAN: frozenset({"macvlan", "macvtap"}),
     SubinterfaceKind.IPVLAN: frozenset({"ipvlan", "ipvtap"}),
@@ -73,7 +72,7 @@ def _unfit(device: HwDevice) -> str:
         return device.withheld
     if device.link is None:
         return "it has no interface here that could be shared (node policy, shared)"
-    if device.link.kind in _ON_WHAT_IS_UNDERNEATH:
+    if device.link.kind in MADE_UNDERNEATH:
         return (
             f"it is a {device.link.kind}, and what is made on top of one the kernel makes on the device "
             "underneath: share that one (node policy, shared)"

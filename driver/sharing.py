@@ -91,14 +91,13 @@ class Sharing:
         self._in_parts: defaultdict[PfAddress, list[DeviceName]] = defaultdict(list)
         for name, each in sorted(self._all.items()):
             port = port_of(each)
-            if each.kind is DeviceKind.SHARED:
-                # Given out in parts, which take from it alone: what it gives out is not its VFs'.
-                if port is not None and not is_whole(each):
-                    self._in_parts[port].append(name)
-                continue
-            if port is not None and name in self._parts and not is_whole(each):
-                # Not given out in parts any more, and claims have some of it.
+            shared = each.kind is DeviceKind.SHARED
+            # Also when it is not given out in parts any more, and claims have some of it.
+            if port is not None and not is_whole(each) and (shared or name in self._parts):
                 self._in_parts[port].append(name)
+            if shared:
+                # Parts take from it alone: what it gives out is not its VFs'.
+                continue
             if port is not None:
                 (self._ports if is_whole(each) else self._vfs)[port].append(name)
                 device = node.devices.get(name)

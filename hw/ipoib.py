@@ -15,8 +15,6 @@ from hw.model import IfIndex, IfName, LinkInfo, LinkSettings
 KIND = "ipoib"
 _ARPHRD_INFINIBAND = 32
 _ADDRESS_BYTES = 20
-_IFLA_IFNAME = 3
-_IFLA_LINK = 5
 _IFLA_LINKINFO = 18
 _INFO_KIND = 1
 _INFO_DATA = 2
@@ -68,13 +66,7 @@ def child_request(parent: IfIndex, name: IfName, pkey: int, mode: IpoibMode = Ip
     data = wire.attribute(_PKEY, struct.pack("=H", full_member(pkey)))
     if mode is IpoibMode.CONNECTED:
         data += wire.attribute(_MODE, struct.pack("=H", _MODE_CONNECTED))
-    info = wire.attribute(_INFO_KIND, KIND.encode()) + wire.attribute(_INFO_DATA, data)
-    return (
-        struct.pack("=BxHiII", 0, 0, 0, 0, 0)
-        + wire.attribute(_IFLA_IFNAME, wire.raw(name) + b"\0")
-        + wire.attribute(_IFLA_LINK, struct.pack("=I", parent))
-        + wire.attribute(_IFLA_LINKINFO, info)
-    )
+    return wire.new_link(KIND, data, parent=parent, name=name)
 
 
 def pkey_of(payload: bytes) -> int | None:

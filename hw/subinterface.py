@@ -17,11 +17,6 @@ from hw import wire
 from hw.model import IfIndex, IfName, LinkInfo, MacAddress, SoftwareIdentity
 
 _IFLA_ADDRESS = 1
-_IFLA_IFNAME = 3
-_IFLA_LINK = 5
-_IFLA_LINKINFO = 18
-_INFO_KIND = 1
-_INFO_DATA = 2
 _MODE = 1
 """IFLA_MACVLAN_MODE and IFLA_IPVLAN_MODE alike."""
 _VLAN_ID = 1
@@ -41,6 +36,11 @@ class SubinterfaceKind(enum.StrEnum):
     MACVLAN = "macvlan"
     IPVLAN = "ipvlan"
     VLAN = "vlan"
+
+
+MADE_UNDERNEATH = frozenset({"macvlan", "macvtap", "ipvlan", "ipvtap"})
+"""Kinds that the kernel makes on the device underneath when they are asked for on one of them
+(macvlan_common_newlink, ipvlan_link_new)."""
 
 
 class SubinterfaceMode(enum.StrEnum):
@@ -123,12 +123,5 @@ def request(
     if made.vlan is not None:
         flags = struct.pack("=II", _VLAN_FLAG_LOOSE_BINDING, _VLAN_FLAG_LOOSE_BINDING)
         data = wire.attribute(_VLAN_ID, struct.pack("=H", made.vlan)) + wire.attribute(_VLAN_FLAGS, flags)
-    info = wire.attribute(_INFO_KIND, made.kind.encode()) + wire.attribute(_INFO_DATA, data)
     address = b"" if mac is None else wire.attribute(_IFLA_ADDRESS, bytes.fromhex(mac.replace(":", "")))
-    return (
-        struct.pack("=BxHiII", 0, 0, index, 0, 0)
-        + wire.attribute(_IFLA_IFNAME, wire.raw(name) + b"\0")
-        + wire.attribute(_IFLA_LINK, struct.pack("=I", parent))
-        + address
-        + wire.attribute(_IFLA_LINKINFO, info)
-    )
+    return wire.new_link(made.kind, data, parent=parent, name=name, index=index) + address

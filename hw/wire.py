@@ -49,6 +49,8 @@ _NEXTHOP = struct.Struct("=BBBBI")
 _GROUP_MEMBER = struct.Struct("=IBBH")
 _TC = struct.Struct("=BxxxiIII")
 _TYPE_MASK = 0x3FFF
+_IFLA_IFNAME, _IFLA_LINK, _IFLA_LINKINFO = 3, 5, 18
+_INFO_KIND, _INFO_DATA = 1, 2
 _ACK_HEADER = 4 + _HEADER.size
 
 
@@ -149,6 +151,18 @@ def attributes(data: bytes, offset: int = 0) -> dict[int, bytes]:
 def attribute(kind: int, data: bytes) -> bytes:
     """One attribute, padded to where the next begins."""
     return _ATTRIBUTE.pack(_ATTRIBUTE.size + len(data), kind) + data + bytes(-len(data) % 4)
+
+
+def new_link(kind: str, data: bytes, *, parent: IfIndex, name: IfName, index: int = 0) -> bytes:
+    """Payload of an RTM_NEWLINK that makes a link of a kind on another one. data: the kind's own attributes;
+    index 0: the kernel's choice."""
+    info = attribute(_INFO_KIND, kind.encode()) + attribute(_INFO_DATA, data)
+    return (
+        _LINK.pack(0, 0, index, 0, 0)
+        + attribute(_IFLA_IFNAME, raw(name) + b"\0")
+        + attribute(_IFLA_LINK, struct.pack("=I", parent))
+        + attribute(_IFLA_LINKINFO, info)
+    )
 
 
 def error_of(message: Message) -> tuple[int, str]:

@@ -14,14 +14,11 @@ from driver.errors import NotNow, Refusal
 from driver.execute.target import Target
 from hw.errors import Busy, NotFound, Refused, Unsupported
 from hw.model import IfIndex, LinkInfo, SoftwareIdentity
-from hw.subinterface import SubinterfaceKind
+from hw.subinterface import MADE_UNDERNEATH, SubinterfaceKind
 
 CANNOT = "ShareRefused"
 _MODULES = {SubinterfaceKind.VLAN: "8021q"}
 """Where they are not called like the kind."""
-_PAST = frozenset({"macvlan", "macvtap", "ipvlan", "ipvtap"})
-"""Kinds that the kernel makes on the device underneath when they are asked for on one of them
-(macvlan_common_newlink, ipvlan_link_new)."""
 
 
 def made_past(target: Target, known: Collection[IfIndex]) -> tuple[LinkInfo, ...]:
@@ -34,7 +31,7 @@ def made_past(target: Target, known: Collection[IfIndex]) -> tuple[LinkInfo, ...
     return tuple(
         link
         for link in target.pod.dump()
-        if link.kind in _PAST
+        if link.kind in MADE_UNDERNEATH
         and (link.peer, link.peer_nsid is None) == (identity.peer, False)
         and link.ifindex not in known
     )

@@ -210,16 +210,15 @@ class Homecoming:
             None,
             context.devices.hint(preparation),
         ) as target:
-            made = self._remade(target) if preparation.share is not None else ()
+            made: tuple[Problem, ...] = ()
+            if preparation.share is not None:
+                # Before anything is looked at: there is to be something to look at.
+                made = context.engine.bring_home(plan.remake(preparation), target)
             try:
                 context.foreign.note_anew(target)
             except EXPECTED as error:
                 return (*made, Problem(Act.NOTE_FOREIGN, error))
             return made or context.engine.bring_home(plan.tidy(preparation), target)
-
-    def _remade(self, target: Target) -> tuple[Problem, ...]:
-        """Before anything is looked at: there is to be something to look at."""
-        return self._context.engine.bring_home(plan.remake(target.preparation), target)
 
     def make_ready(self, preparation: Preparation) -> tuple[Problem, ...]:
         """Have a prepared device that is in no pod be as its prepare left it, programs included. What stands

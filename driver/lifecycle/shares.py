@@ -6,7 +6,6 @@ crashes.
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from collections.abc import Collection
 from dataclasses import replace
@@ -14,12 +13,11 @@ from dataclasses import replace
 from driver import shares
 from driver.errors import NotNow
 from driver.lifecycle.context import Context
-from driver.model import Device, DeviceName, NicConfig, PoolName, Preparation, Share
+from driver.model import Device, NicConfig, PoolName, Preparation, Share
+from driver.provision.macs import derived
 from driver.rdma import NO_NETDEV
 from hw import subinterface
-from hw.model import DeviceKind, IfIndex, MacAddress, SoftwareIdentity
-
-_LOCAL, _GROUP = 0x02, 0x01
+from hw.model import DeviceKind, IfIndex, SoftwareIdentity
 
 
 def owner_of(driver: str, pool: PoolName) -> str:
@@ -37,7 +35,8 @@ def as_share(
     assert device.settings is not None
     made = shares.interface(device.sharable, config)
     index = _free_index(taken)
-    mac = _mac_of(whole.key.unit) if made.has_own_mac else device.settings.mac
+    # The same each time it is made anew, and on no other node: a share's id is unique in the cluster.
+    mac = derived(whole.key.unit) if made.has_own_mac else device.settings.mac
     return replace(
         whole,
         share=Share(interface=made, ifname=device.settings.name),
@@ -84,11 +83,3 @@ def _free_index(taken: Collection[IfIndex]) -> IfIndex:
         index = IfIndex(subinterface.FIRST_INDEX + secrets.randbelow(span))
         if index not in taken:
             return index
-
-
-def _mac_of(unit: DeviceName) -> MacAddress:
-    """Locally administered; the same each time the interface is made anew, and on no other node: a share's id
-    is unique in the cluster."""
-    digest = bytearray(hashlib.sha256(unit.encode("ascii")).digest()[:6])
-    digest[0] = digest[0] & ~_GROUP & 0xFF | _LOCAL
-    return MacAddress(digest.hex(":"))

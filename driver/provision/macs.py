@@ -50,7 +50,11 @@ def _first_free(source: Source, index: int, used: Collection[MacAddress]) -> Mac
 
 
 def _derive(source: Source, index: int, attempt: int) -> MacAddress:
-    text = f"{source.mac} {source.address} {index} {attempt}"
+    return derived(f"{source.mac} {source.address} {index} {attempt}")
+
+
+def derived(text: str) -> MacAddress:
+    """Locally administered, unicast, and the same for the same text."""
     digest = bytearray(hashlib.sha256(text.encode("ascii")).digest()[:6])
     digest[0] = digest[0] & ~_GROUP & 0xFF | _LOCAL
     return MacAddress(digest.hex(":"))
